@@ -1,0 +1,1 @@
+"""Checkpoints: training state, the standalone format, and the original GigaTok files."""

@@ -1,0 +1,72 @@
+"""`gigatok-ds COMMAND ...`: find the command, run it, and turn a user's error into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from gigatok_ds.errors import InputError
+
+# Command name -> module with HELP, add_arguments(parser) and run(args). The order is that of --help.
+COMMANDS = {
+    "demo": "demo",
+    "recipes": "recipes",
+    "make-shards": "make_shards",
+    "train": "train",
+    "export": "export",
+    "import-gigatok": "import_gigatok",
+    "extract-codes": "extract_codes",
+    "reconstruct": "reconstruct",
+    "sample": "sample",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gigatok-ds",
+        description="Train GigaTok image tokenizers and generators under DeepSpeed, convert them, and run them.",
+        epilog="Start with: gigatok-ds demo --out runs/demo. Every command explains itself: gigatok-ds COMMAND --help.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(f"gigatok_ds.cli.{module_name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0 on success, 2 for an error that the user can mend."""
+    args = parse(argv)
+    try:
+        return args.run(args)
+    except (InputError, OSError) as error:
+        if os.environ.get("GIGATOK_TRACEBACK"):
+            raise
+        print(f"gigatok-ds {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; running the same command again continues where it stopped", file=sys.stderr)
+        return 130
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line. Unlike plain argparse, key=value settings may also follow the options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split())

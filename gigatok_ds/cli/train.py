@@ -1,0 +1,36 @@
+"""Train a tokenizer or a GPT from a recipe.
+
+Run it plainly for one process, or on every rank through a launcher:
+
+  gigatok-ds train demo_tokenizer --out runs/tok data.train=shards/train data.validation=shards/test
+  deepspeed --num_gpus 8 --no_local_rank --module gigatok_ds train VQ_SS256 --out runs/ss --zero 3 data.train=...
+
+The run resumes by itself when the output directory already holds a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "train a tokenizer or a GPT from a recipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="name of a recipe (see: gigatok-ds recipes) or path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings, e.g. optimizer.lr=2e-4")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory; resumed if it exists")
+    engine = parser.add_mutually_exclusive_group()
+    engine.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: 1)")
+    engine.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed settings file instead, e.g. ds_configs/zero3.json")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gigatok_ds.config.deepspeed import zero_settings
+    from gigatok_ds.config.load import load_recipe
+    from gigatok_ds.training.run import check_run, run_training
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    check_run(recipe, args.out)
+    run_training(recipe, args.out, args.deepspeed or zero_settings(args.zero))
+    return 0

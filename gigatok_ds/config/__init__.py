@@ -1,0 +1,1 @@
+"""Strict typed configuration: schemas, recipes, overrides."""

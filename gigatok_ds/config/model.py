@@ -1,0 +1,206 @@
+"""What a network is: everything needed to rebuild a tokenizer or a GPT, and nothing about how it was trained.
+
+These dataclasses are plain, so that a standalone checkpoint loads with torch and safetensors alone; recipes are
+validated against them by `config.load`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gigatok_ds.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSize:
+    """Width, depth and number of attention heads of one transformer."""
+
+    width: int
+    layers: int
+    heads: int
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise InputError(f"transformer width {self.width} is not a multiple of its {self.heads} heads")
+
+
+# Tokenizer transformers; the head dimension is always 64.
+TRANSFORMER_SIZES = {
+    "tiny": TransformerSize(width=256, layers=4, heads=4),
+    "small": TransformerSize(width=512, layers=6, heads=8),
+    "base": TransformerSize(width=768, layers=12, heads=12),
+    "large": TransformerSize(width=1024, layers=24, heads=16),
+    "xl": TransformerSize(width=1280, layers=36, heads=20),
+    "xxl": TransformerSize(width=1536, layers=48, heads=24),
+    "xxxl": TransformerSize(width=2560, layers=48, heads=40),
+}
+
+# Generators (LlamaGen's sizes).
+GPT_SIZES = {
+    "GPT-B": TransformerSize(width=768, layers=12, heads=12),
+    "GPT-L": TransformerSize(width=1024, layers=24, heads=16),
+    "GPT-XL": TransformerSize(width=1280, layers=36, heads=20),
+    "GPT-XXL": TransformerSize(width=1536, layers=48, heads=24),
+    "GPT-XXXL": TransformerSize(width=2560, layers=48, heads=40),
+    "GPT-1B": TransformerSize(width=2048, layers=22, heads=32),
+    "GPT-3B": TransformerSize(width=3200, layers=24, heads=32),
+    "GPT-7B": TransformerSize(width=4096, layers=32, heads=32),
+}
+
+
+def resolve_size(size: str | TransformerSize | dict, table: dict[str, TransformerSize], what: str) -> TransformerSize:
+    """The size named `size` in `table`, or `size` itself when it is spelled out."""
+    if isinstance(size, TransformerSize):
+        return size
+    if isinstance(size, dict):
+        return TransformerSize(**size)
+    if size not in table:
+        raise InputError(f"{what}: unknown size {size!r}; choose one of {', '.join(table)}, or give width, layers and heads")
+    return table[size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CNNConfig:
+    """The convolutional encoder and decoder around the transformers."""
+
+    base_channels: int = 128
+    encoder_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    decoder_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    residual_blocks: int = 2
+    attention: bool = False
+    adaptive_group_norm: bool = True
+    upsample: Literal["depth_to_space", "nearest"] = "depth_to_space"
+
+    def __post_init__(self):
+        if len(self.encoder_multipliers) != len(self.decoder_multipliers):
+            raise InputError("cnn.encoder_multipliers and cnn.decoder_multipliers must have the same number of levels")
+        if self.base_channels % 32:
+            raise InputError(f"cnn.base_channels is {self.base_channels}; it must be a multiple of 32 (group norm)")
+
+    @property
+    def downscale(self) -> int:
+        """Image side divided by feature-map side."""
+        return 2 ** (len(self.encoder_multipliers) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """The vector quantizer: codebook shape, and how the gradient passes it."""
+
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    l2_normalized: bool = True
+    gradient: Literal["straight_through", "rotation"] = "rotation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticHeadConfig:
+    """The MLP that predicts a teacher's features from the decoder's tokens after layer `depth` (counted from 1)."""
+
+    depth: int = 3
+    teacher_width: int = 768
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A GigaTok tokenizer: CNN encoder, transformer encoder, quantizer, transformer decoder, CNN decoder."""
+
+    layout: Literal["1d", "2d"]
+    encoder: str | TransformerSize
+    decoder: str | TransformerSize
+    image_size: int = 256
+    latent_tokens: int = 256
+    z_channels: int = 256
+    dropout: float = 0.0
+    qk_norm: bool = False
+    cnn: CNNConfig = CNNConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+    semantic_head: SemanticHeadConfig | None = SemanticHeadConfig()
+    # 1-D layout: where the latent tokens and the decoder's grid queries start from.
+    latent_query: Literal["multi_level", "learned", "mean"] = "multi_level"
+    grid_query: Literal["first_token", "learned"] = "first_token"
+    # 2-D layout: plain self-attention, the 1-D model's layer attending to its own input, or two self-attentions.
+    layer_2d: Literal["self", "decoder", "double_self"] = "decoder"
+
+    def __post_init__(self):
+        for name in ("encoder", "decoder"):
+            size = resolve_size(getattr(self, name), TRANSFORMER_SIZES, name)
+            depth = self.semantic_head.depth if self.semantic_head else 1
+            if name == "decoder" and not 1 <= depth <= size.layers:
+                raise InputError(f"semantic_head.depth is {depth}; the decoder has layers 1 to {size.layers}")
+        if self.image_size < 1 or self.image_size % self.cnn.downscale:
+            raise InputError(f"image_size {self.image_size} is not a multiple of the CNN's downscale {self.cnn.downscale}")
+        if self.layout == "2d" and self.latent_tokens != self.grid**2:
+            raise InputError(f"latent_tokens is {self.latent_tokens}; a 2d tokenizer has one per grid cell, {self.grid**2}")
+        if self.layout == "1d" and self.latent_query == "multi_level" and self.latent_tokens & (self.latent_tokens - 1):
+            raise InputError(f"latent_tokens is {self.latent_tokens}; latent_query multi_level needs a power of two")
+        if self.layout == "1d" and self.latent_query == "multi_level" and self.latent_tokens > 2 * self.grid**2:
+            raise InputError(
+                f"latent_tokens is {self.latent_tokens}; latent_query multi_level on a {self.grid}x{self.grid} grid "
+                f"allows at most {2 * self.grid**2}"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Side of the feature map between CNN and transformer."""
+        return self.image_size // self.cnn.downscale
+
+    @property
+    def encoder_size(self) -> TransformerSize:
+        return resolve_size(self.encoder, TRANSFORMER_SIZES, "encoder")
+
+    @property
+    def decoder_size(self) -> TransformerSize:
+        return resolve_size(self.decoder, TRANSFORMER_SIZES, "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """A class-conditional autoregressive transformer over codes."""
+
+    size: str | TransformerSize
+    vocab_size: int = 16384
+    sequence_length: int = 256
+    num_classes: int = 1000
+    class_dropout: float = 0.1
+    token_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+
+    def __post_init__(self):
+        resolve_size(self.size, GPT_SIZES, "size")
+
+    @property
+    def transformer(self) -> TransformerSize:
+        return resolve_size(self.size, GPT_SIZES, "size")
+
+    @property
+    def ffn_width(self) -> int:
+        """SwiGLU hidden width: two thirds of four times the width, rounded up to a multiple of 256."""
+        return -(-int(2 * (4 * self.transformer.width) / 3) // 256) * 256
+
+
+def tokenizer_config_from_dict(data: dict) -> TokenizerConfig:
+    """Rebuild a TokenizerConfig from the plain dictionary that a standalone checkpoint stores."""
+    data = dict(data)
+    for name in ("encoder", "decoder"):
+        if isinstance(data.get(name), dict):
+            data[name] = TransformerSize(**data[name])
+    if "cnn" in data:
+        cnn = {key: tuple(value) if isinstance(value, list) else value for key, value in data["cnn"].items()}
+        data["cnn"] = CNNConfig(**cnn)
+    if "quantizer" in data:
+        data["quantizer"] = QuantizerConfig(**data["quantizer"])
+    if data.get("semantic_head"):
+        data["semantic_head"] = SemanticHeadConfig(**data["semantic_head"])
+    return TokenizerConfig(**data)
+
+
+def gpt_config_from_dict(data: dict) -> GPTConfig:
+    """Rebuild a GPTConfig from the plain dictionary that a standalone checkpoint stores."""
+    data = dict(data)
+    if isinstance(data.get("size"), dict):
+        data["size"] = TransformerSize(**data["size"])
+    return GPTConfig(**data)

@@ -1,0 +1,181 @@
+"""What a training run is: the model, its losses, its optimization, its data. One small dataclass per concern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gigatok_ds.config.model import GPTConfig, TokenizerConfig
+from gigatok_ds.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    kind: Literal["l1", "l2"] = "l2"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptualConfig:
+    """LPIPS on VGG16; `weights` is torchvision's VGG16 file (null: torch's cache), `dropout` the original's quirk."""
+
+    weight: float = 1.0
+    weights: str | None = None
+    dropout: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerLossConfig:
+    """Weights of the quantizer's terms; the entropy term stops at `entropy_end_step` (null: never)."""
+
+    codebook: float = 1.0
+    commitment: float = 0.25
+    entropy: float = 0.0
+    entropy_end_step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """The discriminator and both sides of its game, from `start_step` on (steps are counted from 1)."""
+
+    start_step: int
+    weight: float = 0.5
+    discriminator: Literal["patchgan", "dino"] = "patchgan"
+    discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
+    generator_loss: Literal["hinge", "non_saturating"] = "hinge"
+    base_channels: int = 64
+    layers: int = 3
+    kernel_size: int = 4
+    backbone_weights: str | None = None  # dino only: the DINO ViT-S/16 checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryConfig:
+    """Early help for the CNN: feature reconstruction and, optionally, direct reconstruction, before `end_step`."""
+
+    end_step: int
+    direct_reconstruction: bool = True
+    feature: Literal["mse", "cosine"] = "mse"
+    feature_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticConfig:
+    """Cosine alignment of the decoder's semantic head with a frozen teacher; `weights` is the teacher's file."""
+
+    teacher: str = "dinov2-vit-b"
+    weight: float = 0.5
+    weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerLossConfig:
+    """Every term of the tokenizer's objective; null leaves a term out."""
+
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    perceptual: PerceptualConfig | None
+    quantizer: QuantizerLossConfig = QuantizerLossConfig()
+    adversarial: AdversarialConfig | None
+    auxiliary: AuxiliaryConfig | None
+    semantic: SemanticConfig | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. `decay` says what weight decay touches: everything, or only tensors with two or more dimensions."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    decay: Literal["everything", "matrices"] = "everything"
+    max_grad_norm: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over steps; see training.schedules for the formulas."""
+
+    kind: Literal["cosine_v2", "cosine", "const", "wsd"] = "cosine_v2"
+    warmup_steps: int = 0
+    end_lr: float = 1e-5
+    decay_fraction: float = 0.2
+    decay_shape: Literal["sqrt", "linear", "cosine", "square"] = "sqrt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop: how long, how large a batch, in which precision, and how often it reports and saves.
+
+    `micro_batch_size` null puts the whole share of a data-parallel rank in one micro batch.
+    """
+
+    steps: int
+    global_batch_size: int
+    micro_batch_size: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    seed: int = 0
+    log_every: int = 100
+    validate_every: int = 5000
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 10
+
+    def __post_init__(self):
+        for name in ("steps", "global_batch_size", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataConfig:
+    """Image shards (directories of WebDataset tars) and the training augmentation."""
+
+    train: str | None = None
+    validation: str | None = None
+    workers: int = 8
+    crop_scale: tuple[float, float] = (0.8, 1.0)
+    flip: bool = True
+
+    def __post_init__(self):
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise InputError(f"data.crop_scale is {self.crop_scale}; it must be 0 < low <= high <= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeDataConfig:
+    """Code shards written by `gigatok-ds extract-codes`."""
+
+    train: str | None = None
+    validation: str | None = None
+    workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    kind: Literal["tokenizer"]
+    name: str
+    model: TokenizerConfig
+    loss: TokenizerLossConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+
+    def __post_init__(self):
+        if (self.loss.semantic is None) != (self.model.semantic_head is None):
+            raise InputError("loss.semantic and model.semantic_head go together: set both, or set both to null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTRecipe:
+    kind: Literal["gpt"]
+    name: str
+    model: GPTConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.05, decay="matrices", max_grad_norm=1.0)
+    schedule: ScheduleConfig = ScheduleConfig(kind="wsd")
+    data: CodeDataConfig = field(default_factory=CodeDataConfig)
+
+
+Recipe = TokenizerRecipe | GPTRecipe

@@ -1,0 +1,176 @@
+"""Codes on disk: each sample's codes under several augmentations, as tar shards, and batches of them for a
+GPT.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from gigatok_ds.data.index import ShardIndex, write_atomically
+from gigatok_ds.data.loader import TrainingBatches, address_fields
+from gigatok_ds.data.reader import SampleAddress
+from gigatok_ds.data.shards import Record, ShardSet, new_directory, write_tars
+from gigatok_ds.errors import InputError
+from gigatok_ds.streams import numpy_stream
+
+FORMAT = "gigatok-ds-codes/1"
+METADATA_FILE = "metadata.json"
+_EXTENSIONS = ("npy",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeSample:
+    """The codes of one image: integers (augmentations, latent tokens), and its class number."""
+
+    key: str
+    codes: np.ndarray
+    label: int
+
+
+def code_dtype(codebook_size: int) -> np.dtype:
+    """The type that codes are stored in."""
+    return np.dtype("<u2" if codebook_size <= 65536 else "<i4")
+
+
+def write_code_shards(samples: Iterable[CodeSample], out_dir: str | Path, *, codebook_size: int,
+                      latent_tokens: int, provenance: dict, classes: list[str] | None = None,
+                      prefix: str = "codes", samples_per_shard: int = 10_000,
+                      total: int | None = None) -> ShardSet:
+    """Write codes as tars (KEY.npy and KEY.cls) with an index and `metadata.json`, all of it or nothing.
+
+    `provenance` (which tokenizer, which augmentation, ...) is stored as it is; `classes` are the class names,
+    if known; `total` is for the progress bar. Raises InputError, naming the sample, for codes of another
+    shape than the first sample's, codes outside 0 ... codebook_size - 1, a negative label or a bad key; and
+    for an `out_dir` in use.
+    """
+    metadata = {"format": FORMAT, "codebook_size": codebook_size, "latent_tokens": latent_tokens}
+    with new_directory(out_dir) as scratch:
+        records = _code_records(tqdm(samples, total=total, unit="image", disable=None), metadata)
+        shards = write_tars(records, scratch, prefix=prefix, samples_per_shard=samples_per_shard,
+                            extensions=_EXTENSIONS, classes=classes or [])
+        count = sum(shard.samples for shard in shards)
+        metadata |= {"count": count, "provenance": provenance}
+        write_atomically(scratch / METADATA_FILE, (json.dumps(metadata, indent=2) + "\n").encode())
+    return ShardSet(directory=Path(out_dir), shards=shards, count=count)
+
+
+def _code_records(samples: Iterable[CodeSample], metadata: dict) -> Iterator[Record]:
+    """Check the samples and turn them into records; the first one settles metadata["augmentations"]."""
+    for sample in samples:
+        codes = np.asarray(sample.codes)
+        if codes.ndim == 2:
+            metadata.setdefault("augmentations", len(codes))
+        shape = (metadata.get("augmentations", 1), metadata["latent_tokens"])
+        if codes.shape != shape or not codes.size:
+            raise InputError(f"sample {sample.key!r}: codes have shape {codes.shape}; (augmentations, latent "
+                             f"tokens) = {shape} is expected")
+        if sample.label < 0:
+            raise InputError(f"sample {sample.key!r} has label {sample.label}; labels are counted from 0")
+        _check_codes(codes, metadata["codebook_size"], f"sample {sample.key!r}")
+        stored = np.ascontiguousarray(codes, code_dtype(metadata["codebook_size"]))
+        yield sample.key, {"npy": _npy(stored), "cls": str(sample.label).encode()}
+
+
+def _check_codes(codes: np.ndarray, codebook_size: int, name: str) -> None:
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise InputError(f"{name}: codes are {codes.dtype}; integers are expected")
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= codebook_size:
+        raise InputError(f"{name}: codes go from {low} to {high}; a codebook of {codebook_size} allows 0 to "
+                         f"{codebook_size - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeDataset:
+    """A directory of code shards in memory: `codes` unsigned or int32 (N, A, T), `labels` int32 (N,)."""
+
+    codes: np.ndarray
+    labels: np.ndarray
+    metadata: dict
+    index: ShardIndex
+
+    @classmethod
+    def open(cls, directory: str | Path) -> CodeDataset:
+        """Load what `write_code_shards` wrote. Raises InputError when it is incomplete or damaged."""
+        directory = Path(directory)
+        metadata = _read_metadata(directory)
+        index = ShardIndex.open(directory, _EXTENSIONS)
+        if len(index) != metadata["count"]:
+            raise InputError(f"{directory} holds {len(index)} samples, its {METADATA_FILE} says "
+                             f"{metadata['count']}; extract the codes again")
+        shape = (metadata["augmentations"], metadata["latent_tokens"])
+        codes = np.empty((len(index), *shape), code_dtype(metadata["codebook_size"]))
+        header = _npy(codes[0])[: -codes[0].nbytes]
+        for i in tqdm(range(len(index)), desc=f"loading {directory}", unit="sample", disable=None):
+            data = index.read(i)
+            if not data.startswith(header) or len(data) != len(header) + codes[0].nbytes:
+                raise InputError(f"{directory}: sample {index.key(i)!r} is not an array of {codes.dtype} "
+                                 f"{shape}; extract the codes again")
+            codes[i] = np.frombuffer(data, codes.dtype, offset=len(header)).reshape(shape)
+        _check_codes(codes, metadata["codebook_size"], str(directory))
+        if index.labels.min() < 0:
+            raise InputError(f"{directory}: the smallest label is {index.labels.min()}; labels count from 0")
+        return cls(codes=codes, labels=index.labels, metadata=metadata, index=index)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raise InputError, naming the first such sample, when a label is not in 0 ... num_classes - 1."""
+        self.index.check_labels(num_classes)
+
+
+def _read_metadata(directory: Path) -> dict:
+    file = directory / METADATA_FILE
+    if not file.is_file():
+        raise InputError(f"{directory} is not a directory of code shards: it has no {METADATA_FILE}; write "
+                         "one with gigatok-ds extract-codes")
+    try:
+        metadata = json.loads(file.read_bytes())
+        if metadata["format"] != FORMAT:
+            raise InputError(f"{file}: format {metadata['format']!r}, this version reads {FORMAT!r}")
+        for name in ("codebook_size", "latent_tokens", "augmentations", "count"):
+            if not isinstance(metadata[name], int) or metadata[name] < 1:
+                raise InputError(f"{file}: {name} is {metadata[name]!r}; it must be a positive integer")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error!r}); extract the codes again") from None
+    return metadata
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+class _AugmentedCodes(Dataset):
+    def __init__(self, data: CodeDataset, seed: int):
+        self.data = data
+        self.seed = seed
+
+    def __getitem__(self, address: SampleAddress) -> dict:
+        rng = numpy_stream(self.seed, "augmentation", address.epoch, address.sample)
+        views = self.data.codes[address.sample]
+        row = views[rng.integers(len(views))]
+        return {"codes": torch.from_numpy(row.astype(np.int64)),
+                "labels": int(self.data.labels[address.sample]), **address_fields(address)}
+
+
+class CodeBatches(TrainingBatches):
+    """Codes with one augmentation per sample and epoch, drawn from a stream of (seed, epoch, sample).
+
+    Yields `codes` int64 (B, T), `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,). The keyword
+    arguments are those of TrainingBatches.
+    """
+
+    def __init__(self, data: CodeDataset, *, seed: int, **arguments):
+        super().__init__(_AugmentedCodes(data, seed), len(data), seed=seed, **arguments)

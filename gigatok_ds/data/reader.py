@@ -1,0 +1,118 @@
+"""Which sample is read when: a pure function of seed and step, whatever the ranks, workers and restarts.
+
+Samples form one endless stream of global positions 0, 1, 2, ...; global batch number s covers the positions s
+* G ... s * G + G - 1. Every epoch is a fresh permutation of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from gigatok_ds.errors import InputError
+from gigatok_ds.streams import numpy_stream
+
+
+class SampleAddress(NamedTuple):
+    """One reading of a sample: its position in the endless stream, the epoch, and the sample's number."""
+
+    position: int
+    epoch: int
+    sample: int
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of epoch `epoch`: a permutation of 0 ... count - 1, int64."""
+    return numpy_stream(seed, "order", epoch).permutation(count)
+
+
+class GlobalBatches:
+    """The global batches of a run, each found from its number alone.
+
+    With `drop_last` an epoch ends with its last whole batch, and what is left over is not read in that epoch;
+    without it a batch may begin in one epoch and end in the next, and nothing is left over. All batches have
+    the same size. Raises InputError when there are fewer samples than one batch takes.
+    """
+
+    def __init__(self, count: int, global_batch_size: int, seed: int, shuffle: bool = True,
+                 drop_last: bool = True):
+        if not 1 <= global_batch_size <= count:
+            raise InputError(f"training.global_batch_size is {global_batch_size}, the data has {count} "
+                             f"samples; set training.global_batch_size to 1 ... {count}")
+        self.count = count
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch_length = count // global_batch_size * global_batch_size if drop_last else count
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batch(self, step: int) -> np.ndarray:
+        """The samples of global batch number `step`, counted from 0 over all epochs: int64
+        (global_batch_size,).
+        """
+        return self.locate(step)[1]
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that global batch number `step` begins in."""
+        return step * self.global_batch_size // self.epoch_length
+
+    def locate(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, samples) of global batch number `step`, both int64 (global_batch_size,)."""
+        positions = step * self.global_batch_size + np.arange(self.global_batch_size)
+        epochs, offsets = np.divmod(positions, self.epoch_length)
+        needed = range(int(epochs[0]), int(epochs[-1]) + 1)
+        kept = self._orders
+        self._orders = {epoch: kept[epoch] if epoch in kept else self._order(epoch) for epoch in needed}
+        samples = np.concatenate([self._orders[epoch][offsets[epochs == epoch]] for epoch in needed])
+        return epochs, samples
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self.count, self.seed, epoch) if self.shuffle else np.arange(self.count)
+
+
+def micro_steps(global_batch_size: int, data_size: int, micro_batch: int) -> int:
+    """How many micro batches each rank takes from a global batch; InputError when they do not fill it."""
+    if micro_batch < 1 or global_batch_size % (data_size * micro_batch):
+        raise InputError(f"training.global_batch_size {global_batch_size} is not a multiple of {data_size} "
+                         f"data-parallel ranks x micro batch {micro_batch}; change training.micro_batch_size "
+                         "or training.global_batch_size")
+    return global_batch_size // (data_size * micro_batch)
+
+
+def rank_slice(batch: np.ndarray, data_rank: int, data_size: int, micro_batch: int,
+               micro_index: int) -> np.ndarray:
+    """The part of a global batch that one rank takes in one micro step: (micro_batch,).
+
+    Micro step m of rank r takes the positions (m * data_size + r) * micro_batch onwards. The parts put
+    together, micro steps outside and ranks inside, are the batch in its order, so that layouts with the same
+    data_size x micro_batch even agree on every micro step. Raises InputError when the parts do not fill the
+    batch.
+    """
+    steps = micro_steps(len(batch), data_size, micro_batch)
+    assert 0 <= data_rank < data_size and 0 <= micro_index < steps
+    start = (micro_index * data_size + data_rank) * micro_batch
+    return batch[start : start + micro_batch]
+
+
+class MicroBatches:
+    """A batch sampler: one data-parallel rank's micro batches from global batch `start_step` on, endless."""
+
+    def __init__(self, batches: GlobalBatches, micro_batch: int, data_rank: int = 0, data_size: int = 1,
+                 start_step: int = 0):
+        self.batches = batches
+        self.micro_steps = micro_steps(batches.global_batch_size, data_size, micro_batch)
+        self.layout = (data_rank, data_size, micro_batch)
+        self.start_step = start_step
+
+    def __iter__(self) -> Iterator[list[SampleAddress]]:
+        step = self.start_step
+        while True:
+            epochs, samples = self.batches.locate(step)
+            first = step * self.batches.global_batch_size
+            addresses = np.stack([first + np.arange(len(samples)), epochs, samples], axis=1)
+            for micro_index in range(self.micro_steps):
+                share = rank_slice(addresses, *self.layout, micro_index)
+                yield [SampleAddress(*row) for row in share.tolist()]
+            step += 1

@@ -1,0 +1,142 @@
+"""Writing directories of WebDataset tars: equal samples give equal bytes, and a failure leaves nothing."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from gigatok_ds.data.index import (
+    IMAGE_EXTENSIONS,
+    Shard,
+    build_table,
+    describe_shard,
+    is_safe_key,
+    scan_tar,
+    write_index,
+)
+from gigatok_ds.data.transforms import decode_image
+from gigatok_ds.errors import InputError
+
+MAX_KEY_BYTES = 90  # a ustar header has 100 bytes for KEY.extension
+_TAR_OPTIONS = {"user": "gigatok", "group": "gigatok", "mtime": 0, "encoder": False}
+_CHECKED_AHEAD = 128  # images held in memory while they are checked in parallel
+
+Record = tuple[str, dict[str, bytes]]  # a key and its members by extension
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """An encoded image with its class number; `source` (a path, say) is what error messages call it."""
+
+    key: str
+    image_bytes: bytes
+    extension: str
+    label: int
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSet:
+    """What was written: the directory, its tars, and the number of samples in all."""
+
+    directory: Path
+    shards: list[Shard]
+    count: int
+
+
+@contextmanager
+def new_directory(out_dir: str | Path) -> Iterator[Path]:
+    """A hidden sibling of `out_dir` to write into: it becomes `out_dir` at the end, or is removed.
+
+    Raises InputError when `out_dir` exists and is not an empty directory, which stays as it is.
+    """
+    out_dir = Path(out_dir).resolve()
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise InputError(f"output directory {out_dir} exists and is not empty; choose another or remove it")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        os.rename(scratch, out_dir)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def write_tars(records: Iterable[Record], directory: Path, *, prefix: str, samples_per_shard: int,
+               extensions: tuple[str, ...], classes: list[str]) -> list[Shard]:
+    """Write records as `prefix-000000.tar`, ... with their index into `directory` and return the shards.
+
+    Each tar is read back once to be indexed, so the index describes what is on the disk. Raises InputError
+    when a key is unsafe, too long or repeated, and when there are no records.
+    """
+    from webdataset import TarWriter
+
+    if not is_safe_key(prefix):
+        raise InputError(f"shard prefix {prefix!r} may hold only letters, digits and _ + = @ -")
+    if samples_per_shard < 1:
+        raise InputError(f"samples per shard is {samples_per_shard}; it must be at least 1")
+    records, seen, shards, entries = iter(records), set(), [], []
+    for first in records:
+        path = directory / f"{prefix}-{len(shards):06d}.tar"
+        with open(path, "xb") as file, TarWriter(file, **_TAR_OPTIONS) as tar:
+            for key, members in itertools.chain([first], itertools.islice(records, samples_per_shard - 1)):
+                _check_key(key, seen)
+                tar.write({"__key__": key, **members})
+        entries.append(scan_tar(path, extensions))
+        shards.append(describe_shard(path, entries[-1]))
+    if not shards:
+        raise InputError("there are no samples to write")
+    write_index(directory, shards, build_table(shards, entries), classes)
+    return shards
+
+
+def _check_key(key: str, seen: set[str]) -> None:
+    if not is_safe_key(key) or len(key.encode()) > MAX_KEY_BYTES:
+        raise InputError(f"sample key {key!r} may hold only letters, digits and _ + = @ -, "
+                         f"at most {MAX_KEY_BYTES} bytes")
+    if key in seen:
+        raise InputError(f"sample key {key!r} occurs twice; keys must be unique")
+    seen.add(key)
+
+
+def write_shards(samples: Iterable[Sample], out_dir: str | Path, *, prefix: str,
+                 samples_per_shard: int = 1000, classes: list[str], total: int | None = None) -> ShardSet:
+    """Write images as WebDataset tars (KEY.jpg or the like, and KEY.cls) with an index, all of it or nothing.
+
+    Every image is fully decoded first. `total` is for the progress bar. Raises InputError, naming the sample,
+    for an undecodable image, a label without a class, an unknown extension or a bad key; and for an `out_dir`
+    in use.
+    """
+    with new_directory(out_dir) as scratch, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        progress = tqdm(_checked(iter(samples), pool, len(classes)), total=total, unit="image", disable=None)
+        shards = write_tars(progress, scratch, prefix=prefix, samples_per_shard=samples_per_shard,
+                            extensions=IMAGE_EXTENSIONS, classes=classes)
+    return ShardSet(directory=Path(out_dir), shards=shards, count=sum(shard.samples for shard in shards))
+
+
+def _checked(samples: Iterator[Sample], pool: ThreadPoolExecutor, num_classes: int) -> Iterator[Record]:
+    while group := list(itertools.islice(samples, _CHECKED_AHEAD)):
+        yield from pool.map(lambda sample: _image_record(sample, num_classes), group)
+
+
+def _image_record(sample: Sample, num_classes: int) -> Record:
+    name = sample.source or sample.key
+    extension = sample.extension.lower()
+    if extension not in IMAGE_EXTENSIONS:
+        raise InputError(f"{name}: image extension {extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
+    if not 0 <= sample.label < num_classes:
+        raise InputError(f"{name}: label {sample.label} has no class; there are {num_classes}, from 0 on")
+    decode_image(sample.image_bytes, name)
+    extension = "jpg" if extension == "jpeg" else extension
+    return sample.key, {extension: sample.image_bytes, "cls": str(sample.label).encode()}

@@ -1,0 +1,160 @@
+"""The whole system in one run: images, shards, tokenizer, codes, GPT, samples, figures, standalone exports.
+
+Every phase leaves its result in the run directory and is skipped when the result is there, so running the same
+command again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gigatok_ds.checkpoint.standalone import load_tokenizer
+from gigatok_ds.config.load import load_recipe, recipe_to_dict
+from gigatok_ds.data.shards import write_shards
+from gigatok_ds.demo.evaluate import evaluate
+from gigatok_ds.demo.report import Figure
+from gigatok_ds.demo.source import Source
+from gigatok_ds.demo.summary import summarise
+from gigatok_ds.errors import InputError
+from gigatok_ds.sampling.extract import extract_codes, views_of
+from gigatok_ds.training.export import export_run
+
+CODE_VIEWS = 8  # encoded crops per training image
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """How the demo runs: `ranks` processes, ZeRO `stage`, and recipe overrides for either model."""
+
+    ranks: int = 1
+    stage: int = 1
+    tokenizer: tuple[str, ...] = ()
+    gpt: tuple[str, ...] = ()
+
+
+class Demo:
+    """The phases in order. `out` becomes a self-contained run directory."""
+
+    def __init__(self, source: Source, out: Path, options: DemoOptions):
+        self.source, self.out, self.options = source, out, options
+        self.shards = {"train": out / "data" / "train", "validation": out / "data" / "test"}
+        self.codes = {"train": out / "codes" / "train", "validation": out / "codes" / "test"}
+        self.exports = {"tokenizer": out / "export" / "tokenizer", "gpt": out / "export" / "gpt"}
+        # Recipes are checked before the first phase: a typo must not surface after minutes of training.
+        self.recipes = {kind: self._recipe(kind) for kind in ("tokenizer", "gpt")}
+
+    def _recipe(self, kind: str):
+        return load_recipe(f"demo_{kind}", self._overrides(kind))
+
+    def _overrides(self, kind: str) -> list[str]:
+        paths = self.shards if kind == "tokenizer" else self.codes
+        own = [f"data.{split}={json.dumps(str(path))}" for split, path in paths.items()]
+        if kind == "tokenizer":
+            return [*own, *self.options.tokenizer]
+        tokenizer = load_recipe("demo_tokenizer", self.options.tokenizer).model
+        shape = [f"model.num_classes={len(self.source.classes)}", f"model.sequence_length={tokenizer.latent_tokens}",
+                 f"model.vocab_size={tokenizer.quantizer.codebook_size}"]
+        return [*own, *shape, *self.options.gpt]
+
+    def run(self) -> list[Figure]:
+        """Run what is not done yet and return the figures that the report states.
+
+        Raises InputError when a phase fails or the exports differ from the trained models.
+        """
+        started = time.monotonic()
+        self._claim()
+        self._write_shards()
+        self._train("tokenizer")
+        self._export("tokenizer")
+        self._extract_codes()
+        self._train("gpt")
+        self._export("gpt")
+        announce("evaluating the exports")
+        values = evaluate(self)
+        self._verify()
+        return summarise(self, values, time.monotonic() - started)
+
+    def _claim(self) -> None:
+        """Make the directory ours; refuse one that belongs to something else or to another demo."""
+        marker = self.out / "demo.json"
+        description = {"source": self.source.name, "classes": self.source.classes,
+                       "recipes": {kind: recipe_to_dict(recipe) for kind, recipe in self.recipes.items()}}
+        if self.out.exists():
+            if not self.out.is_dir():
+                raise InputError(f"{self.out} exists and is not a directory")
+            if any(self.out.iterdir()) and not marker.is_file():
+                raise InputError(f"{self.out} is not empty and is not a demo's directory; choose another --out")
+        if marker.is_file():
+            if json.loads(marker.read_text()) != json.loads(json.dumps(description)):
+                raise InputError(f"{self.out} holds a demo with other data or settings; choose another --out")
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        scratch = marker.with_suffix(".partial")
+        scratch.write_text(json.dumps(description, indent=2) + "\n")
+        os.replace(scratch, marker)
+
+    def _write_shards(self) -> None:
+        for split, samples in (("train", self.source.train), ("validation", self.source.test)):
+            if not self.shards[split].exists():
+                announce(f"writing the {split} shards")
+                write_shards(samples(), self.shards[split], prefix=self.source.name, classes=self.source.classes)
+
+    def _train(self, kind: str) -> None:
+        """Train in this process, or in `ranks` processes through DeepSpeed's launcher."""
+        run_dir = self.out / kind
+        announce(f"training the {kind} for {self.recipes[kind].training.steps} steps")
+        command = ["train", f"demo_{kind}", "--out", str(run_dir), "--zero", str(self.options.stage),
+                   *self._overrides(kind)]
+        if self.options.ranks == 1:
+            prefix = [sys.executable, "-m", "gigatok_ds"]
+        else:
+            prefix = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(self.options.ranks),
+                      "--master_port", str(free_port()), "--no_local_rank", "--module", "gigatok_ds"]
+        finished = subprocess.run([*prefix, *command], env=rank_environment(self.options.ranks), check=False)
+        if finished.returncode:
+            raise InputError(f"training the {kind} failed (exit code {finished.returncode}); its own message is above")
+
+    def _export(self, kind: str) -> None:
+        if not self.exports[kind].exists():
+            announce(f"exporting the {kind}")
+            export_run(self.out / kind, self.exports[kind])
+
+    def _extract_codes(self) -> None:
+        recipe = self.recipes["tokenizer"]
+        for split, crops in (("train", f"random-{CODE_VIEWS}"), ("validation", "center")):
+            if not self.codes[split].exists():
+                announce(f"extracting the {split} codes")
+                views = views_of(crops, recipe.model.image_size, crop_scale=recipe.data.crop_scale)
+                extract_codes(load_tokenizer(self.exports["tokenizer"]), self.shards[split], self.codes[split],
+                              views=views, provenance={"tokenizer": recipe.name, "crops": crops})
+
+    def _verify(self) -> None:
+        """Reload the exports in a fresh process that cannot import DeepSpeed or Megatron."""
+        announce("checking the exports in a fresh process")
+        finished = subprocess.run([sys.executable, "-m", "gigatok_ds.demo.verify", str(self.out)], check=False)
+        if finished.returncode:
+            raise InputError("the exported models do not reproduce the trained ones; the difference is printed above")
+
+
+def announce(text: str) -> None:
+    print(f"== {text}", file=sys.stderr, flush=True)
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(ranks: int) -> dict[str, str]:
+    """The environment for `ranks` processes on this machine: they share its cores unless the user decided."""
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    return {"OMP_NUM_THREADS": threads} | os.environ

@@ -1,0 +1,74 @@
+"""Where the demo's images come from: the digits that scikit-learn ships, or a directory of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gigatok_ds.data.folder import ImageFolder, scan_image_folder
+from gigatok_ds.data.shards import Sample
+from gigatok_ds.demo.digits import CLASSES, digits_splits
+from gigatok_ds.errors import InputError
+from gigatok_ds.streams import numpy_stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Two splits of labelled images; `has_targets` says whether the demo's published targets apply."""
+
+    name: str
+    description: str
+    classes: list[str]
+    train: Callable[[], Iterator[Sample]]
+    test: Callable[[], Iterator[Sample]]
+    has_targets: bool
+
+
+def digits_source(image_size: int) -> Source:
+    train, test = digits_splits(image_size)
+    return Source(
+        name="digits",
+        description="1,797 real handwritten digits (UCI optical recognition of handwritten digits, from scikit-learn)",
+        classes=CLASSES,
+        train=lambda: iter(train),
+        test=lambda: iter(test),
+        has_targets=True,
+    )
+
+
+def folder_source(root: Path, test_fraction: float = 0.2) -> Source:
+    """An ImageFolder-style directory, split at random but reproducibly; every class is in both splits.
+
+    Raises InputError when there are no images, or a class has fewer than two.
+    """
+    folder = scan_image_folder(root)
+    test = _held_out(folder, test_fraction)
+    chosen = {True: [], False: []}
+    for number, (path, label) in enumerate(zip(folder.paths, folder.labels)):
+        chosen[number in test].append((number, path, label))
+
+    def samples(held_out: bool) -> Iterator[Sample]:
+        for number, path, label in chosen[held_out]:
+            yield Sample(key=f"{number:08d}", image_bytes=path.read_bytes(), extension=path.suffix[1:].lower(),
+                         label=label, source=str(path))
+
+    return Source(
+        name="images",
+        description=f"{len(folder.paths)} images of {len(folder.classes)} classes",
+        classes=folder.classes,
+        train=lambda: samples(False),
+        test=lambda: samples(True),
+        has_targets=False,
+    )
+
+
+def _held_out(folder: ImageFolder, fraction: float) -> set[int]:
+    held_out = set()
+    for label, name in enumerate(folder.classes):
+        members = [number for number, other in enumerate(folder.labels) if other == label]
+        if len(members) < 2:
+            raise InputError(f"class {name!r} has {len(members)} image; every class needs at least 2 to be split")
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held_out |= set(numpy_stream(0, "split", name).permutation(members)[:count].tolist())
+    return held_out

@@ -1,0 +1,1 @@
+"""Measuring images, codes and samples."""

@@ -1,0 +1,57 @@
+"""How codes are distributed over the codebook.
+
+Below, n_k is how often code k occurs among the N given codes of a codebook of K, and p_k = n_k / N. Codes may
+come in any shape and integer type. Every function raises InputError when there are no codes, or one is not in
+0 .. K - 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gigatok_ds.errors import InputError
+
+
+def code_counts(codes: Tensor, codebook_size: int) -> Tensor:
+    """n_k as float64 (codebook_size,)."""
+    codes = torch.as_tensor(codes).flatten().long()
+    if not len(codes):
+        raise InputError("there are no codes to measure")
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= codebook_size:
+        raise InputError(f"codes go from {low} to {high}; "
+                         f"a codebook of {codebook_size} allows 0 to {codebook_size - 1}")
+    return torch.bincount(codes, minlength=codebook_size).double()
+
+
+def codebook_usage(codes: Tensor, codebook_size: int) -> float:
+    """Fraction of the codebook that occurs at all: |{k : n_k > 0}| / K."""
+    return int(code_counts(codes, codebook_size).count_nonzero()) / codebook_size
+
+
+def unigram_entropy(codes: Tensor, codebook_size: int) -> float:
+    """Entropy of the empirical distribution, -sum_k p_k ln p_k, in nats per code.
+
+    What the best model would pay that knows how frequent codes are, but neither position, class nor context.
+    """
+    probabilities = code_counts(codes, codebook_size)
+    probabilities /= probabilities.sum()
+    return float(torch.special.entr(probabilities).sum())
+
+
+def perplexity(codes: Tensor, codebook_size: int) -> float:
+    """exp of the unigram entropy: from 1 (a single code) to K (all equally frequent)."""
+    return math.exp(unigram_entropy(codes, codebook_size))
+
+
+def cross_entropy_under_unigram(train_codes: Tensor, test_codes: Tensor, codebook_size: int) -> float:
+    """Mean of -ln q_k over the test codes, in nats per code; q_k = (n_k + 1) / (N + K) from the train codes.
+
+    Counting one more of everything (Laplace's rule) keeps it finite for codes that never occur in training.
+    """
+    seen = code_counts(train_codes, codebook_size) + 1
+    test = code_counts(test_codes, codebook_size)
+    return float(-(test * (seen / seen.sum()).log()).sum() / test.sum())

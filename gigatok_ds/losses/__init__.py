@@ -1,0 +1,1 @@
+"""One file per term of the tokenizer's objective, and their composition."""

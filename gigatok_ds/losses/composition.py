@@ -1,0 +1,133 @@
+"""The tokenizer's objective: which terms are active at a step, and how much each counts.
+
+Steps are counted from 1. Every method returns weighted scalars by name, so their sum is the loss; terms that are
+inactive at a step are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gigatok_ds.config.recipe import AdversarialConfig, TokenizerLossConfig
+from gigatok_ds.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
+from gigatok_ds.losses.diffaug import diff_augment
+from gigatok_ds.losses.feature import feature_loss
+from gigatok_ds.losses.perceptual import load_lpips
+from gigatok_ds.losses.reconstruction import RECONSTRUCTION_LOSSES
+from gigatok_ds.losses.semantic import Teacher, alignment_loss
+from gigatok_ds.models.dino_discriminator import DinoDiscriminator, dino_backbone
+from gigatok_ds.models.patchgan import PatchGAN
+
+if TYPE_CHECKING:
+    from gigatok_ds.models.tokenizer import TokenizerOutput
+
+# Logits of images in [-1, 1], with whatever augmentation the discriminator has.
+Discriminate = Callable[[Tensor], Tensor]
+
+
+class TokenizerObjective(nn.Module):
+    """Holds the frozen networks that losses look through; it has no trainable parameters."""
+
+    def __init__(self, config: TokenizerLossConfig, *, perceptual: nn.Module | None, teacher: nn.Module | None):
+        """perceptual maps (images, reconstructions) to (B,) distances; teacher maps images to (B, T, width)."""
+        super().__init__()
+        assert (perceptual is None) == (config.perceptual is None), "perceptual network and configuration disagree"
+        assert (teacher is None) == (config.semantic is None), "teacher and configuration disagree"
+        self.config = config
+        self.perceptual = perceptual
+        self.teacher = teacher
+        self.requires_grad_(False)
+
+    def wants_feature_loss(self, step: int) -> bool:
+        return self.config.auxiliary is not None and step < self.config.auxiliary.end_step
+
+    def wants_direct_reconstruction(self, step: int) -> bool:
+        return self.wants_feature_loss(step) and self.config.auxiliary.direct_reconstruction
+
+    def wants_entropy(self, step: int) -> bool:
+        end = self.config.quantizer.entropy_end_step
+        return self.config.quantizer.entropy > 0 and (end is None or step < end)
+
+    def discriminator_active(self, step: int) -> bool:
+        return self.config.adversarial is not None and step >= self.config.adversarial.start_step
+
+    def image_terms(self, images: Tensor, reconstruction: Tensor, direct_reconstruction: Tensor | None,
+                    discriminate: Discriminate | None, step: int) -> dict[str, Tensor]:
+        """The generator's terms that depend on images (B, 3, H, W) in [-1, 1] only.
+
+        A direct reconstruction is the CNN decoder's output on the CNN encoder's own features; it gets the same terms
+        as the reconstruction while it is wanted. discriminate may be None while the discriminator is inactive.
+        """
+        terms = self._terms_of(images, reconstruction, discriminate, step)
+        if direct_reconstruction is not None and self.wants_direct_reconstruction(step):
+            direct = self._terms_of(images, direct_reconstruction, discriminate, step)
+            terms |= {f"direct_{name}": value for name, value in direct.items()}
+        return terms
+
+    def _terms_of(self, images: Tensor, reconstruction: Tensor, discriminate: Discriminate | None,
+                  step: int) -> dict[str, Tensor]:
+        config = self.config
+        pixel_loss = RECONSTRUCTION_LOSSES[config.reconstruction.kind]
+        terms = {"reconstruction": config.reconstruction.weight * pixel_loss(reconstruction.float(), images.float())}
+        if config.perceptual:
+            terms["perceptual"] = config.perceptual.weight * self.perceptual(images, reconstruction).mean()
+        if self.discriminator_active(step):
+            assert discriminate is not None, "the discriminator is active but was not given"
+            adversarial_loss = GENERATOR_LOSSES[config.adversarial.generator_loss]
+            terms["adversarial"] = config.adversarial.weight * adversarial_loss(discriminate(reconstruction))
+        return terms
+
+    def latent_terms(self, output: TokenizerOutput, images: Tensor, step: int) -> dict[str, Tensor]:
+        """The generator's terms that depend on the quantizer and on features of the images.
+
+        Raises InputError when the semantic head does not fit the teacher.
+        """
+        config, quantizer = self.config, output.quantizer_losses
+        terms = {
+            "codebook": config.quantizer.codebook * quantizer.codebook,
+            "commitment": config.quantizer.commitment * quantizer.commitment,
+        }
+        if self.wants_entropy(step):
+            terms["entropy"] = config.quantizer.entropy * quantizer.entropy
+        if self.wants_feature_loss(step):
+            loss = feature_loss(output.decoded_feature, output.cnn_feature, config.auxiliary.feature)
+            terms["feature"] = config.auxiliary.feature_weight * loss
+        if config.semantic:
+            terms["semantic"] = config.semantic.weight * alignment_loss(output.semantic_feature, self.teacher(images))
+        return terms
+
+    def discriminator_terms(self, real_logits: Tensor, fake_logits: Tensor, direct_fake_logits: Tensor | None,
+                            step: int) -> dict[str, Tensor]:
+        """The discriminator's terms; like the generator's they carry the adversarial weight."""
+        assert self.discriminator_active(step), f"the discriminator is not active at step {step}"
+        config = self.config.adversarial
+        loss = DISCRIMINATOR_LOSSES[config.discriminator_loss]
+        terms = {"discriminator": config.weight * loss(real_logits, fake_logits)}
+        if direct_fake_logits is not None and self.wants_direct_reconstruction(step):
+            terms["direct_discriminator"] = config.weight * loss(real_logits, direct_fake_logits)
+        return terms
+
+
+def build_objective(config: TokenizerLossConfig, *, device: torch.device | str) -> TokenizerObjective:
+    """The objective with its frozen networks loaded. Raises InputError naming the key of a file that is missing."""
+    perceptual = teacher = None
+    if config.perceptual:
+        perceptual = load_lpips(config.perceptual.weights, dropout=config.perceptual.dropout)
+    if config.semantic:
+        teacher = Teacher(config.semantic.teacher, config.semantic.weights)
+    return TokenizerObjective(config, perceptual=perceptual, teacher=teacher).to(device)
+
+
+def build_discriminator(config: AdversarialConfig) -> PatchGAN | DinoDiscriminator:
+    """The discriminator, freshly initialised from torch's own generator: seed it first.
+
+    It is called with images (B, 3, H, W) in [-1, 1] and, if it augments, a CPU generator. Raises InputError when the
+    DINO backbone's file is missing.
+    """
+    if config.discriminator == "dino":
+        return DinoDiscriminator(dino_backbone(config.backbone_weights), augment=diff_augment)
+    return PatchGAN(base_channels=config.base_channels, layers=config.layers, kernel_size=config.kernel_size)

@@ -1,0 +1,109 @@
+"""Building blocks of the convolutional encoder and decoder. Feature maps are (B, C, H, W)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6, affine=affine)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice; a 1x1 convolution carries the shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions of the feature map, added to its input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (projection(h).flatten(2).transpose(1, 2) for projection in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the side: zero padding at the right and bottom only, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class NearestUpsample(nn.Module):
+    """Double the side by repetition, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def depth_to_space(x: Tensor) -> Tensor:
+    """(B, 4C, H, W) to (B, C, 2H, 2W) in ONNX's DCR order: output[c, 2y+r, 2x+s] = input[(2r+s)*C + c, y, x].
+
+    This is not torch's pixel_shuffle, which is the CRD order.
+    """
+    b, c4, h, w = x.shape
+    x = x.reshape(b, 2, 2, c4 // 4, h, w).permute(0, 3, 4, 1, 5, 2)
+    return x.reshape(b, c4 // 4, 2 * h, 2 * w)
+
+
+class DepthToSpaceUpsample(nn.Module):
+    """Double the side: a 3x3 convolution to four times the channels, then depth to space."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depth_to_space(self.conv1(x))
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose scale and bias come from the statistics of a style map (AdaIN with 32 groups).
+
+    scale = gamma(sqrt(var + eps)), bias = beta(mean), with the unbiased variance over positions and no "+1".
+    """
+
+    def __init__(self, channels: int, style_channels: int):
+        super().__init__()
+        self.norm = group_norm(channels, affine=False)
+        self.gamma = nn.Linear(style_channels, channels)
+        self.beta = nn.Linear(style_channels, channels)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(style.flatten(2).float(), dim=2, unbiased=True)
+        scale = self.gamma((variance + 1e-6).sqrt().to(style.dtype))
+        bias = self.beta(mean.to(style.dtype))
+        return scale[:, :, None, None] * self.norm(x) + bias[:, :, None, None]

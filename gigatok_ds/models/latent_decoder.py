@@ -1,0 +1,92 @@
+"""Transformer decoders: latent tokens back to the CNN decoder's feature map, with the semantic head on the way."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gigatok_ds.config.model import TokenizerConfig
+from gigatok_ds.models.attention import TransformerLayer
+from gigatok_ds.models.latent_encoder import GridTransformer, PositionTables, map_to_tokens, tokens_to_map
+from gigatok_ds.parallel.layers import LayerFactory
+
+
+def semantic_head(config: TokenizerConfig) -> nn.Sequential:
+    """The three-layer MLP whose output is aligned with a teacher's patch features."""
+    width, out = config.decoder_size.width, config.semantic_head.teacher_width
+    return nn.Sequential(
+        nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width), nn.SiLU(), nn.Linear(4 * width, out)
+    )
+
+
+class _Decoder(PositionTables):
+    """What both decoders share: embedding, output, and the optional semantic head after one of the layers."""
+
+    def __init__(self, config: TokenizerConfig, **tables: int):
+        width = config.decoder_size.width
+        super().__init__(width, positional_embedding=config.grid**2, **tables)
+        self.grid = config.grid
+        self.ln_pre = nn.LayerNorm(config.z_channels)
+        self.decoder_embed = nn.Linear(config.z_channels, width)
+        self.ln_post = nn.LayerNorm(width)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+        self.semantic_depth = config.semantic_head.depth if config.semantic_head else None
+        if config.semantic_head:
+            self.distill_mlp = semantic_head(config)
+
+    def embed(self, latent: Tensor) -> Tensor:
+        """Latents (B, z, H, W), any shape with the right number of positions, to tokens (H * W, B, width)."""
+        return self.decoder_embed(self.ln_pre(map_to_tokens(latent)))
+
+    def semantic_feature(self, x: Tensor) -> Tensor:
+        """Decoder tokens (G * G, B, width) to predicted teacher features (B, G * G, teacher width)."""
+        return self.distill_mlp(x).transpose(0, 1)
+
+    def output(self, x: Tensor) -> Tensor:
+        return self.conv_out(tokens_to_map(self.ln_post(x), self.grid, self.grid))
+
+
+class LatentDecoder(_Decoder):
+    """1-D decoder: grid queries attend to the latent tokens.
+
+    Latents (B, z, 1, T) to features (B, z, G, G). The queries start as copies of the first latent token's embedding
+    unless they are learned.
+    """
+
+    def __init__(self, config: TokenizerConfig, layers: LayerFactory):
+        learned = {"q_2d": config.grid**2} if config.grid_query == "learned" else {}
+        super().__init__(config, latent_token_positional_embedding=config.latent_tokens, **learned)
+        size = config.decoder_size
+        self.query = config.grid_query
+        self.transformer = nn.ModuleList(
+            TransformerLayer(size.width, size.heads, layers, second="cross", dropout=config.dropout,
+                             qk_norm=config.qk_norm)
+            for _ in range(size.layers)
+        )
+
+    def forward(self, latent: Tensor, *, semantic: bool = False) -> tuple[Tensor, Tensor | None]:
+        memory = self.embed(latent)
+        start = self.q_2d.to(memory.dtype) if self.query == "learned" else memory[:1]
+        x = start.expand(self.grid**2, memory.shape[1], -1)
+        feature = None
+        for depth, layer in enumerate(self.transformer, 1):
+            x = layer(x, self.positional_embedding, memory, self.latent_token_positional_embedding)
+            if semantic and depth == self.semantic_depth:
+                feature = self.semantic_feature(x)
+        return self.output(x), feature
+
+
+class GridDecoder(_Decoder):
+    """2-D decoder: the tokens are the grid's cells throughout. Latents (B, z, G, G) to (B, z, G, G)."""
+
+    def __init__(self, config: TokenizerConfig, layers: LayerFactory):
+        super().__init__(config)
+        self.transformer = GridTransformer(config, config.decoder_size, layers)
+
+    def forward(self, latent: Tensor, *, semantic: bool = False) -> tuple[Tensor, Tensor | None]:
+        x = self.transformer.start(self.embed(latent), self.positional_embedding)
+        feature = None
+        for depth, layer in enumerate(self.transformer, 1):
+            x = self.transformer.step(layer, x, self.positional_embedding)
+            if semantic and depth == self.semantic_depth:
+                feature = self.semantic_feature(x)
+        return self.output(x), feature

@@ -1,0 +1,121 @@
+"""The vector quantizer: each latent becomes its nearest code."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gigatok_ds.config.model import QuantizerConfig
+from gigatok_ds.errors import InputError
+from gigatok_ds.kernels.reference import assignment_entropy, nearest_code
+from gigatok_ds.models.initialisation import Fill, uniform
+
+# How many of the latest codes the usage statistic looks back on (the original's ring buffer).
+USAGE_WINDOW = 65536
+
+
+class QuantizerLosses(NamedTuple):
+    """Unweighted scalar losses; means run over all elements of the (normalised) latents."""
+
+    codebook: Tensor
+    commitment: Tensor
+    entropy: Tensor
+
+
+class QuantizerOutput(NamedTuple):
+    """quantized (B, D, H, W); codes (B, H * W) int64, row-major."""
+
+    quantized: Tensor
+    codes: Tensor
+    losses: QuantizerLosses
+
+
+class VectorQuantizer(nn.Module):
+    """Codebook (K, D); with `l2_normalized`, latents and codes are compared on the unit sphere."""
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
+        # Integers, so that casting the model to bfloat16 cannot round a code index.
+        self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW, dtype=torch.int32))
+
+    def initial_fill(self, name: str) -> Fill:
+        """Codes uniform in +-1/K, then on the unit sphere if they are compared there."""
+
+        def fill(codes: Tensor, generator: torch.Generator) -> None:
+            uniform(1.0 / self.config.codebook_size)(codes, generator)
+            codes.copy_(self._normalized(codes))
+
+        return fill
+
+    def codebook(self) -> Tensor:
+        """(K, D) float32 codes as they are compared and decoded: normalised at every use, stored as they are."""
+        return self._normalized(self.embedding.float())
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.config.l2_normalized else x
+
+    def forward(self, latent: Tensor, *, entropy: bool = False) -> QuantizerOutput:
+        """Quantize latents (B, D, H, W). `entropy` also computes the entropy loss, which is zero otherwise."""
+        batch, _, height, width = latent.shape
+        z = self._normalized(latent.permute(0, 2, 3, 1).flatten(0, 2).float())
+        codebook = self.codebook()
+        codes = nearest_code(z, codebook)
+        code_vectors = codebook[codes]
+        losses = QuantizerLosses(
+            codebook=F.mse_loss(code_vectors, z.detach()),
+            commitment=F.mse_loss(z, code_vectors.detach()),
+            entropy=assignment_entropy(z, codebook) if entropy else z.new_zeros(()),
+        )
+        through = rotate if self.config.gradient == "rotation" else straight_through
+        quantized = through(z, code_vectors.detach())
+        quantized = quantized.view(batch, height, width, -1).permute(0, 3, 1, 2).to(latent.dtype)
+        return QuantizerOutput(quantized, codes.view(batch, height * width), losses)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes (B, T) to their exact code vectors as latents (B, D, 1, T) in the weights' dtype."""
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.codebook_size):
+            raise InputError(
+                f"codes must be in [0, {self.config.codebook_size}); got {int(codes.min())} to {int(codes.max())}"
+            )
+        vectors = self._normalized(self.embedding[codes.long()].float())
+        return vectors.permute(0, 2, 1).unsqueeze(2).to(self.embedding.dtype)
+
+    @torch.no_grad()
+    def record_usage(self, codes: Tensor) -> Tensor:
+        """Push codes (any shape) into the window and return the fraction of the codebook it holds, a scalar.
+
+        The window starts as zeros, so code 0 counts as used until 65,536 codes have passed, as in the original.
+        """
+        latest = codes.flatten()[-USAGE_WINDOW:].to(self.codebook_used.dtype)
+        kept = self.codebook_used[latest.numel():].clone()
+        self.codebook_used.copy_(torch.cat([kept, latest]))
+        counts = torch.zeros(self.config.codebook_size, device=codes.device)
+        counts[self.codebook_used.long()] = 1.0
+        return counts.mean()
+
+
+def straight_through(z: Tensor, code_vectors: Tensor) -> Tensor:
+    """The code vectors (N, D), with the gradient of the identity for z."""
+    return z + (code_vectors - z).detach()
+
+
+def rotate(z: Tensor, code_vectors: Tensor) -> Tensor:
+    """The rotation trick (Fifty et al. 2024, arXiv:2410.06424): z rotated and rescaled onto its code vector.
+
+    The rotation is constant in the backward pass, so the gradient turns with it. In value the result differs from
+    the code vector by the 1e-6 guards (about 4e-6 relative). z and code_vectors are (N, D).
+    """
+    z = z / z.norm(dim=1, keepdim=True)
+    with torch.no_grad():
+        z_norm, code_norm = z.norm(dim=1, keepdim=True), code_vectors.norm(dim=1, keepdim=True)
+        u, q = z / (z_norm + 1e-6), code_vectors / (code_norm + 1e-6)
+        w = u + q
+        w = w / w.norm(dim=1, keepdim=True)
+        scale = code_norm / (z_norm + 1e-6)
+    rotated = z - 2 * (z * w).sum(1, keepdim=True) * w + 2 * (z * u).sum(1, keepdim=True) * q
+    return rotated * scale

@@ -1,0 +1,112 @@
+"""The GigaTok tokenizer: image to codes and back (Xiong et al. 2025, arXiv:2504.08736)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gigatok_ds.config.model import TokenizerConfig
+from gigatok_ds.errors import InputError
+from gigatok_ds.models.cnn import CNNDecoder, CNNEncoder
+from gigatok_ds.models.initialisation import Fill, truncated_normal, uniform
+from gigatok_ds.models.latent_decoder import GridDecoder, LatentDecoder
+from gigatok_ds.models.latent_encoder import GridEncoder, LatentEncoder
+from gigatok_ds.models.quantizer import QuantizerLosses, QuantizerOutput, VectorQuantizer
+from gigatok_ds.parallel.layers import PLAIN, LayerFactory
+
+
+class TokenizerOutput(NamedTuple):
+    """What a training step needs of one forward pass.
+
+    reconstruction and direct_reconstruction (B, 3, S, S); codes (B, T); cnn_feature and decoded_feature
+    (B, z, G, G), before the transformer encoder and after the transformer decoder; semantic_feature
+    (B, G * G, teacher width). Parts that were not asked for are None.
+    """
+
+    reconstruction: Tensor
+    codes: Tensor
+    quantizer_losses: QuantizerLosses
+    cnn_feature: Tensor
+    decoded_feature: Tensor
+    semantic_feature: Tensor | None
+    direct_reconstruction: Tensor | None
+
+
+class Tokenizer(nn.Module):
+    """CNN encoder, transformer encoder, quantizer, transformer decoder, CNN decoder.
+
+    Images are (B, 3, S, S) in [-1, 1]; codes are (B, T) int64.
+    """
+
+    def __init__(self, config: TokenizerConfig, layers: LayerFactory = PLAIN):
+        super().__init__()
+        self.config = config
+        encoder, decoder = (LatentEncoder, LatentDecoder) if config.layout == "1d" else (GridEncoder, GridDecoder)
+        dim = config.quantizer.codebook_dim
+        self.cnn_encoder = CNNEncoder(config.cnn, config.z_channels, config.dropout)
+        self.encoder = encoder(config, layers)
+        self.decoder = decoder(config, layers)
+        self.cnn_decoder = CNNDecoder(config.cnn, config.z_channels, config.dropout)
+        self.quant_conv = nn.Conv2d(config.z_channels, dim, 1)
+        self.post_quant_conv = nn.Conv2d(dim, config.z_channels, 1)
+        self.quantizer = VectorQuantizer(config.quantizer)
+
+    def initial_fill(self, name: str) -> Fill | None:
+        """N(0, 0.02) for weights, as in the original, whose quantizer convolutions keep torch's own default."""
+        room, _, rest = name.partition(".")
+        if room in ("quant_conv", "post_quant_conv"):
+            return uniform(getattr(self, room).in_channels ** -0.5)
+        is_weight = rest.endswith("weight")
+        owner = self.get_submodule(name.rpartition(".")[0])
+        return truncated_normal(0.02) if is_weight and "Norm" not in type(owner).__name__ else None
+
+    def check_images(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise InputError(f"images have shape {tuple(images.shape)}; this tokenizer takes (batch, 3, {size}, {size})")
+
+    def forward(self, images: Tensor, *, entropy: bool = False, semantic: bool = False,
+                direct: bool = False) -> TokenizerOutput:
+        """One training pass. `direct` also decodes the CNN's own features, bypassing transformers and quantizer."""
+        self.check_images(images)
+        cnn_feature = self.cnn_encoder(images)
+        quantized = self.quantizer(self.quant_conv(self.encoder(cnn_feature)), entropy=entropy)
+        decoded_feature, semantic_feature = self.decoder(self.post_quant_conv(quantized.quantized), semantic=semantic)
+        return TokenizerOutput(
+            reconstruction=self.cnn_decoder(decoded_feature),
+            codes=quantized.codes,
+            quantizer_losses=quantized.losses,
+            cnn_feature=cnn_feature,
+            decoded_feature=decoded_feature,
+            semantic_feature=semantic_feature,
+            direct_reconstruction=self.cnn_decoder(cnn_feature) if direct else None,
+        )
+
+    def latent(self, images: Tensor) -> Tensor:
+        """Latents before the quantizer: (B, D, 1, T) in the 1-D layout, (B, D, G, G) in the 2-D layout."""
+        self.check_images(images)
+        return self.quant_conv(self.encoder(self.cnn_encoder(images)))
+
+    def quantize(self, images: Tensor) -> QuantizerOutput:
+        return self.quantizer(self.latent(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] to codes (B, T) int64."""
+        weight = self.quant_conv.weight
+        return self.quantize(images.to(weight.device, weight.dtype)).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T) to images (B, 3, S, S), nominally in [-1, 1] but not clamped.
+
+        Raises InputError when a code lies outside the codebook or T is not the number of latent tokens.
+        """
+        if codes.ndim != 2 or codes.shape[1] != self.config.latent_tokens:
+            raise InputError(
+                f"codes have shape {tuple(codes.shape)}; this tokenizer takes (batch, {self.config.latent_tokens})"
+            )
+        latent = self.quantizer.lookup(codes.to(self.quant_conv.weight.device))
+        return self.cnn_decoder(self.decoder(self.post_quant_conv(latent))[0])

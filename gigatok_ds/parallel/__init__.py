@@ -1,0 +1,1 @@
+"""Everything that knows about ranks: topology, and which kind of layer a model gets."""

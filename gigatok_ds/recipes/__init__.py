@@ -1,0 +1,1 @@
+"""One YAML file per model; `gigatok-ds recipes` lists them."""

@@ -1,0 +1,1 @@
+"""Generating codes from classes: cache, guidance, token choice, the decoding loop."""

@@ -1,0 +1,102 @@
+"""One training step of a GPT: cross-entropy of codes given the class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gigatok_ds.config.recipe import GPTRecipe
+from gigatok_ds.data.codes import CodeBatches, CodeDataset
+from gigatok_ds.errors import InputError
+from gigatok_ds.models.gpt import GPT
+from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.streams import torch_stream
+from gigatok_ds.training.engine import Engine
+
+PROBE_SEQUENCES = 16
+
+
+class GPTTask:
+    """A single engine over a GPT, fed with pre-extracted codes."""
+
+    def __init__(self, recipe: GPTRecipe, topology: Topology, settings: dict):
+        self.recipe, self.topology = recipe, topology
+        self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
+        self.train_codes = self._open(recipe.data.train)
+        self.validation_codes = self._open(recipe.data.validation)
+        self.engine = Engine(lambda: GPT(recipe.model), recipe.optimizer, settings, seed=recipe.training.seed)
+        self.engines = {"gpt": self.engine}
+
+    def _open(self, path: str) -> CodeDataset:
+        """Code shards that fit this GPT; InputError naming what differs."""
+        codes, model = CodeDataset.open(path), self.recipe.model
+        expected = {"codebook_size": model.vocab_size, "latent_tokens": model.sequence_length}
+        for name, value in expected.items():
+            if codes.metadata[name] != value:
+                raise InputError(f"{path} has {name} {codes.metadata[name]}, but {self.recipe.name} expects {value}")
+        codes.check_labels(model.num_classes)
+        return codes
+
+    def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
+        training = self.recipe.training
+        return iter(CodeBatches(
+            self.train_codes,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=training.seed,
+            workers=self.recipe.data.workers,
+            data_rank=self.topology.data_rank,
+            data_size=self.topology.data_size,
+            start_step=start_step,
+        ))
+
+    def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
+        device = self.topology.device
+        codes, classes = batch["codes"].to(device), batch["labels"].to(device)
+        self.engine.network.train()
+        loss = cross_entropy(self.engine(codes[:, :-1], self._drop_classes(classes, step)), codes)
+        self.engine.backward(loss)
+        self.engine.step(lr)
+        return {"loss": loss}
+
+    def _drop_classes(self, classes: Tensor, step: int) -> Tensor:
+        """Replace some classes by "no class", so that the model also learns to run without guidance."""
+        stream = torch_stream(self.recipe.training.seed, "class-dropout", step, self.topology.data_rank)
+        dropped = torch.rand(len(classes), generator=stream) < self.recipe.model.class_dropout
+        return torch.where(dropped.to(classes.device), self.recipe.model.num_classes, classes)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean cross-entropy, in nats per code, of the first augmentation of every validation sequence."""
+        network = self.engine.network.eval()
+        codes, labels = self.validation_codes.codes[:, 0], self.validation_codes.labels
+        rank, ranks, size = self.topology.data_rank, self.topology.data_size, self.micro_batch_size
+        total = torch.zeros(2, dtype=torch.float64)
+        # Every rank runs as many batches as the others; those past the end repeat the last sequence uncounted.
+        for start in range(0, -(-len(codes) // (size * ranks)) * size * ranks, size * ranks):
+            wanted = torch.arange(start + rank * size, start + (rank + 1) * size)
+            valid = wanted < len(codes)
+            rows = wanted.clamp(max=len(codes) - 1)
+            batch = torch.as_tensor(codes[rows]).long().to(self.topology.device)
+            logits = network(batch[:, :-1], torch.as_tensor(labels[rows]).long().to(self.topology.device))
+            losses = F.cross_entropy(logits.flatten(0, 1), batch.flatten(), reduction="none").view_as(batch)
+            total += torch.stack([losses.cpu()[valid].double().sum(), valid.sum() * batch.shape[1]])
+        total = self.topology.mean_over_data(total.to(self.topology.device)).cpu()
+        return {"loss": float(total[0] / total[1])}
+
+    @torch.no_grad()
+    def probe(self) -> dict[str, np.ndarray]:
+        codes = torch.as_tensor(self.validation_codes.codes[:PROBE_SEQUENCES, 0]).long()
+        labels = torch.as_tensor(self.validation_codes.labels[:PROBE_SEQUENCES]).long()
+        device = self.topology.device
+        logits = self.engine.network.eval()(codes[:, :-1].to(device), labels.to(device))
+        return {"codes": codes.numpy(), "classes": labels.numpy(), "logits": logits.cpu().numpy()}
+
+
+def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
+    """Mean over all positions; logits (B, T, vocab), codes (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())

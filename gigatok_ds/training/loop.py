@@ -1,0 +1,126 @@
+"""The one training loop. What a step computes is the task's business; how often, how long and what is kept, ours."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigatok_ds.checkpoint.run_directory import complete_checkpoints, load_checkpoint, save_checkpoint
+from gigatok_ds.config.recipe import Recipe
+from gigatok_ds.errors import InputError
+from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.streams import stream_key
+from gigatok_ds.training.engine import Engine
+from gigatok_ds.training.monitor import Monitor
+from gigatok_ds.training.schedules import lr_of_iteration
+
+
+class Task(Protocol):
+    """What is trained: its engines, its data, and one micro batch's forward and backward passes."""
+
+    engines: dict[str, Engine]
+
+    def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
+        """This rank's endless stream of micro batches, from the one that `start_step` (0-based) begins with."""
+
+    def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
+        """Forward, backward and engine steps for micro batch of `step` (1-based); scalars to log."""
+
+    def validate(self) -> dict[str, float]:
+        """Figures on the validation data; collective."""
+
+    def probe(self) -> dict[str, np.ndarray]:
+        """Outputs on a few fixed inputs, against which an exported model is checked; collective."""
+
+
+def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int) -> None:
+    """Train `task` to recipe.training.steps, resuming from the newest complete checkpoint of `run_dir`.
+
+    Afterwards `probe.npz` holds the trained model's own outputs on a few inputs.
+    """
+    start = _resume(task, run_dir, topology)
+    if start < recipe.training.steps:
+        monitor = Monitor(run_dir, enabled=topology.is_first, total_steps=recipe.training.steps, start_step=start,
+                          description=recipe.name)
+        with monitor:
+            _run_steps(recipe, task, run_dir, topology, accumulation, start, monitor)
+    probe = task.probe()
+    if topology.is_first:
+        scratch = run_dir / "probe.partial.npz"
+        np.savez(scratch, **probe)
+        os.replace(scratch, run_dir / "probe.npz")
+
+
+def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int, start: int,
+               monitor: Monitor) -> None:
+    settings = recipe.training
+    batches = task.micro_batches(start)
+    window = Window()
+    for step in range(start + 1, settings.steps + 1):
+        last = step == settings.steps
+        lr = lr_of_iteration(recipe.schedule, recipe.optimizer.lr, settings.steps, step - 1)
+        # Dropout is addressed, so a resumed run draws what the uninterrupted one would have drawn.
+        torch.manual_seed(stream_key(settings.seed, "dropout", step, topology.data_rank))
+        for _ in range(accumulation):
+            window.add(task.train_micro_batch(next(batches), step, lr))
+        if step % settings.log_every == 0 or last:
+            values = window.mean(topology)
+            _refuse_non_finite(values, step)
+            norms = {f"grad_norm/{name}": norm for name, engine in task.engines.items()
+                     if (norm := engine.gradient_norm()) is not None}
+            monitor.log(step, values | norms | {"lr": lr})
+            monitor.progress(step, {"loss": values["loss"]})
+        if step % settings.validate_every == 0 or last:
+            figures = task.validate()
+            monitor.log(step, {f"validation/{name}": value for name, value in figures.items()})
+        if step % settings.checkpoint_every == 0 or last:
+            save_checkpoint(run_dir, step, task.engines, topology, keep=settings.keep_checkpoints)
+
+
+class Window:
+    """Running means of logged scalars, kept on the device so that only logging steps synchronise."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def mean(self, topology: Topology) -> dict[str, float]:
+        """Means over the window and over data ranks; empties the window."""
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, topology.mean_over_data(means).tolist()))
+
+
+def _resume(task: Task, run_dir: Path, topology: Topology) -> int:
+    """Load the newest checkpoint that the first rank sees, on all ranks; 0 when there is none."""
+    found = complete_checkpoints(run_dir)
+    newest = topology.from_first(str(found[-1][1]) if found else None)
+    if newest is None:
+        return 0
+    step = load_checkpoint(Path(newest), task.engines, topology)
+    if topology.is_first:
+        print(f"resuming from {newest}", file=sys.stderr)
+    return step
+
+
+def _refuse_non_finite(values: dict[str, float], step: int) -> None:
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise InputError(
+            f"step {step}: {', '.join(bad)} is not finite; lower optimizer.lr, or continue from the last checkpoint "
+            "with training.precision=fp32 to find the cause"
+        )

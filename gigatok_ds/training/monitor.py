@@ -1,0 +1,132 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard events and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from gigatok_ds.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_DIRECTORY = "events"
+_REFRESH_SECONDS = {True: 0.1, False: 30.0}  # of the bar, on a terminal and in a log file
+
+
+class Monitor:
+    """Logs one run, as a context manager; with `enabled` false it does nothing and touches nothing.
+
+    Entering continues a run after `start_step`: what was logged for later steps is dropped, and so is a last
+    line that a killed run left half-written. Raises InputError when metrics.jsonl is damaged elsewhere.
+    """
+
+    def __init__(self, run_dir: str | Path, *, enabled: bool, total_steps: int, start_step: int = 0,
+                 description: str):
+        self.run_dir, self.enabled = Path(run_dir), enabled
+        self.total_steps, self.start_step, self.description = total_steps, start_step, description
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Monitor:
+        if not self.enabled:
+            return self
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        metrics = self.run_dir / METRICS_FILE
+        _truncate(metrics, self.start_step)
+        refresh = _REFRESH_SECONDS[sys.stderr.isatty()]
+        with ExitStack() as stack:
+            self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8"))
+            self._events = stack.enter_context(
+                SummaryWriter(str(self.run_dir / EVENTS_DIRECTORY), purge_step=self.start_step + 1))
+            self._bar = stack.enter_context(
+                tqdm(total=self.total_steps, initial=self.start_step, desc=self.description, unit="step",
+                     file=sys.stderr, dynamic_ncols=True, mininterval=refresh,
+                     maxinterval=max(refresh, 10.0)))
+            self._resources = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._resources.close()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line, {"step", "time" (Unix seconds), the values}, and the same scalars to TensorBoard.
+
+        A value that is not finite becomes null in the line, since JSON has no name for it.
+        """
+        if not self.enabled:
+            return
+        assert not {"step", "time"} & values.keys(), "these two names are ours"
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": step, "time": round(time.time(), 3)}
+        line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.flush()
+        for name, number in numbers.items():
+            self._events.add_scalar(name, number, step)
+        self._events.flush()
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Show an image, uint8 (H, W, 3), in TensorBoard."""
+        if not self.enabled:
+            return
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
+        self._events.add_image(name, image, step, dataformats="HWC")
+        self._events.flush()
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Move the bar to `step` and show `values` next to the remaining time."""
+        if not self.enabled:
+            return
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, oldest first; a value that was not finite is NaN.
+
+    Calls of `Monitor.log` for one step are lines of their own. A last line still being written is left out.
+    Raises FileNotFoundError when the run has logged nothing, InputError when the file is damaged.
+    """
+    records = [record for _, record in _parse(Path(run_dir) / METRICS_FILE)]
+    return [{name: math.nan if value is None else value for name, value in record.items()}
+            for record in records]
+
+
+def _parse(path: Path) -> list[tuple[str, dict]]:
+    """Complete lines as (text, record)."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    parsed = []
+    for number, text in enumerate(lines, 1):
+        record = _record(text)
+        if record is not None:
+            parsed.append((text, record))
+        elif number < len(lines):
+            raise InputError(f"line {number} of {path} is damaged; repair or remove it")
+    return parsed
+
+
+def _record(text: str) -> dict | None:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Keep only complete lines of steps up to `last_step`."""
+    if not path.exists():
+        return
+    kept = "".join(f"{text}\n" for text, record in _parse(path) if record["step"] <= last_step)
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(kept, encoding="utf-8")
+    os.replace(scratch, path)

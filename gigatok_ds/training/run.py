@@ -1,0 +1,91 @@
+"""A training run from a recipe: check everything, prepare the run directory, build the task, train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from gigatok_ds.config.deepspeed import resolve_deepspeed
+from gigatok_ds.config.load import load_recipe, recipe_to_dict, save_resolved
+from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.errors import InputError
+
+RECIPE_FILE = "recipe.yaml"
+DEEPSPEED_FILE = "deepspeed.json"
+
+
+def check_run(recipe: Recipe, run_dir: Path) -> None:
+    """Refuse what can be refused before any rank starts: missing data, or a run directory of another recipe."""
+    for split in ("train", "validation"):
+        path = getattr(recipe.data, split)
+        if path is None:
+            raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
+        if not Path(path).is_dir():
+            raise InputError(f"data.{split} is {path}, which is not a directory")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"{run_dir} exists and is not a directory")
+    earlier = run_dir / RECIPE_FILE
+    if earlier.is_file():
+        before, now = _flat(recipe_to_dict(load_recipe(str(earlier)))), _flat(recipe_to_dict(recipe))
+        # A run may be made longer or report more often; anything else would be another run.
+        differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
+                     and key.split(".")[-1] not in ("log_every", "validate_every", "checkpoint_every",
+                                                    "keep_checkpoints", "workers")]
+        if differing:
+            raise InputError(f"{run_dir} was started with another recipe: {', '.join(differing)} differ; "
+                             "choose another --out")
+
+
+def _flat(data: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict) -> None:
+    """Train `recipe` in this process (one rank of however many were launched), into `run_dir`.
+
+    deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
+    holds a checkpoint. Raises InputError for anything the user can mend.
+    """
+    from gigatok_ds.parallel.topology import start_process_group, stop_process_group
+    from gigatok_ds.training.environment import write_environment
+    from gigatok_ds.training.loop import train
+
+    check_run(recipe, run_dir)
+    topology = start_process_group()
+    try:
+        settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
+        if topology.is_first:
+            for warning in warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_resolved(recipe, run_dir / RECIPE_FILE)
+            _write_json(run_dir / DEEPSPEED_FILE, settings)
+            write_environment(run_dir, command=sys.argv)
+        topology.barrier()
+        task = _task(recipe)(recipe, topology, settings)
+        train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"])
+    finally:
+        stop_process_group()
+
+
+def _task(recipe: Recipe):
+    if isinstance(recipe, TokenizerRecipe):
+        from gigatok_ds.training.tokenizer_task import TokenizerTask
+
+        return TokenizerTask
+    from gigatok_ds.training.gpt_task import GPTTask
+
+    return GPTTask
+
+
+def _write_json(path: Path, content: dict) -> None:
+    import json
+
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(scratch, path)

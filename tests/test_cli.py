@@ -1,0 +1,137 @@
+"""The command line: it teaches, it is frozen, and bad input is one line and exit code 2."""
+
+import argparse
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import small_gpt, small_tokenizer
+
+from gigatok_ds.checkpoint.original import to_original
+from gigatok_ds.checkpoint.standalone import save_standalone
+from gigatok_ds.cli.main import COMMANDS, build_parser, main
+
+
+def run(capsys, *arguments):
+    """Exit code and what was printed to standard error."""
+    code = main([str(argument) for argument in arguments])
+    return code, capsys.readouterr().err
+
+
+def refused(capsys, *arguments):
+    """The single error line of a command that must fail with exit code 2."""
+    code, err = run(capsys, *arguments)
+    lines = [line for line in err.splitlines() if ": error: " in line]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err
+    return lines[0]
+
+
+# Changing the command line is a decision: change this table with it.
+OPTIONS = {
+    "demo": {"--out", "--data", "--ranks", "--zero", "--tokenizer", "--gpt"},
+    "recipes": {"recipe", "overrides"},
+    "make-shards": {"directory", "--out", "--prefix", "--samples-per-shard"},
+    "train": {"recipe", "overrides", "--out", "--zero", "--deepspeed"},
+    "export": {"run_dir", "--out"},
+    "import-gigatok": {"file", "--recipe", "--out", "--weights"},
+    "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--device"},
+    "reconstruct": {"tokenizer", "images", "--out", "--device"},
+    "sample": {"--gpt", "--tokenizer", "--classes", "--out", "--per-class", "--cfg", "--cfg-schedule", "--cfg-start",
+               "--temperature", "--top-k", "--top-p", "--seed", "--device"},
+}
+
+
+def test_the_command_line_is_frozen():
+    subparsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    found = {
+        name: {(action.option_strings or [action.dest])[0] for action in parser._actions if action.dest != "help"}
+        for name, parser in subparsers.choices.items()
+    }
+    assert found == OPTIONS
+    assert set(COMMANDS) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    start = time.perf_counter()
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0 and time.perf_counter() - start < 1
+    assert len(capsys.readouterr().out) > 200
+
+
+@pytest.fixture
+def models(tmp_path):
+    tokenizer, gpt = small_tokenizer(), small_gpt()
+    save_standalone(tmp_path / "tok", tokenizer.config, tokenizer.state_dict())
+    save_standalone(tmp_path / "gpt", gpt.config, gpt.state_dict())
+    return tmp_path / "tok", tmp_path / "gpt"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_sample_writes_a_grid_of_rows(models, tmp_path, capsys):
+    tokenizer, gpt = models
+    arguments = ["sample", "--gpt", gpt, "--tokenizer", tokenizer, "--classes", "0,3", "--per-class", "4", "--cfg", "2"]
+    assert run(capsys, *arguments, "--out", tmp_path / "a.png")[0] == 0
+    assert run(capsys, *arguments, "--out", tmp_path / "b.png")[0] == 0
+    assert Image.open(tmp_path / "a.png").size == (4 * 16, 2 * 16)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_images_to_shards_to_codes_and_reconstructions(models, photos, tmp_path, capsys):
+    tokenizer, _ = models
+    assert run(capsys, "make-shards", photos, "--out", tmp_path / "shards")[0] == 0
+    codes = tmp_path / "codes"
+    assert run(capsys, "extract-codes", tokenizer, tmp_path / "shards", "--out", codes, "--crops", "flip")[0] == 0
+    from gigatok_ds.data.codes import CodeDataset
+
+    assert CodeDataset.open(codes).codes.shape == (6, 2, 8)
+    assert run(capsys, "reconstruct", tokenizer, photos, "--out", tmp_path / "rec")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "rec").rglob("*.png")) == ["0.png"] * 2 + ["1.png"] * 2 + ["2.png"] * 2
+
+
+def test_import_gigatok_needs_the_right_recipe_and_leaves_nothing_behind(tmp_path, capsys):
+    tokenizer = small_tokenizer()
+    torch.save({"model": to_original(tokenizer.config, tokenizer.state_dict())}, tmp_path / "t.pt")
+    out = tmp_path / "out"
+    assert "does not fit this recipe" in refused(capsys, "import-gigatok", tmp_path / "t.pt", "--recipe", "VQ_SS256",
+                                                "--out", out)
+    assert "VQ_SS256" in refused(capsys, "import-gigatok", tmp_path / "t.pt", "--recipe", "VQ_SS25", "--out", out)
+    assert "has no ema weights" in refused(capsys, "import-gigatok", tmp_path / "t.pt", "--recipe", "VQ_SS256",
+                                           "--weights", "ema", "--out", out)
+    assert not out.exists()
+
+
+def test_bad_input_is_one_line(models, photos, tmp_path, capsys):
+    tokenizer, gpt = models
+    grid = tmp_path / "grid.png"
+    sample = ["sample", "--gpt", gpt, "--tokenizer", tokenizer, "--out", grid, "--classes"]
+    assert "give class numbers" in refused(capsys, *sample, "cat")
+    assert "classes must be in [0, 5)" in refused(capsys, *sample, "17")
+    assert "unknown cfg_schedule 'wave'" in refused(capsys, *sample, "1", "--cfg-schedule", "wave")
+    assert "holds a tokenizer, not a gpt" in refused(capsys, "sample", "--gpt", tokenizer, "--tokenizer", tokenizer,
+                                                    "--classes", "1", "--out", grid)
+    assert not grid.exists()
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused(capsys, "make-shards", tmp_path / "empty", "--out", tmp_path / "s")
+    (photos / "cat" / "0.png").write_bytes((photos / "cat" / "0.png").read_bytes()[:200])
+    assert "0.png" in refused(capsys, "make-shards", photos, "--out", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    assert "optimizer" in refused(capsys, "train", "demo_tokenizer", "optimiser.lr=1", "--out", tmp_path / "r")
+    assert "data.train is not set" in refused(capsys, "train", "demo_tokenizer", "--out", tmp_path / "r")
+    assert "is not a training run" in refused(capsys, "export", tmp_path, "--out", tmp_path / "e")
+    assert "unknown crops" in refused(capsys, "extract-codes", tokenizer, tmp_path, "--out", tmp_path / "c",
+                                      "--crops", "twelve")
+    assert not (tmp_path / "r").exists()

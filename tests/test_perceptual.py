@@ -1,0 +1,119 @@
+"""LPIPS against the original's numbers, on VGG16 with generated weights, and what it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from golden_models import arrays, manifest
+from golden_weights import image, tensor
+from torchvision.models.vgg import cfgs
+
+from gigatok_ds.errors import InputError
+from gigatok_ds.losses.perceptual import load_lpips, vgg_cache
+
+
+def vgg_shapes():
+    """Index and shapes of VGG16's convolutions, each followed by a ReLU, with pools between stages."""
+    index, channels = 0, 3
+    for width in cfgs["D"]:
+        if width == "M":
+            index += 1
+            continue
+        yield index, (width, channels, 3, 3)
+        index, channels = index + 2, width
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    state = {}
+    for index, shape in vgg_shapes():
+        name = f"features.{index}"
+        state[f"{name}.weight"] = torch.from_numpy(tensor(f"vgg16.{name}.weight", shape)) * math.sqrt(2)
+        state[f"{name}.bias"] = torch.from_numpy(tensor(f"vgg16.{name}.bias", shape[:1]))
+    state["classifier.0.bias"] = torch.zeros(3)  # torchvision's file also holds the classifier
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lpips(vgg_file):
+    return load_lpips(vgg_file)
+
+
+def two_images(size=32):
+    return [torch.from_numpy(image(name, (2, 3, size, size))) for name in ("golden/image", "golden/image_b")]
+
+
+def test_distances_match_the_original(lpips):
+    with torch.no_grad():
+        ours = lpips(*two_images(256))
+    np.testing.assert_allclose(ours.numpy(), arrays("losses")["lpips_vgg"], rtol=0, atol=1e-4)
+    # The golden weights make distances near 0.19: relative agreement says more.
+    np.testing.assert_allclose(ours.numpy(), arrays("losses")["lpips_vgg"], rtol=1e-4)
+
+
+def test_heads_are_the_published_ones(lpips):
+    state = {name: value for name, value in lpips.state_dict().items() if not name.startswith("features.")}
+    renamed = {name.replace(".model.0.", ".model.1."): list(value.shape) for name, value in state.items()}
+    assert renamed == manifest("losses")["lpips_lin"]
+    sums = [state[f"lin{index}.model.1.weight"].sum().item() for index in range(5)]
+    assert sums == pytest.approx([6.92599, 8.85833, 17.51501, 51.52132, 47.03486], abs=1e-4)
+
+
+def test_is_zero_for_equal_images_and_symmetric(lpips):
+    first, second = two_images()
+    with torch.no_grad():
+        assert lpips(first, first).abs().max() == 0
+        assert lpips(first, second).min() > 0
+        torch.testing.assert_close(lpips(first, second), lpips(second, first))
+
+
+def test_frozen_but_differentiable_in_the_image(lpips):
+    first, second = two_images()
+    second.requires_grad_()
+    lpips(first, second).mean().backward()
+    assert second.grad.abs().max() > 0
+    assert not any(parameter.requires_grad for parameter in lpips.parameters())
+
+
+def test_positions_without_any_feature_do_not_make_the_gradient_nan(vgg_file):
+    network = load_lpips(vgg_file)
+    network.features[0].bias.fill_(-1e6)  # every ReLU of the first stage is off
+    network.features[2].bias.fill_(-1e6)
+    first, second = two_images()
+    second.requires_grad_()
+    network(first, second).mean().backward()
+    assert torch.isfinite(second.grad).all()
+
+
+def test_dropout_is_active_only_in_training_and_only_when_asked(vgg_file, lpips):
+    first, second = two_images()
+    with torch.no_grad():
+        exact = lpips.eval()(first, second)
+        assert torch.equal(lpips.train()(first, second), exact)
+        noisy = load_lpips(vgg_file, dropout=True).train()
+        torch.manual_seed(0)
+        draws = torch.stack([noisy(first, second) for _ in range(100)])
+        assert draws.std(dim=0).min() > 0.005 * exact.max()
+        torch.testing.assert_close(draws.mean(dim=0), exact, rtol=0.05, atol=0)  # unbiased
+        assert torch.equal(noisy.eval()(first, second), exact)
+
+
+def test_missing_vgg_names_the_file_its_place_and_the_key(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert vgg_cache().is_relative_to(tmp_path)
+    for weights in (None, tmp_path / "elsewhere.pth"):
+        with pytest.raises(InputError) as error:
+            load_lpips(weights)
+        said = str(error.value)
+        assert "VGG16_Weights.IMAGENET1K_V1" in said and "vgg16-397923af.pth" in said
+        assert "loss.perceptual.weights" in said and str(weights or vgg_cache()) in said
+
+
+def test_another_networks_file_is_refused(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path)
+    with pytest.raises(InputError, match="loss.perceptual.weights: .* holds another network"):
+        load_lpips(path)

@@ -1,0 +1,88 @@
+"""The quantizer against the original's values and gradients, and its own promises."""
+
+import numpy as np
+import pytest
+import torch
+from golden_models import arrays
+from golden_weights import tensor
+
+from gigatok_ds import InputError
+from gigatok_ds.config.model import QuantizerConfig
+from gigatok_ds.kernels.reference import assignment_entropy, nearest_code
+from gigatok_ds.models.quantizer import USAGE_WINDOW, VectorQuantizer
+
+BETA, ENTROPY_RATIO = 0.25, 0.005
+
+
+def golden_quantizer(gradient):
+    quantizer = VectorQuantizer(QuantizerConfig(codebook_size=1024, codebook_dim=8, gradient=gradient))
+    with torch.no_grad():
+        quantizer.embedding.copy_(torch.from_numpy(tensor("golden/quantizer/codebook", (1024, 8))))
+    latent = torch.from_numpy(tensor("golden/quantizer/latent", (4, 8, 1, 64))).requires_grad_()
+    return quantizer, latent
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_values_and_gradients_match_the_original(gradient):
+    golden = {key.removeprefix(gradient + "_"): value for key, value in arrays("quantizer").items()
+              if key.startswith(gradient)}
+    quantizer, latent = golden_quantizer(gradient)
+    output = quantizer(latent, entropy=True)
+
+    def close(ours, key):
+        np.testing.assert_allclose(ours.detach().numpy(), golden[key], rtol=0, atol=1e-5)
+
+    close(output.quantized, "quantized")
+    assert (output.codes.flatten().numpy() == golden["indices"]).all()
+    usage = quantizer.record_usage(output.codes)
+    losses = [output.losses.codebook, BETA * output.losses.commitment, ENTROPY_RATIO * output.losses.entropy]
+    np.testing.assert_allclose([loss.item() for loss in losses] + [usage.item()], golden["losses"], atol=1e-5)
+    upstream = torch.from_numpy(tensor("golden/quantizer/upstream_gradient", (4, 8, 1, 64)))
+    through, = torch.autograd.grad((output.quantized * upstream).sum(), latent, retain_graph=True)
+    close(through, "grad_latent_through_quantized")
+    to_latent, to_codebook = torch.autograd.grad(sum(losses), [latent, quantizer.embedding])
+    close(to_latent, "grad_latent_losses")
+    close(to_codebook, "grad_codebook_losses")
+
+
+def test_assignment_entropy_agrees_with_its_definition_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(64, 3, dtype=torch.float64, generator=generator)
+    codebook = torch.randn(20, 3, dtype=torch.float64, generator=generator)
+    logits = -torch.cdist(latents, codebook).square() / 0.01
+    p = logits.softmax(1)
+    q = p.mean(0)
+    expected = -(p * logits.log_softmax(1)).sum(1).mean() + (q * (q + 1e-5).log()).sum()
+    assert assignment_entropy(latents, codebook).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_nearest_code_agrees_with_float64_and_breaks_ties_low():
+    generator = torch.Generator().manual_seed(0)
+    latents, codebook = torch.randn(3000, 8, generator=generator), torch.randn(500, 8, generator=generator)
+    exact = torch.cdist(latents.double(), codebook.double())
+    assert torch.equal(nearest_code(latents, codebook), exact.argmin(1))
+    doubled = torch.cat([codebook, codebook])
+    assert nearest_code(latents, doubled).max() < 500
+
+
+def test_one_latent_only():
+    quantizer = VectorQuantizer(QuantizerConfig(codebook_size=16, codebook_dim=4))
+    assert quantizer(torch.randn(1, 4, 1, 1)).codes.shape == (1, 1)
+
+
+def test_usage_looks_back_one_window():
+    quantizer = VectorQuantizer(QuantizerConfig(codebook_size=8, codebook_dim=4))
+    assert quantizer.record_usage(torch.tensor([3, 5])).item() == pytest.approx(3 / 8)  # the zeros count as code 0
+    assert quantizer.record_usage(torch.full((USAGE_WINDOW + 10,), 7)).item() == pytest.approx(1 / 8)
+
+
+def test_bfloat16_model_keeps_code_indices_exact():
+    quantizer = VectorQuantizer(QuantizerConfig(codebook_size=16384, codebook_dim=4)).bfloat16()
+    quantizer.record_usage(torch.tensor([16383, 16381]))
+    assert sorted(quantizer.codebook_used.unique().tolist()) == [0, 16381, 16383]
+
+
+def test_codes_outside_the_codebook_are_refused():
+    quantizer = VectorQuantizer(QuantizerConfig(codebook_size=16, codebook_dim=4))
+    with pytest.raises(InputError, match=r"\[0, 16\); got 0 to 16"):
+        quantizer.lookup(torch.tensor([[0, 16]]))
