@@ -14,7 +14,7 @@ from gigatok_ds.demo.digits import CLASSES, digits_splits
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.classifier import ImageClassifier
 
-TEST_KEYS = "8e6a16b980268105"
+TEST_KEYS = "bb1c583e8df6110c"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The DINO discriminator: golden logits, names, spectral norm, virtual batches and the way images are fitted."""
+"""The DINO discriminator: golden logits, names, spectral norm, virtual batches, how images are fitted."""
 
 import math
 
@@ -29,13 +29,14 @@ def seeded(seed=0):
 def backbone_file(tmp_path_factory):
     shapes = manifest("losses")["dino_vit_small"]
     path = tmp_path_factory.mktemp("dino") / "backbone.pth"
-    torch.save({name: torch.from_numpy(tensor(f"dino.{name}", shape)) for name, shape in shapes.items()}, path)
+    state = {name: torch.from_numpy(tensor(f"dino.{name}", shape)) for name, shape in shapes.items()}
+    torch.save(state, path)
     return path
 
 
 def golden_head_value(name, shape):
     if name.endswith(("weight_u", "weight_v")):
-        vector = stream(f"discriminator.{name}").standard_normal(tuple(shape))
+        vector = stream(f"discriminator.{name}").standard_normal(tuple(shape), dtype=np.float32)
         return torch.from_numpy(vector / np.linalg.norm(vector)).float()
     return torch.from_numpy(tensor(f"discriminator.{name}", shape))
 
@@ -50,7 +51,7 @@ def golden_discriminator(backbone_file):
 
 def tiny_discriminator(**options):
     torch.manual_seed(0)
-    backbone = VisionTransformer(img_size=224, patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0)
+    backbone = VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0)
     return DinoDiscriminator(backbone, **options)
 
 
@@ -70,8 +71,10 @@ def test_activations_and_logits_match(golden_discriminator):
     assert activations.shape == (5, 8, 384, 196)
     moments = torch.stack([activations.double().mean((1, 2, 3)), activations.double().std((1, 2, 3))], dim=1)
     np.testing.assert_allclose(moments.numpy(), golden["dino_activations_mean_std"], rtol=0, atol=1e-5)
-    # Logits reach a magnitude of 30.
-    np.testing.assert_allclose(logits.numpy(), golden["dinodisc_logits_eval_224"], rtol=1e-5, atol=1e-4)
+    # Random singular vectors make logits of standard deviation 41; against the same network in float64, the
+    # golden ones are off by up to 2.7e-4 (7e-6 of that) and ours by 3.3e-4.
+    expected = golden["dinodisc_logits_eval_224"]
+    np.testing.assert_allclose(logits.numpy() / expected.std(), expected / expected.std(), rtol=0, atol=1e-5)
 
 
 def test_backbone_is_frozen_apart_from_the_state_and_has_no_key_bias(backbone_file):
@@ -117,23 +120,23 @@ def test_spectral_norm_is_that_of_torch():
     theirs = torch.nn.utils.spectral_norm(torch.nn.Conv1d(6, 5, 9, padding=4, padding_mode="circular"))
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 6, 14, generator=seeded())
-    for mode in (True, True, False):
-        ours.train(mode), theirs.train(mode)
-        outputs = [layer(x) for layer in (ours, theirs)]
+    for training in (True, True, False):
+        layers = [layer.train(training) for layer in (ours, theirs)]
+        outputs = [layer(x) for layer in layers]
         torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
         gradients = [torch.autograd.grad(output.square().sum(), layer.weight_orig)[0]
-                     for output, layer in zip(outputs, (ours, theirs))]
+                     for output, layer in zip(outputs, layers)]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
 
 
-def test_power_iteration_converges_to_the_largest_singular_value():
+def test_spectral_norm_converges_in_training_and_rests_in_evaluation():
     torch.manual_seed(0)
     layer = SpectralConv1d(6, 5, 3)
     for _ in range(200):
-        normalized = layer.normalized_weight()
-    assert torch.linalg.matrix_norm(normalized.detach().flatten(1), 2).item() == pytest.approx(1.0, abs=1e-4)
+        normalized = layer.normalized_weight().detach()
+    assert torch.linalg.matrix_norm(normalized.flatten(1), 2).item() == pytest.approx(1.0, abs=1e-4)
     before = layer.weight_u.clone()
     layer.eval().normalized_weight()
     assert torch.equal(layer.weight_u, before)
@@ -210,9 +213,13 @@ def test_heads_start_like_torchs_convolutions():
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
-def test_half_precision_heads_take_float32_images():
-    network = tiny_discriminator().bfloat16().eval()
-    images = torch.rand(2, 3, 224, 224, generator=seeded()) * 2 - 1
-    with torch.no_grad():
-        half, full = network(images).float(), tiny_discriminator().eval()(images)
-    assert (half - full).abs().max() < 0.1 * full.abs().max()
+def test_heads_in_bfloat16_beside_float32_buffers_take_float32_images():
+    """What DeepSpeed makes of the network: it casts parameters and leaves buffers."""
+    network, reference = tiny_discriminator().train(), tiny_discriminator().train()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.bfloat16()
+    images = (torch.rand(2, 3, 224, 224, generator=seeded()) * 2 - 1).requires_grad_()
+    logits, expected = network(images).float(), reference(images)
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+    assert torch.autograd.grad(logits.mean(), images)[0].abs().max() > 0
+    assert network.heads[0][2].weight_u.dtype == torch.float32

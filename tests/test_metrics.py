@@ -11,7 +11,6 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.classifier import ImageClassifier
 from gigatok_ds.evaluation.code_metrics import (
     codebook_usage,
-    cross_entropy_under_unigram,
     perplexity,
     unigram_entropy,
 )
@@ -81,16 +80,6 @@ def test_one_code_and_a_biased_coin(kind):
     expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert unigram_entropy(coin, 2) == pytest.approx(expected, abs=1e-12)
     assert perplexity(coin.numpy(), 1024) == pytest.approx(math.exp(expected), abs=1e-12)
-
-
-def test_cross_entropy_under_unigram():
-    train, test = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 2])
-    # q = (4, 2, 1, 1) / 8
-    expected = (math.log(8 / 4) + math.log(8)) / 2
-    assert cross_entropy_under_unigram(train, test, 4) == pytest.approx(expected, abs=1e-12)
-    many = torch.arange(4).repeat_interleave(torch.tensor([1, 2, 3, 4]) * 10_000)
-    assert cross_entropy_under_unigram(many, many, 4) == pytest.approx(unigram_entropy(many, 4), abs=1e-6)
-    assert cross_entropy_under_unigram(many, many, 4) >= unigram_entropy(many, 4), "Gibbs' inequality"
 
 
 @pytest.mark.parametrize("codes, message", [([], "no codes"),

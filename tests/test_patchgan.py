@@ -52,8 +52,24 @@ def test_depth_and_width_follow_the_arguments():
     assert PatchGAN(base_channels=8, layers=2)(torch.zeros(2, 3, 32, 32)).shape == (2, 1, 6, 6)
 
 
-def test_images_are_taken_in_float32_whatever_the_weights_are():
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    network = PatchGAN(base_channels=8, layers=2).bfloat16()
-    network(images).float().mean().backward()
-    assert images.grad.dtype == torch.float32 and images.grad.abs().max() > 0
+def test_bfloat16_weights_beside_float32_buffers_take_float32_images():
+    """What DeepSpeed makes of the network: it casts parameters and leaves buffers."""
+    torch.manual_seed(0)
+    network = PatchGAN(base_channels=8, layers=2).train()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = network(images)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.bfloat16()
+    logits = network(images)
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    assert torch.autograd.grad(logits.float().mean(), images)[0].abs().max() > 0
+
+
+def test_batch_norm_keeps_the_statistics_of_torchs():
+    ours, theirs = PatchGAN(base_channels=8, layers=2).main[3], torch.nn.BatchNorm2d(16)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 16, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    for training in (True, True, False):
+        assert torch.equal(ours.train(training)(x), theirs.train(training)(x))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name

@@ -49,15 +49,12 @@ def two_images(size=32):
 def test_distances_match_the_original(lpips):
     with torch.no_grad():
         ours = lpips(*two_images(256))
-    np.testing.assert_allclose(ours.numpy(), arrays("losses")["lpips_vgg"], rtol=0, atol=1e-4)
-    # The golden weights make distances near 0.19: relative agreement says more.
-    np.testing.assert_allclose(ours.numpy(), arrays("losses")["lpips_vgg"], rtol=1e-4)
+    np.testing.assert_allclose(ours.numpy(), arrays("losses")["lpips_vgg"], rtol=0, atol=1e-5)
 
 
 def test_heads_are_the_published_ones(lpips):
     state = {name: value for name, value in lpips.state_dict().items() if not name.startswith("features.")}
-    renamed = {name.replace(".model.0.", ".model.1."): list(value.shape) for name, value in state.items()}
-    assert renamed == manifest("losses")["lpips_lin"]
+    assert {name: list(value.shape) for name, value in state.items()} == manifest("losses")["lpips_lin"]
     sums = [state[f"lin{index}.model.1.weight"].sum().item() for index in range(5)]
     assert sums == pytest.approx([6.92599, 8.85833, 17.51501, 51.52132, 47.03486], abs=1e-4)
 
@@ -89,15 +86,15 @@ def test_positions_without_any_feature_do_not_make_the_gradient_nan(vgg_file):
 
 
 def test_dropout_is_active_only_in_training_and_only_when_asked(vgg_file, lpips):
-    first, second = two_images()
+    first, second = (images[:1].expand(100, -1, -1, -1) for images in two_images(16))
     with torch.no_grad():
         exact = lpips.eval()(first, second)
         assert torch.equal(lpips.train()(first, second), exact)
         noisy = load_lpips(vgg_file, dropout=True).train()
         torch.manual_seed(0)
-        draws = torch.stack([noisy(first, second) for _ in range(100)])
-        assert draws.std(dim=0).min() > 0.005 * exact.max()
-        torch.testing.assert_close(draws.mean(dim=0), exact, rtol=0.05, atol=0)  # unbiased
+        draws = noisy(first, second)
+        assert draws.std() > 0.005 * exact[0]
+        assert draws.mean().item() == pytest.approx(exact[0].item(), rel=0.05)  # unbiased
         assert torch.equal(noisy.eval()(first, second), exact)
 
 

@@ -32,7 +32,7 @@ def digits_splits(image_size: int = 32, test_fraction: float = 0.2,
     if not 0 < test_fraction < 1:
         raise InputError(f"test fraction is {test_fraction}; it must be between 0 and 1")
     data = load_digits()
-    held_out = _held_out(data.target, test_fraction, seed)
+    held_out = hold_out(data.target, test_fraction, seed)
     samples = [
         Sample(key=f"digit-{number:04d}", image_bytes=_png(pixels, image_size), extension="png", label=label)
         for number, (pixels, label) in enumerate(zip(data.images, data.target.tolist(), strict=True))
@@ -41,12 +41,13 @@ def digits_splits(image_size: int = 32, test_fraction: float = 0.2,
     return train, [samples[number] for number in sorted(held_out)]
 
 
-def _held_out(labels: np.ndarray, fraction: float, seed: int) -> set[int]:
+def hold_out(labels: np.ndarray, fraction: float, seed: int = 0) -> set[int]:
+    """Numbers of the samples of a test split: the same fraction of each class, but at least one and not all of it."""
     held_out = set()
-    for label in range(len(CLASSES)):
+    for label in np.unique(labels).tolist():
         members = np.flatnonzero(labels == label)
-        chosen = numpy_stream(seed, "digits", label).permutation(members)[: round(fraction * len(members))]
-        held_out |= set(chosen.tolist())
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held_out |= set(numpy_stream(seed, "split", label).permutation(members)[:count].tolist())
     return held_out
 
 

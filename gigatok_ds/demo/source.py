@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gigatok_ds.data.folder import ImageFolder, scan_image_folder
+import numpy as np
+
+from gigatok_ds.data.folder import scan_image_folder
 from gigatok_ds.data.shards import Sample
-from gigatok_ds.demo.digits import CLASSES, digits_splits
+from gigatok_ds.demo.digits import CLASSES, digits_splits, hold_out
 from gigatok_ds.errors import InputError
-from gigatok_ds.streams import numpy_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,10 @@ def folder_source(root: Path, test_fraction: float = 0.2) -> Source:
     Raises InputError when there are no images, or a class has fewer than two.
     """
     folder = scan_image_folder(root)
-    test = _held_out(folder, test_fraction)
+    for label, name in enumerate(folder.classes):
+        if folder.labels.count(label) < 2:
+            raise InputError(f"class {name!r} has a single image; every class needs at least 2 to be split")
+    test = hold_out(np.array(folder.labels), test_fraction)
     chosen = {True: [], False: []}
     for number, (path, label) in enumerate(zip(folder.paths, folder.labels)):
         chosen[number in test].append((number, path, label))
@@ -61,14 +65,3 @@ def folder_source(root: Path, test_fraction: float = 0.2) -> Source:
         test=lambda: samples(True),
         has_targets=False,
     )
-
-
-def _held_out(folder: ImageFolder, fraction: float) -> set[int]:
-    held_out = set()
-    for label, name in enumerate(folder.classes):
-        members = [number for number, other in enumerate(folder.labels) if other == label]
-        if len(members) < 2:
-            raise InputError(f"class {name!r} has {len(members)} image; every class needs at least 2 to be split")
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        held_out |= set(numpy_stream(0, "split", name).permutation(members)[:count].tolist())
-    return held_out

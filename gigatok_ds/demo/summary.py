@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gigatok_ds.config.load import recipe_to_dict
 from gigatok_ds.demo.figures import loss_curves
 from gigatok_ds.demo.report import Figure, ReportContent, Section, write_report
+from gigatok_ds.training.environment import anonymise
 from gigatok_ds.training.monitor import read_metrics
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def summarise(demo: Demo, values: dict[str, float], seconds: float) -> list[Figu
         subtitle="A tokenizer and a GPT, trained, sampled, exported and checked",
         facts=[
             ("Data", demo.source.description),
-            ("Command", "gigatok-ds " + " ".join(sys.argv[1:])),
+            ("Command", "gigatok-ds " + " ".join(map(anonymise, sys.argv[1:]))),
             ("Recipes", ", ".join(recipe.name for recipe in demo.recipes.values())),
             ("Ranks and ZeRO stage", f"{demo.options.ranks}, {demo.options.stage}"),
             ("Time of this command", f"{seconds / 60:.1f} minutes"),

@@ -45,13 +45,3 @@ def unigram_entropy(codes: Tensor, codebook_size: int) -> float:
 def perplexity(codes: Tensor, codebook_size: int) -> float:
     """exp of the unigram entropy: from 1 (a single code) to K (all equally frequent)."""
     return math.exp(unigram_entropy(codes, codebook_size))
-
-
-def cross_entropy_under_unigram(train_codes: Tensor, test_codes: Tensor, codebook_size: int) -> float:
-    """Mean of -ln q_k over the test codes, in nats per code; q_k = (n_k + 1) / (N + K) from the train codes.
-
-    Counting one more of everything (Laplace's rule) keeps it finite for codes that never occur in training.
-    """
-    seen = code_counts(train_codes, codebook_size) + 1
-    test = code_counts(test_codes, codebook_size)
-    return float(-(test * (seen / seen.sum()).log()).sum() / test.sum())

@@ -1,7 +1,7 @@
 """Both sides of the adversarial game, on logits of any shape that are high for real images.
 
-The published non-saturating losses pass logits and labels in swapped places; these are the ones that were meant
-(Goodfellow et al. 2014), in the numerically stable form with softplus.
+The published non-saturating losses pass logits and labels in swapped places; these are the ones that were
+meant (Goodfellow et al. 2014), in the numerically stable form with softplus.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tokenizer's objective: which terms are active at a step, and how much each counts.
 
-Steps are counted from 1. Every method returns weighted scalars by name, so their sum is the loss; terms that are
-inactive at a step are left out.
+Steps are counted from 1. Terms are returned as weighted scalars by name, so their sum is the loss; those that
+are inactive at a step are left out.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ Discriminate = Callable[[Tensor], Tensor]
 class TokenizerObjective(nn.Module):
     """Holds the frozen networks that losses look through; it has no trainable parameters."""
 
-    def __init__(self, config: TokenizerLossConfig, *, perceptual: nn.Module | None, teacher: nn.Module | None):
-        """perceptual maps (images, reconstructions) to (B,) distances; teacher maps images to (B, T, width)."""
+    def __init__(self, config: TokenizerLossConfig, *, perceptual: nn.Module | None,
+                 teacher: nn.Module | None):
+        """perceptual: (images, reconstructions) to (B,) distances; teacher: images to (B, T, width)."""
         super().__init__()
-        assert (perceptual is None) == (config.perceptual is None), "perceptual network and configuration disagree"
-        assert (teacher is None) == (config.semantic is None), "teacher and configuration disagree"
+        assert (perceptual is None) == (config.perceptual is None), "perceptual network and config disagree"
+        assert (teacher is None) == (config.semantic is None), "teacher and config disagree"
         self.config = config
         self.perceptual = perceptual
         self.teacher = teacher
@@ -59,8 +60,9 @@ class TokenizerObjective(nn.Module):
                     discriminate: Discriminate | None, step: int) -> dict[str, Tensor]:
         """The generator's terms that depend on images (B, 3, H, W) in [-1, 1] only.
 
-        A direct reconstruction is the CNN decoder's output on the CNN encoder's own features; it gets the same terms
-        as the reconstruction while it is wanted. discriminate may be None while the discriminator is inactive.
+        A direct reconstruction is the CNN decoder's output on the CNN encoder's own features; it gets the
+        same terms as the reconstruction while it is wanted. discriminate may be None while the discriminator
+        is inactive.
         """
         terms = self._terms_of(images, reconstruction, discriminate, step)
         if direct_reconstruction is not None and self.wants_direct_reconstruction(step):
@@ -71,8 +73,8 @@ class TokenizerObjective(nn.Module):
     def _terms_of(self, images: Tensor, reconstruction: Tensor, discriminate: Discriminate | None,
                   step: int) -> dict[str, Tensor]:
         config = self.config
-        pixel_loss = RECONSTRUCTION_LOSSES[config.reconstruction.kind]
-        terms = {"reconstruction": config.reconstruction.weight * pixel_loss(reconstruction.float(), images.float())}
+        pixel_loss = RECONSTRUCTION_LOSSES[config.reconstruction.kind](reconstruction.float(), images.float())
+        terms = {"reconstruction": config.reconstruction.weight * pixel_loss}
         if config.perceptual:
             terms["perceptual"] = config.perceptual.weight * self.perceptual(images, reconstruction).mean()
         if self.discriminator_active(step):
@@ -97,7 +99,8 @@ class TokenizerObjective(nn.Module):
             loss = feature_loss(output.decoded_feature, output.cnn_feature, config.auxiliary.feature)
             terms["feature"] = config.auxiliary.feature_weight * loss
         if config.semantic:
-            terms["semantic"] = config.semantic.weight * alignment_loss(output.semantic_feature, self.teacher(images))
+            loss = alignment_loss(output.semantic_feature, self.teacher(images))
+            terms["semantic"] = config.semantic.weight * loss
         return terms
 
     def discriminator_terms(self, real_logits: Tensor, fake_logits: Tensor, direct_fake_logits: Tensor | None,
@@ -113,7 +116,7 @@ class TokenizerObjective(nn.Module):
 
 
 def build_objective(config: TokenizerLossConfig, *, device: torch.device | str) -> TokenizerObjective:
-    """The objective with its frozen networks loaded. Raises InputError naming the key of a file that is missing."""
+    """The objective with its frozen networks. Raises InputError naming the key of a file that is missing."""
     perceptual = teacher = None
     if config.perceptual:
         perceptual = load_lpips(config.perceptual.weights, dropout=config.perceptual.dropout)
@@ -125,8 +128,8 @@ def build_objective(config: TokenizerLossConfig, *, device: torch.device | str) 
 def build_discriminator(config: AdversarialConfig) -> PatchGAN | DinoDiscriminator:
     """The discriminator, freshly initialised from torch's own generator: seed it first.
 
-    It is called with images (B, 3, H, W) in [-1, 1] and, if it augments, a CPU generator. Raises InputError when the
-    DINO backbone's file is missing.
+    It is called with images (B, 3, H, W) in [-1, 1] and, for what it draws, a CPU generator. Raises
+    InputError when the DINO backbone's file is missing.
     """
     if config.discriminator == "dino":
         return DinoDiscriminator(dino_backbone(config.backbone_weights), augment=diff_augment)

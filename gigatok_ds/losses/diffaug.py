@@ -1,7 +1,7 @@
 """Differentiable augmentation of what a discriminator sees (Zhao et al. 2020, arXiv:2006.10738).
 
-Every image is moved, recoloured and loses a rectangle. Random numbers are uniform in [0, 1), one per image, so each
-operation is a plain function of them.
+Every image is moved, recoloured and loses a rectangle. Random numbers are uniform in [0, 1), one per image,
+so each operation is a plain function of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def diff_augment(images: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def translate(images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
-    """Shift each image by whole pixels, up to an eighth of its side either way; zeros come in from outside."""
+    """Shift each image by whole pixels, up to an eighth of its side; zeros come in from outside."""
     rows, rows_inside = _shifted(images.shape[2], vertical)
     columns, columns_inside = _shifted(images.shape[3], horizontal)
     moved = images.gather(2, rows[:, None, :, None].expand_as(images))
@@ -35,7 +35,7 @@ def translate(images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
 def _shifted(size: int, u: Tensor) -> tuple[Tensor, Tensor]:
     """Source index (B, size) of each position, and whether it lies inside.
 
-    Indices wrap around, so that none is read twice and the backward pass has nothing to add up in random order.
+    Indices wrap around, so that none is read twice and the backward pass adds nothing up in random order.
     """
     reach = round(TRANSLATION * size)
     shift = (u * (2 * reach + 1)).floor().long() - reach

@@ -1,4 +1,4 @@
-"""LPIPS: distance of two images in VGG16's features, weighted to match human judgement (Zhang et al. 2018)."""
+"""LPIPS: distance of two images in VGG16's features, weighted by human judgement (Zhang et al. 2018)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.models.dino_discriminator import fill_frozen, read_frozen_weights
+from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
 
 SETTING = "loss.perceptual.weights"
 VGG_FILE = "vgg16-397923af.pth"
@@ -19,12 +19,12 @@ READOUTS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
 
 
 class LPIPS(nn.Module):
-    """Frozen; images are (B, 3, H, W) in [-1, 1], at least 16 pixels wide and high, and the gradient flows to them."""
+    """Frozen; images are (B, 3, H, W) in [-1, 1] with sides of 16 or more; the gradient flows to them."""
 
     def __init__(self, features: nn.Sequential, heads: dict[str, Tensor], *, dropout: bool = False):
         """features: VGG16's first 30 layers; heads: the `lin{0..4}.model.1.weight` of the lpips package.
 
-        `dropout` drops half of the channels in front of the heads while training, which the original does by an
+        `dropout` drops half of the values in front of the heads while training, which the original does by an
         oversight; it draws from torch's own generator.
         """
         super().__init__()

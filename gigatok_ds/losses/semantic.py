@@ -1,4 +1,4 @@
-"""Semantic regularisation: the tokenizer's decoder should be able to predict a frozen teacher's patch tokens."""
+"""Semantic regularisation: the tokenizer's decoder should predict a frozen teacher's patch tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.models.dino_discriminator import IMAGENET_MEAN, IMAGENET_STD, fill_frozen, read_frozen_weights
+from gigatok_ds.models.dino_discriminator import IMAGENET_MEAN, IMAGENET_STD
+from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
 
 SETTING = "loss.semantic.weights"
 INPUT_SIZE = 224
-# DINOv2 (Oquab et al. 2023, arXiv:2304.07193), plain and with registers: timm's name, and the file Meta published.
+# DINOv2 (Oquab et al. 2023, arXiv:2304.07193), plain and with registers: timm's name, and Meta's file.
 TEACHERS = {
     "dinov2-vit-s": ("vit_small_patch14_dinov2", "dinov2_vits14_pretrain.pth"),
     "dinov2-vit-b": ("vit_base_patch14_dinov2", "dinov2_vitb14_pretrain.pth"),
@@ -25,7 +26,7 @@ TEACHERS = {
 
 
 class Teacher(nn.Module):
-    """A frozen DINOv2 that stays in evaluation mode. On a GPU it runs in fp16 autocast, as in the original."""
+    """A frozen DINOv2, always in evaluation mode. On a GPU it runs in fp16 autocast, as in the original."""
 
     def __init__(self, name: str, weights: str | Path | None = None, *, random_weights: bool = False):
         """weights: Meta's file or timm's (`.pth` or `.safetensors`); random_weights builds without any.
@@ -42,10 +43,14 @@ class Teacher(nn.Module):
         what = f"{name}: {published} of facebookresearch/dinov2, or timm's {architecture}"
         state = None if random_weights else read_frozen_weights(weights, SETTING, what)
         with torch.device("cpu" if random_weights else "meta"):
-            self.network = timm.create_model(architecture, pretrained=False, img_size=INPUT_SIZE, num_classes=0)
+            self.network = timm.create_model(architecture, img_size=INPUT_SIZE, num_classes=0)
         if state is not None:
-            # timm renames what Meta calls otherwise and resamples the position table (37 x 37) to 16 x 16.
-            fill_frozen(self.network, checkpoint_filter_fn(state, self.network), f"{SETTING}: {weights}")
+            try:
+                # timm renames what Meta calls otherwise and resamples the 37 x 37 positions to 16 x 16.
+                state = checkpoint_filter_fn(state, self.network)
+            except RuntimeError:
+                raise InputError(f"{SETTING}: {weights} holds another network; it should be {what}") from None
+            fill_frozen(self.network, state, f"{SETTING}: {weights}")
         self.name = name
         self.requires_grad_(False)
         self.eval()
@@ -56,14 +61,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Patch tokens after the final norm, (B, 256, width) float32 row-major, of images (B, 3, H, W) in [-1, 1]."""
+        """Normalised patch tokens (B, 256, width), row-major, of images (B, 3, H, W) in [-1, 1]."""
         with torch.autocast(images.device.type, dtype=torch.float16, enabled=images.device.type == "cuda"):
             tokens = self.network.forward_features(preprocess(images))
         return tokens[:, self.network.num_prefix_tokens :].float()
 
 
 def preprocess(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as the teacher saw them in GigaTok: normalised first, then resized to 224 (bicubic)."""
+    """Images in [-1, 1] as GigaTok's teacher sees them: normalised first, then resized to 224 (bicubic)."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     normalized = ((images.float() + 1) / 2 - mean) / std
     return F.interpolate(normalized, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False)
@@ -77,8 +82,8 @@ def alignment_loss(student: Tensor, target: Tensor) -> Tensor:
     if student.shape != target.shape:
         raise InputError(
             f"the semantic head gives {student.shape[1]} tokens of width {student.shape[2]}, the teacher "
-            f"{target.shape[1]} of width {target.shape[2]}; set model.semantic_head.teacher_width to the teacher's "
-            "width, and model.image_size to 16 times the CNN's downscale"
+            f"{target.shape[1]} of width {target.shape[2]}; set model.semantic_head.teacher_width to the "
+            "teacher's width, and model.image_size to 16 times the CNN's downscale"
         )
     cosine = (F.normalize(student.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1)
     return -cosine.mean()

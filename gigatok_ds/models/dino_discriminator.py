@@ -5,18 +5,16 @@ Parameter names and shapes are those of the original GigaTok's checkpoints.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
 
 INPUT_SIZE = 224
 CROP_PROBABILITY = 0.5
@@ -32,12 +30,13 @@ Augment = Callable[[Tensor, torch.Generator | None], Tensor]
 class DinoDiscriminator(nn.Module):
     """One head on each of five depths of a frozen backbone; gradients pass the backbone to the image.
 
-    The backbone belongs to the recipe, not to the training state: it is neither in parameters() nor in state_dict(),
-    and it stays in float32 whatever the heads are cast to. Heads start from torch's own generator: seed it before.
+    The backbone belongs to the recipe, not to the training state: it is neither in parameters() nor in
+    state_dict(), and it stays in float32 whatever the heads are cast to. Heads start from torch's own
+    generator: seed it before.
     """
 
     def __init__(self, backbone: nn.Module, *, augment: Augment | None = None):
-        """backbone is a timm VisionTransformer for 224 x 224 images; `augment` is applied in every forward pass."""
+        """backbone: a timm VisionTransformer for 224 x 224 images; augment: applied in every forward pass."""
         super().__init__()
         # A tuple, because torch registers only modules.
         self._backbone = (backbone.eval().requires_grad_(False),)
@@ -47,23 +46,29 @@ class DinoDiscriminator(nn.Module):
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits (B, 5 * 196) of images (B, 3, H, W) in [-1, 1]; high means real.
 
-        generator, on the CPU, draws the augmentation and the crop; None draws from torch's own. Raises InputError
-        for a batch above 8 that does not split evenly into virtual batches.
+        generator, on the CPU, draws the augmentation and the crop; None draws from torch's own. Raises
+        InputError for a batch above 8 that does not split evenly into virtual batches.
         """
         if self.augment is not None:
             images = self.augment(images, generator)
         features = self.activations(fit_to_backbone(images.float(), generator))
-        logits = [head(feature) for head, feature in zip(self.heads, features)]
+        # The image losses stay in float32 while DeepSpeed may have cast the heads.
+        dtype = next(self.parameters()).dtype
+        logits = [head(feature.to(dtype)) for head, feature in zip(self.heads, features)]
         return torch.cat([value.flatten(1) for value in logits], dim=1)
 
     def activations(self, images: Tensor) -> Iterator[Tensor]:
-        """The backbone's readouts of images (B, 3, 224, 224) in [-1, 1]: patch tokens plus class token, (B, C, 196)."""
+        """The backbone's readouts of images (B, 3, 224, 224) in [-1, 1], each (B, C, 196).
+
+        A readout is the patch tokens, to each of which the class token is added.
+        """
         (backbone,) = self._backbone
         if backbone.cls_token.device != images.device:
             backbone.to(images.device)
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         patches = backbone.patch_embed(images * (0.5 / std) + (0.5 - mean) / std)
-        tokens = torch.cat([backbone.cls_token.expand(len(images), -1, -1), patches], dim=1) + backbone.pos_embed
+        class_token = backbone.cls_token.expand(len(images), -1, -1)
+        tokens = torch.cat([class_token, patches], dim=1) + backbone.pos_embed
         yield _readout(tokens)
         for index, block in enumerate(backbone.blocks[: READOUT_BLOCKS[-1] + 1]):
             tokens = block(tokens)
@@ -72,7 +77,7 @@ class DinoDiscriminator(nn.Module):
 
 
 def fit_to_backbone(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Images (B, 3, H, W) at 224 x 224: larger ones cropped (one place per call) or averaged, as a coin decides."""
+    """Images (B, 3, H, W) at 224 x 224: larger ones cropped (one place per call) or averaged, at random."""
     height, width = images.shape[-2:]
     if min(height, width) <= INPUT_SIZE:
         return F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False)
@@ -110,21 +115,22 @@ class _Residual(nn.Module):
 class SpectralConv1d(nn.Module):
     """A circular 1-D convolution whose weight is divided by its largest singular value (Miyato et al. 2018).
 
-    The singular value is tracked by one power iteration per forward pass in training. torch's own version does that
-    in a forward hook, which under ZeRO-3 would run before DeepSpeed has gathered the weight.
+    One power iteration per forward in training tracks the value, in float32: DeepSpeed casts parameters and
+    leaves buffers in float32, and torch's own spectral_norm refuses that mixture.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
         bound = (in_channels * kernel_size) ** -0.5
+        shape = (out_channels, in_channels, kernel_size)
         self.padding = kernel_size // 2
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
-        self.weight_orig = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size).uniform_(-bound, bound))
+        self.weight_orig = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.register_buffer("weight_u", _unit(torch.randn(out_channels)))
         self.register_buffer("weight_v", _unit(torch.randn(in_channels * kernel_size)))
 
     def normalized_weight(self) -> Tensor:
-        """The weight over its singular value, float32. In training this also moves the two singular vectors."""
+        """The weight over its singular value, float32. In training this moves the two singular vectors."""
         weight = self.weight_orig.float()
         matrix = weight.flatten(1)
         u, v = self.weight_u.float(), self.weight_v.float()
@@ -137,7 +143,6 @@ class SpectralConv1d(nn.Module):
         return weight / (u @ (matrix @ v))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.bias.dtype)
         padded = F.pad(x, (self.padding, self.padding), mode="circular") if self.padding else x
         return F.conv1d(padded, self.normalized_weight().to(x.dtype), self.bias)
 
@@ -147,7 +152,7 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 class BatchNormLocal(nn.Module):
-    """Batch norm over virtual batches of at most 8 consecutive samples, in float32, without running statistics."""
+    """Batch norm over virtual batches of at most 8 consecutive samples, in float32; no running statistics."""
 
     def __init__(self, channels: int, eps: float = 1e-6):
         super().__init__()
@@ -159,9 +164,9 @@ class BatchNormLocal(nn.Module):
         batch, channels, length = x.shape
         groups = -(-batch // VIRTUAL_BATCH)
         if batch % groups:
-            raise InputError(f"the dino discriminator cannot split {batch} images into {groups} equal virtual batches "
-                             f"of at most {VIRTUAL_BATCH}; choose training.micro_batch_size as a multiple of "
-                             f"{VIRTUAL_BATCH}")
+            raise InputError(f"the dino discriminator cannot split {batch} images into {groups} equal "
+                             f"virtual batches of at most {VIRTUAL_BATCH}; choose training.micro_batch_size "
+                             f"as a multiple of {VIRTUAL_BATCH}")
         grouped = x.float().view(groups, batch // groups, channels, length)
         variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0, keepdim=True)
         normalized = ((grouped - mean) * torch.rsqrt(variance + self.eps)).view(batch, channels, length)
@@ -176,7 +181,7 @@ def dino_backbone(weights: str | Path | None) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     setting = "loss.adversarial.backbone_weights"
-    state = read_frozen_weights(weights, setting, "dino_deitsmall16_pretrain.pth, published by facebookresearch/dino")
+    state = read_frozen_weights(weights, setting, "dino_deitsmall16_pretrain.pth of facebookresearch/dino")
     with torch.device("meta"):
         backbone = VisionTransformer(
             img_size=INPUT_SIZE, patch_size=16, embed_dim=384, depth=12, num_heads=6, num_classes=0,
@@ -187,40 +192,3 @@ def dino_backbone(weights: str | Path | None) -> nn.Module:
         for block in backbone.blocks:
             block.attn.qkv.bias.chunk(3)[1].zero_()
     return backbone
-
-
-def read_frozen_weights(path: str | Path | None, setting: str, what: str) -> dict[str, Tensor]:
-    """The state_dict in a file of published weights (`.safetensors`, or torch's format read as plain data).
-
-    setting is the recipe key that names the file, `what` says which file it should be. Raises InputError naming both
-    when the file is not given, missing or unreadable.
-    """
-    if path is None:
-        raise InputError(f"{setting} is not set; give it the path of {what}")
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{setting}: there is no file {path}; it should be {what}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise InputError(f"{setting}: {path} cannot be read ({reason}); it should be {what}") from None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{setting}: {path} is not a plain state_dict; it should be {what}")
-    return state
-
-
-def fill_frozen(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load exactly `state` into a network on the CPU or without storage, as float32.
-
-    Raises InputError beginning with `source` when a name is missing or surplus or a shape differs.
-    """
-    expected = network.state_dict()
-    wrong = sorted(expected.keys() ^ state.keys()) or sorted(
-        name for name, value in expected.items() if value.shape != state[name].shape)
-    if wrong:
-        raise InputError(f"{source} holds another network: {wrong[0]} is missing, surplus or of another shape "
-                         f"(and {len(wrong) - 1} more)")
-    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)

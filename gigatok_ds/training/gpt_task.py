@@ -54,18 +54,18 @@ class GPTTask:
             start_step=start_step,
         ))
 
-    def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
+    def train_micro_batch(self, batch: dict[str, Tensor], step: int, micro: int, lr: float) -> dict[str, Tensor]:
         device = self.topology.device
         codes, classes = batch["codes"].to(device), batch["labels"].to(device)
         self.engine.network.train()
-        loss = cross_entropy(self.engine(codes[:, :-1], self._drop_classes(classes, step)), codes)
+        loss = cross_entropy(self.engine(codes[:, :-1], self._drop_classes(classes, step, micro)), codes)
         self.engine.backward(loss)
         self.engine.step(lr)
         return {"loss": loss}
 
-    def _drop_classes(self, classes: Tensor, step: int) -> Tensor:
+    def _drop_classes(self, classes: Tensor, step: int, micro: int) -> Tensor:
         """Replace some classes by "no class", so that the model also learns to run without guidance."""
-        stream = torch_stream(self.recipe.training.seed, "class-dropout", step, self.topology.data_rank)
+        stream = torch_stream(self.recipe.training.seed, "class-dropout", step, micro, self.topology.data_rank)
         dropped = torch.rand(len(classes), generator=stream) < self.recipe.model.class_dropout
         return torch.where(dropped.to(classes.device), self.recipe.model.num_classes, classes)
 

@@ -22,6 +22,8 @@ from gigatok_ds.streams import stream_key, torch_stream
 from gigatok_ds.training.engine import Engine
 
 PROBE_IMAGES = 16
+# Gradients of a mean over many logits would underflow on their way through a discriminator in fp16.
+FP16_IMAGE_SCALE = 4096.0
 
 
 class TokenizerTask:
@@ -32,6 +34,7 @@ class TokenizerTask:
         self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
         self.train_index = ShardIndex.open(recipe.data.train)
         self.validation_index = ShardIndex.open(recipe.data.validation)
+        self.image_scale = FP16_IMAGE_SCALE if recipe.training.precision == "fp16" else 1.0
         seed = recipe.training.seed
         self.engines = {"generator": Engine(lambda: Tokenizer(recipe.model), recipe.optimizer, settings, seed=seed)}
         self.generator = self.engines["generator"]
@@ -58,18 +61,18 @@ class TokenizerTask:
             start_step=start_step,
         ))
 
-    def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
+    def train_micro_batch(self, batch: dict[str, Tensor], step: int, micro: int, lr: float) -> dict[str, Tensor]:
         images = batch["images"].to(self.topology.device, non_blocking=True)
-        output, logged = self._generator_pass(images, step)
+        output, logged = self._generator_pass(images, step, micro)
         self.generator.step(lr)
         if self.discriminator and self.objective.discriminator_active(step):
-            logged |= self._discriminator_pass(images, output, step)
+            logged |= self._discriminator_pass(images, output, step, micro)
             self.discriminator.step(lr)
         codes = self.topology.gather_data(output.codes)
         logged["codebook_usage"] = self.generator.network.quantizer.record_usage(codes)
         return logged
 
-    def _generator_pass(self, images: Tensor, step: int):
+    def _generator_pass(self, images: Tensor, step: int, micro: int):
         """Forward and backward of the tokenizer.
 
         The image losses are differentiated down to the reconstruction only, in float32 and outside the engine, and
@@ -87,8 +90,9 @@ class TokenizerTask:
         if output.direct_reconstruction is not None:
             leaves.append(leaf_of(output.direct_reconstruction))
         direct_leaf = leaves[1] if len(leaves) > 1 else None
-        image_terms = self.objective.image_terms(images, leaves[0], direct_leaf, self._frozen_judge(step), step)
-        gradients = torch.autograd.grad(sum(image_terms.values()), leaves)
+        image_terms = self.objective.image_terms(images, leaves[0], direct_leaf, self._frozen_judge(step, micro), step)
+        gradients = [gradient / self.image_scale for gradient in
+                     torch.autograd.grad(self.image_scale * sum(image_terms.values()), leaves)]
         latent_terms = self.objective.latent_terms(output, images, step)
         surrogate = (output.reconstruction.float() * gradients[0]).sum()
         if direct_leaf is not None:
@@ -97,12 +101,12 @@ class TokenizerTask:
         terms = {f"loss/{name}": value for name, value in (image_terms | latent_terms).items()}
         return output, {"loss": sum(value.detach() for value in terms.values())} | terms
 
-    def _frozen_judge(self, step: int):
+    def _frozen_judge(self, step: int, micro: int):
         """The discriminator for the generator's step: its parameters take no gradient."""
         if not self.discriminator or not self.objective.discriminator_active(step):
             return None
         network = self.discriminator.network.train()
-        generator = self._augmentation_stream(step, "generator")
+        generator = self._augmentation_stream("generator", step, micro)
 
         def judge(images: Tensor) -> Tensor:
             network.requires_grad_(False)
@@ -113,8 +117,8 @@ class TokenizerTask:
 
         return judge
 
-    def _discriminator_pass(self, images: Tensor, output, step: int) -> dict[str, Tensor]:
-        stream = self._augmentation_stream(step, "discriminator")
+    def _discriminator_pass(self, images: Tensor, output, step: int, micro: int) -> dict[str, Tensor]:
+        stream = self._augmentation_stream("discriminator", step, micro)
         direct = output.direct_reconstruction
         terms = self.objective.discriminator_terms(
             self.discriminator(images, stream),
@@ -125,8 +129,9 @@ class TokenizerTask:
         self.discriminator.backward(sum(terms.values()))
         return {f"discriminator/{name}": value for name, value in terms.items()}
 
-    def _augmentation_stream(self, step: int, side: str) -> torch.Generator:
-        return torch_stream(self.recipe.training.seed, "discriminator-augmentation", side, step, self.topology.data_rank)
+    def _augmentation_stream(self, side: str, *address: int) -> torch.Generator:
+        return torch_stream(self.recipe.training.seed, "discriminator-augmentation", side, *address,
+                            self.topology.data_rank)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -1,0 +1,157 @@
+"""Training as users start it: stages and ranks agree, a resumed run continues bitwise, switches switch."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from training_runs import prepare, start
+
+from gigatok_ds import load_gpt, load_tokenizer
+from gigatok_ds.training.engine import read_weights
+from gigatok_ds.training.export import export_run
+from gigatok_ds.training.monitor import read_metrics
+
+PARTS = {"tokenizer": "generator", "gpt": "gpt"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Directory, data arguments, and one finished single-process ZeRO-1 run of each kind."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = prepare(folder)
+    for kind in PARTS:
+        code, output = train(folder, data, kind, kind)
+        assert code == 0, output
+    return folder, data
+
+
+def train(folder, data, kind, out, *more, ranks=1):
+    return start([folder / f"{kind}.yaml", "--out", folder / out, *data[kind], *more], ranks=ranks)
+
+
+def final_weights(folder, kind):
+    return read_weights(folder / "checkpoints" / "step-0000008" / PARTS[kind])
+
+
+def assert_same_training(ours, theirs, kind, tolerance):
+    """Losses of every step, and final matrices and kernels.
+
+    Some parameters have a true gradient of zero, whose rounding noise Adam turns into steps of the learning rate's
+    size: biases in front of a norm, biases of attention keys (so biases are left out), and the tokenizer decoder's first
+    queries, which are all alike (so its matrices get the looser bound of half a learning rate).
+    """
+    for mine, other in zip(read_metrics(ours), read_metrics(theirs), strict=True):
+        for name in mine.keys() - {"time"}:
+            if name in other and not name.startswith("grad_norm"):
+                assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=1e-6), (mine["step"], name)
+    reference = final_weights(theirs, kind)
+    for name, value in final_weights(ours, kind).items():
+        if value.ndim >= 2:
+            difference = (value.float() - reference[name].float()).abs().max().item()
+            assert difference <= (5e-4 if kind == "tokenizer" else tolerance), name
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_run_directory_explains_itself(runs, kind):
+    folder = runs[0] / kind
+    names = set(os.listdir(folder))
+    assert {"recipe.yaml", "deepspeed.json", "environment.json", "metrics.jsonl", "events", "checkpoints",
+            "probe.npz"} <= names
+    assert json.loads((folder / "deepspeed.json").read_text())["gradient_clipping"] > 0
+    assert sorted(os.listdir(folder / "checkpoints")) == ["step-0000004", "step-0000008"]
+
+
+def test_switches_switch_at_their_steps(runs):
+    lines = {line["step"]: line for line in read_metrics(runs[0] / "tokenizer") if "loss" in line}
+
+    def active(name):
+        return [step for step in range(1, 9) if name in lines[step]]
+
+    assert active("loss/adversarial") == active("discriminator/discriminator") == [4, 5, 6, 7, 8]
+    assert active("loss/direct_reconstruction") == active("loss/feature") == [1, 2, 3, 4, 5]
+    assert active("loss/direct_adversarial") == active("discriminator/direct_discriminator") == [4, 5]
+    assert active("loss/entropy") == [1, 2, 3, 4, 5, 6]
+    assert [lines[step]["lr"] for step in (1, 2, 3, 4)] == pytest.approx([1e-3, 1e-5, 5.05e-4, 1e-3])
+
+
+@pytest.mark.parametrize("kind, stage", [("tokenizer", 0), ("tokenizer", 3), ("gpt", 2), ("gpt", 3)])
+def test_every_stage_trains_alike(runs, kind, stage):
+    folder, data = runs
+    out = f"{kind}-zero{stage}"
+    code, output = train(folder, data, kind, out, "--zero", stage)
+    assert code == 0, output
+    assert_same_training(folder / out, folder / kind, kind, 2e-5)
+
+
+@pytest.mark.parametrize("kind, stage", [("tokenizer", 3), ("gpt", 1)])
+def test_two_ranks_train_like_one(runs, kind, stage):
+    """Without a discriminator, whose batch norm sees each rank's own batch."""
+    folder, data = runs
+    plain = ["loss.adversarial=null", "loss.quantizer.entropy=0.0"] if kind == "tokenizer" else []
+    more = [*plain, *(["model.class_dropout=0.0", "model.token_dropout=0.0", "model.residual_dropout=0.0"]
+                      if kind == "gpt" else [])]
+    for out, ranks in ((f"{kind}-alone", 1), (f"{kind}-pair", 2)):
+        code, output = train(folder, data, kind, out, "--zero", stage, *more, ranks=ranks)
+        assert code == 0, output
+    assert_same_training(folder / f"{kind}-pair", folder / f"{kind}-alone", kind, 2e-5)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(runs, kind):
+    folder, data = runs
+    resumed = folder / f"{kind}-resumed"
+    shutil.copytree(folder / kind, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-0000008")
+    (resumed / "checkpoints" / "step-0000009.partial").mkdir()
+    code, output = train(folder, data, kind, resumed.name)
+    assert code == 0 and "resuming from" in output, output
+    reference = final_weights(folder / kind, kind)
+    assert all(torch.equal(value, reference[name]) for name, value in final_weights(resumed, kind).items())
+    strip = [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(resumed)]
+    assert strip == [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(folder / kind)]
+
+
+@pytest.mark.parametrize("kind, load", [("tokenizer", load_tokenizer), ("gpt", load_gpt)])
+def test_an_export_gives_what_the_trained_model_gave(runs, kind, load):
+    folder = runs[0]
+    export_run(folder / kind, folder / f"export-{kind}")
+    model = load(folder / f"export-{kind}")
+    probe = dict(np.load(folder / kind / "probe.npz"))
+    if kind == "tokenizer":
+        codes = model.encode(torch.from_numpy(probe["images"]))
+        assert (codes.numpy() == probe["codes"]).all()
+        np.testing.assert_allclose(model.decode(codes).numpy(), probe["reconstruction"], atol=1e-5)
+    else:
+        logits = model(torch.from_numpy(probe["codes"])[:, :-1], torch.from_numpy(probe["classes"]))
+        np.testing.assert_allclose(logits.detach().numpy(), probe["logits"], atol=1e-5)
+
+
+def test_what_cannot_work_is_refused_before_training(runs):
+    folder, data = runs
+    code, output = train(folder, data, "gpt", "gpt", "optimizer.lr=1.0")
+    assert code == 2 and "was started with another recipe: optimizer.lr" in output
+    code, output = train(folder, data, "gpt", "new", "model.vocab_size=65")
+    assert code == 2 and "has codebook_size 64, but tiny_gpt expects 65" in output
+    code, output = train(folder, data, "gpt", "new2", "model.num_classes=4")
+    assert code == 2 and "label" in output and "Traceback" not in output
+    code, output = train(folder, data, "tokenizer", "new3", "training.global_batch_size=64")
+    assert code == 2 and "global_batch_size" in output
+
+
+def test_a_checkpoint_with_code_in_it_is_not_executed(runs, tmp_path):
+    folder, data = runs
+    bombed = folder / "bombed"
+    shutil.copytree(folder / "gpt", bombed)
+    shutil.rmtree(bombed / "checkpoints" / "step-0000008")
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    for file in (bombed / "checkpoints" / "step-0000004" / "gpt" / "state").glob("*optim_states.pt"):
+        torch.save({"optimizer_state_dict": Bomb()}, file)
+    code, output = train(folder, data, "gpt", "bombed")
+    assert code != 0 and not (tmp_path / "executed").exists(), output

@@ -1,0 +1,91 @@
+"""Tiny training runs in processes of their own, one rank or several, as a user would start them."""
+
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+from gigatok_ds.data.codes import CodeSample, write_code_shards
+from gigatok_ds.data.shards import Sample, write_shards
+from gigatok_ds.demo.pipeline import free_port
+
+TOKENIZER = """
+kind: tokenizer
+name: tiny_tokenizer
+model:
+  layout: 1d
+  image_size: 16
+  encoder: {width: 32, layers: 1, heads: 2}
+  decoder: {width: 32, layers: 1, heads: 2}
+  latent_tokens: 8
+  z_channels: 32
+  cnn: {base_channels: 32, encoder_multipliers: [1, 1], decoder_multipliers: [1, 1], residual_blocks: 1}
+  quantizer: {codebook_size: 64, codebook_dim: 4}
+  semantic_head: null
+loss:
+  perceptual: null
+  quantizer: {entropy: 0.01, entropy_end_step: 7}
+  adversarial: {start_step: 4, weight: 0.1, base_channels: 8, layers: 1}
+  auxiliary: {end_step: 6}
+  semantic: null
+optimizer: {lr: 1e-3}
+schedule: {warmup_steps: 2}
+training: {steps: 8, global_batch_size: 8, precision: fp32, log_every: 1, validate_every: 4, checkpoint_every: 4}
+data: {workers: 0}
+"""
+
+GPT = """
+kind: gpt
+name: tiny_gpt
+model: {size: {width: 32, layers: 2, heads: 2}, vocab_size: 64, sequence_length: 8, num_classes: 5}
+optimizer: {lr: 3e-3, weight_decay: 0.05, decay: matrices, max_grad_norm: 1.0}
+training: {steps: 8, global_batch_size: 8, precision: fp32, log_every: 1, validate_every: 4, checkpoint_every: 4}
+"""
+
+
+def image_shards(folder, count):
+    """Shards of coloured stripes: an image that a tokenizer can learn something about."""
+
+    def samples():
+        for number in range(count):
+            rng = np.random.default_rng(number)
+            pixels = np.tile(rng.integers(0, 256, (1, 20, 3), dtype=np.uint8), (20, 1, 1))
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, format="png")
+            yield Sample(key=f"s{number}", image_bytes=buffer.getvalue(), extension="png", label=number % 5)
+
+    write_shards(samples(), folder, prefix="stripes", classes=list("abcde"))
+
+
+def code_shards(folder, count, seed):
+    rng = np.random.default_rng(seed)
+    samples = (CodeSample(key=f"k{i}", codes=rng.integers(0, 10, (2, 8)) + 10 * (i % 5), label=i % 5) for i in range(count))
+    write_code_shards(samples, folder, codebook_size=64, latent_tokens=8, provenance={})
+
+
+def prepare(folder):
+    """Recipes and data of both kinds below `folder`; returns the arguments that name the data."""
+    (folder / "tokenizer.yaml").write_text(TOKENIZER)
+    (folder / "gpt.yaml").write_text(GPT)
+    image_shards(folder / "images", 40)
+    image_shards(folder / "test_images", 11)
+    code_shards(folder / "codes", 40, seed=0)
+    code_shards(folder / "test_codes", 11, seed=1)
+    return {
+        "tokenizer": [f"data.train={folder / 'images'}", f"data.validation={folder / 'test_images'}"],
+        "gpt": [f"data.train={folder / 'codes'}", f"data.validation={folder / 'test_codes'}"],
+    }
+
+
+def start(arguments, ranks=1):
+    """Run `gigatok-ds train ...` and return (exit code, everything it printed)."""
+    prefix = [sys.executable, "-m", "gigatok_ds"]
+    if ranks > 1:
+        prefix = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port",
+                  str(free_port()), "--no_local_rank", "--module", "gigatok_ds"]
+    finished = subprocess.run([*prefix, "train", *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    return finished.returncode, finished.stdout + finished.stderr
