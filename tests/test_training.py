@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -139,6 +140,29 @@ def test_what_cannot_work_is_refused_before_training(runs):
     assert code == 2 and "label" in output and "Traceback" not in output
     code, output = train(folder, data, "tokenizer", "new3", "training.global_batch_size=64")
     assert code == 2 and "global_batch_size" in output
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 kB; needs the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_spares_what_was_there(runs, small_disk):
+    folder, data = runs
+    (small_disk / "precious").write_text("mine")
+    code, output = train(folder, data, "gpt", small_disk / "run", "training.checkpoint_every=2")
+    errors = [line for line in output.splitlines() if "error:" in line]
+    assert code == 2 and len(errors) == 1 and "earlier checkpoints are untouched" in errors[0], output
+    assert (small_disk / "precious").read_text() == "mine"
+    assert not list(small_disk.rglob("*.partial"))
+    assert all((path / "state.json").is_file() for path in (small_disk / "run" / "checkpoints").iterdir())
 
 
 def test_a_checkpoint_with_code_in_it_is_not_executed(runs, tmp_path):

@@ -45,7 +45,8 @@ def save_checkpoint(run_dir: Path, step: int, parts: Mapping[str, Saveable], top
                     keep: int) -> None:
     """Save every part (an engine each) for `step`; afterwards only the newest `keep` checkpoints remain.
 
-    Collective. A failure leaves the earlier checkpoints as they were and removes what was half-written.
+    Collective. A failure leaves the earlier checkpoints as they were and removes what was half-written. Raises
+    InputError when the disk is full or cannot be written to.
     """
     final = checkpoint_path(run_dir, step)
     partial = final.with_name(final.name + ".partial")
@@ -66,11 +67,21 @@ def save_checkpoint(run_dir: Path, step: int, parts: Mapping[str, Saveable], top
             os.rename(partial, final)
             for _, old in complete_checkpoints(run_dir)[:-keep]:
                 shutil.rmtree(old)
-    except BaseException:
+    except BaseException as error:
         if topology.is_first:
             shutil.rmtree(partial, ignore_errors=True)
+        if _is_write_failure(error):
+            reason = getattr(error, "strerror", None) or "writing failed, probably for lack of space"
+            raise InputError(f"the checkpoint of step {step} could not be written below {run_dir} ({reason}); earlier "
+                             "checkpoints are untouched: make room and run the same command again") from error
         raise
     topology.barrier()
+
+
+def _is_write_failure(error: BaseException) -> bool:
+    """Operating-system errors, and those of torch's zip writer, which hides them in a RuntimeError."""
+    hidden = ("PytorchStreamWriter", "inline_container")
+    return isinstance(error, OSError) or isinstance(error, RuntimeError) and any(word in str(error) for word in hidden)
 
 
 def load_checkpoint(folder: Path, parts: Mapping[str, Saveable], topology: Topology) -> int:
