@@ -62,16 +62,17 @@ class Tokenizer(nn.Module):
         owner = self.get_submodule(name.rpartition(".")[0])
         return truncated_normal(0.02) if is_weight and "Norm" not in type(owner).__name__ else None
 
-    def check_images(self, images: Tensor) -> None:
+    def accept(self, images: Tensor) -> Tensor:
+        """The images in the weights' dtype and on their device; InputError when they have another shape."""
         size = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise InputError(f"images have shape {tuple(images.shape)}; this tokenizer takes (batch, 3, {size}, {size})")
+        return images.to(self.quant_conv.weight.device, self.quant_conv.weight.dtype)
 
     def forward(self, images: Tensor, *, entropy: bool = False, semantic: bool = False,
                 direct: bool = False) -> TokenizerOutput:
         """One training pass. `direct` also decodes the CNN's own features, bypassing transformers and quantizer."""
-        self.check_images(images)
-        cnn_feature = self.cnn_encoder(images)
+        cnn_feature = self.cnn_encoder(self.accept(images))
         quantized = self.quantizer(self.quant_conv(self.encoder(cnn_feature)), entropy=entropy)
         decoded_feature, semantic_feature = self.decoder(self.post_quant_conv(quantized.quantized), semantic=semantic)
         return TokenizerOutput(
@@ -86,8 +87,7 @@ class Tokenizer(nn.Module):
 
     def latent(self, images: Tensor) -> Tensor:
         """Latents before the quantizer: (B, D, 1, T) in the 1-D layout, (B, D, G, G) in the 2-D layout."""
-        self.check_images(images)
-        return self.quant_conv(self.encoder(self.cnn_encoder(images)))
+        return self.quant_conv(self.encoder(self.cnn_encoder(self.accept(images))))
 
     def quantize(self, images: Tensor) -> QuantizerOutput:
         return self.quantizer(self.latent(images))
@@ -95,8 +95,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] to codes (B, T) int64."""
-        weight = self.quant_conv.weight
-        return self.quantize(images.to(weight.device, weight.dtype)).codes
+        return self.quantize(images).codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
