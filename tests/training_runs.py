@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,8 @@ from PIL import Image
 from gigatok_ds.data.codes import CodeSample, write_code_shards
 from gigatok_ds.data.shards import Sample, write_shards
 from gigatok_ds.demo.pipeline import free_port
+
+LAUNCHER = Path(__file__).parent.parent / "launch" / "train.sh"
 
 TOKENIZER = """
 kind: tokenizer
@@ -81,11 +84,10 @@ def prepare(folder):
 
 
 def start(arguments, ranks=1):
-    """Run `gigatok-ds train ...` and return (exit code, everything it printed)."""
-    prefix = [sys.executable, "-m", "gigatok_ds"]
-    if ranks > 1:
-        prefix = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port",
-                  str(free_port()), "--no_local_rank", "--module", "gigatok_ds"]
-    finished = subprocess.run([*prefix, "train", *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    """Run `gigatok-ds train ...`, by launch/train.sh for several ranks; returns (exit code, everything it printed)."""
+    command = [sys.executable, "-m", "gigatok_ds", "train"] if ranks == 1 else ["bash", str(LAUNCHER)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GPUS": str(ranks), "MASTER_PORT": str(free_port()),
+                                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    finished = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                              env=environment, check=False)
     return finished.returncode, finished.stdout + finished.stderr

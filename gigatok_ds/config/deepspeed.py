@@ -15,7 +15,7 @@ from gigatok_ds.errors import InputError
 
 AUTO = "auto"
 
-# Top-level keys of DeepSpeed 0.19 that make sense here. Its optimizer and scheduler sections do not: the recipe has them.
+# Top-level keys of DeepSpeed 0.19 that make sense here. Its optimizer and scheduler sections do not: recipes say that.
 KNOWN_KEYS = frozenset({
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "bf16", "fp16", "data_types",
@@ -117,7 +117,8 @@ def _from_recipe(recipe: Recipe, data_parallel_size: int) -> dict:
 def _refuse_unknown(settings: dict, source: str) -> None:
     for key in settings:
         if key in ("optimizer", "scheduler"):
-            raise InputError(f"{source} has a section {key!r}; remove it: the recipe's {'schedule' if key == 'scheduler' else key} decides")
+            own = "schedule" if key == "scheduler" else key
+            raise InputError(f"{source} has a section {key!r}; remove it: the recipe's {own} decides")
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(KNOWN_KEYS))}"

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from gigatok_ds.config.deepspeed import resolve_deepspeed
+from gigatok_ds.config.deepspeed import resolve_deepspeed, zero3_worth_it
 from gigatok_ds.config.load import load_recipe, recipe_to_dict, save_resolved
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
@@ -51,6 +51,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict) -> None:
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
     holds a checkpoint. Raises InputError for anything the user can mend.
     """
+    from gigatok_ds.checkpoint.original import build_on_meta
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.training.environment import write_environment
     from gigatok_ds.training.loop import train
@@ -60,7 +61,9 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict) -> None:
     try:
         settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
         if topology.is_first:
-            for warning in warnings:
+            parameters = sum(parameter.numel() for parameter in build_on_meta(recipe.model).parameters())
+            advice = zero3_worth_it(parameters) if settings["zero_optimization"]["stage"] == 3 else None
+            for warning in [*warnings, *([advice] if advice else [])]:
                 print(f"warning: {warning}", file=sys.stderr)
             run_dir.mkdir(parents=True, exist_ok=True)
             save_resolved(recipe, run_dir / RECIPE_FILE)
