@@ -1,5 +1,7 @@
 """List the recipes, or print one of them in full with your overrides applied.
 
+What is printed is itself a recipe: redirect it to a file, edit it, and give the file's path in place of a name.
+
   gigatok-ds recipes
   gigatok-ds recipes VQ_BL256 optimizer.lr=2e-4 training.steps=1000
 """
@@ -17,13 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import yaml
-
-    from gigatok_ds.config.load import load_recipe, recipe_names, recipe_summary, recipe_to_dict
+    from gigatok_ds.config.load import load_recipe, recipe_names, recipe_summary, recipe_to_yaml
 
     if args.recipe:
-        print(yaml.safe_dump(recipe_to_dict(load_recipe(args.recipe, args.overrides)), sort_keys=False), end="")
+        print(recipe_to_yaml(load_recipe(args.recipe, args.overrides)), end="")
         return 0
     for name in recipe_names():
-        print(f"{name:22s} {recipe_summary(name)}")
+        print(f"{name:20s} {load_recipe(name).kind:10s} {recipe_summary(name)}")
     return 0

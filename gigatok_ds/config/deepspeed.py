@@ -1,4 +1,4 @@
-"""DeepSpeed settings: from a JSON file to what DeepSpeed is given, with every `auto` resolved from the recipe.
+"""DeepSpeed settings: from a JSON file to what DeepSpeed is given, each `auto` resolved from the recipe.
 
 Nothing here imports DeepSpeed, so a wrong setting is found before any rank starts.
 """
@@ -8,28 +8,66 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
 
 AUTO = "auto"
 
-# Top-level keys of DeepSpeed 0.19 that make sense here. Its optimizer and scheduler sections do not: recipes say that.
+# What the bundled files of ds_configs are called, and their (stage, offload).
+BUNDLED = {"zero0": (0, False), "zero1": (1, False), "zero2": (2, False), "zero3": (3, False),
+           "zero3_offload": (3, True)}
+
+# Keys of DeepSpeed 0.19.8 that something else decides here.
+DECIDED_ELSEWHERE = {
+    "optimizer": "the recipe's optimizer section decides",
+    "scheduler": "the recipe's schedule section decides",
+    "torch_autocast": "the recipe's training.precision decides",
+    "bfloat16": "it is an old name of 'bf16'",
+    "data_efficiency": "the recipe's data section decides",
+    "dataloader_drop_last": "DeepSpeed does not load the data here",
+    "managed_gradient_accumulation": "the training loop lets DeepSpeed count micro batches",
+    "gradient_allreduce_op": "gradients are averaged over data ranks",
+    **dict.fromkeys(
+        ("tensor_parallel", "expert_parallel", "pipeline", "sequence_parallel_size", "data_parallel_size",
+         "use_data_before_expert_parallelism", "hybrid_engine", "weight_quantization", "autotuning"),
+        "this feature of DeepSpeed is not used here",
+    ),
+}
+
+# Every top-level key that DeepSpeed 0.19.8 reads, without those it has removed (amp, elasticity, ...).
 KNOWN_KEYS = frozenset({
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "bf16", "fp16", "data_types",
-    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "communication_data_type",
-    "seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients",
-    "disable_allgather", "checkpoint", "flops_profiler", "comms_logger", "aio", "activation_checkpointing", "compile",
+    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "bf16", "fp16",
+    "data_types", "communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "disable_allgather", "activation_checkpointing", "compile", "checkpoint",
+    "datastates_ckpt", "aio", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "log_level", "timers", "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet",
+    "disable_python_gc", "vocabulary_size", *DECIDED_ELSEWHERE,
 })
+
+# Settings that the recipe decides too, and where.
+_RECIPE_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size / (micro batch x data ranks)",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "bf16.enabled": "training.precision",
+    "fp16.enabled": "training.precision",
+}
 
 
 def zero_settings(stage: int, *, offload: bool = False) -> dict:
     """The settings of ds_configs/zero{stage}[_offload].json: what `--zero STAGE` stands for.
 
-    offload (stage 3) keeps parameters and optimizer state in host memory.
+    offload (stage 3 only) keeps parameters and optimizer state in host memory.
     """
+    if (stage, offload) not in BUNDLED.values():
+        wanted = f"ZeRO stage {stage}{' with offload' if offload else ''}"
+        raise InputError(f"{wanted} is not available; allowed are stages 0 to 3, and offload with stage 3")
     zero: dict = {"stage": stage}
     if stage >= 1:
         zero |= {"overlap_comm": True, "contiguous_gradients": True}
@@ -52,54 +90,114 @@ def zero_settings(stage: int, *, offload: bool = False) -> dict:
     return settings | ({"zero_force_ds_cpu_optimizer": False} if offload else {})
 
 
-def read_settings(path: str | Path) -> dict:
-    """A DeepSpeed JSON file. Raises InputError when it is missing or not a JSON object."""
+def read_settings(path_or_name: str | Path) -> dict:
+    """A DeepSpeed JSON file, or the bundled settings of that name (zero0 ... zero3_offload).
+
+    Raises InputError when it is missing, not a JSON object, or says something twice.
+    """
+    if str(path_or_name) in BUNDLED:
+        stage, offload = BUNDLED[str(path_or_name)]
+        return zero_settings(stage, offload=offload)
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path_or_name).read_text(encoding="utf-8")
+        settings = json.loads(text, object_pairs_hook=_without_repeats)
     except FileNotFoundError:
-        raise InputError(f"there is no DeepSpeed settings file {path}; ds_configs holds some, or use --zero") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+        hint = _hint(str(path_or_name), BUNDLED, allowed=BUNDLED)
+        raise InputError(f"there is no DeepSpeed settings file {path_or_name}; {hint}") from None
+    except (InputError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path_or_name} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise InputError(f"{path} is not a JSON object of DeepSpeed settings")
+        raise InputError(f"{path_or_name} is not a JSON object of DeepSpeed settings")
     return settings
 
 
 def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *, data_parallel_size: int,
                       tensor_parallel_size: int = 1) -> tuple[dict, list[str]]:
-    """Settings for DeepSpeed with every `auto` filled in, and warnings about those that will do nothing.
+    """Settings for DeepSpeed with every `auto` filled in, and warnings about those without effect.
 
-    What a file states must agree with the recipe: batch sizes, clipping and precision. Raises InputError naming both
-    sources when it does not, for keys that DeepSpeed does not know, and for combinations known to train wrongly.
+    settings is a path, a bundled name or a dictionary. What it states must agree with the recipe: batch
+    sizes, clipping and precision. Raises InputError naming both sources when it does not, for keys that
+    DeepSpeed does not know, and for combinations known to train wrongly.
     """
     source = "the DeepSpeed settings" if isinstance(settings, dict) else str(settings)
     given = copy.deepcopy(settings) if isinstance(settings, dict) else read_settings(settings)
-    _refuse_unknown(given, source)
-    wanted = _from_recipe(recipe, data_parallel_size)
-    for key, value in wanted.items():
+    _check_keys(given, source, recipe)
+    for key, value in _from_recipe(recipe, data_parallel_size).items():
         section, _, name = key.partition(".")
-        holder, last = (given.setdefault(section, {}), name) if name else (given, section)
+        holder, last = (_section(given, section, source, create=True), name) if name else (given, section)
         stated = holder.get(last, AUTO)
         if stated != AUTO and stated != value:
-            raise InputError(f"{source} sets {key} to {stated}, but recipe {recipe.name} asks for {value}; "
-                             f"make them agree, or write {AUTO!r} in the settings")
+            raise InputError(
+                f"{source} sets {key} to {stated!r}, but recipe {recipe.name} asks for {value!r} "
+                f"({_RECIPE_KEYS[key]}); make them agree, or write {AUTO!r} in the settings"
+            )
         holder[last] = value
-    given.setdefault("zero_allow_untested_optimizer", True)
-    given.setdefault("zero_optimization", {"stage": 0})
-    left = [key for key in _auto_keys(given) if not key.startswith("zero_optimization")]
+    zero = _section(given, "zero_optimization", source, create=True)
+    zero.setdefault("stage", 0)
+    _fill(given, "zero_allow_untested_optimizer", True)
+    _fill(given, "steps_per_print", 10**9)  # never: the loop reports
+    if zero.get("offload_optimizer"):
+        _fill(given, "zero_force_ds_cpu_optimizer", False)
+    # In zero_optimization DeepSpeed itself takes "auto" for its default.
+    left = [key for key in _auto_keys(given) if not key.startswith("zero_optimization.")]
     if left:
         raise InputError(f"{source}: {left[0]} cannot be {AUTO!r}; give a value or leave it out")
-    return given, _check_combinations(given, source, tensor_parallel_size)
+    _refuse_harmful(given, source, tensor_parallel_size)
+    return given, _warnings(given, source, tensor_parallel_size)
 
 
-def _from_recipe(recipe: Recipe, data_parallel_size: int) -> dict:
+def zero3_worth_it(parameters: int) -> str | None:
+    """Advice against ZeRO-3 for a model of this many parameters; None when it is sensible."""
+    if parameters >= 500_000_000:
+        return None
+    return (f"ZeRO-3 costs time and saves little for a model of {parameters / 1e6:.0f}M parameters; "
+            "ZeRO-1 or 2 is faster")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise InputError(f"the key {key!r} appears twice")
+    return dict(pairs)
+
+
+def _check_keys(settings: dict, source: str, recipe: Recipe) -> None:
+    for key, value in settings.items():
+        if key not in KNOWN_KEYS:
+            hint = _hint(key, KNOWN_KEYS, allowed=KNOWN_KEYS - DECIDED_ELSEWHERE.keys())
+            raise InputError(f"{source}: unknown key {key!r}; {hint}")
+        if key in DECIDED_ELSEWHERE:
+            reason = DECIDED_ELSEWHERE[key]
+            raise InputError(f"{source} has {key!r}; remove it: {reason}{_rival(key, value, recipe)}")
+
+
+def _rival(key: str, section: Any, recipe: Recipe) -> str:
+    """What a refused section and the recipe each say, for the two sections that users do bring along."""
+    section = section if isinstance(section, dict) else {}
+    params = section.get("params") if isinstance(section.get("params"), dict) else {}
+    if key == "optimizer" and "lr" in params:
+        return f" (lr here: {params['lr']!r}, in recipe {recipe.name}: {recipe.optimizer.lr!r})"
+    if key == "scheduler":
+        kind = section.get("type")
+        return f" (type here: {kind!r}, kind in recipe {recipe.name}: {recipe.schedule.kind!r})"
+    return ""
+
+
+def _hint(name: str, known: Iterable[str], *, allowed: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(allowed))}"
+
+
+def _from_recipe(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
     training = recipe.training
-    micro = training.micro_batch_size or training.global_batch_size // data_parallel_size
+    micro = training.micro_batch_size or max(training.global_batch_size // data_parallel_size, 1)
     per_step = micro * data_parallel_size
-    if micro < 1 or training.global_batch_size % per_step:
+    if training.global_batch_size % per_step:
         raise InputError(
-            f"training.global_batch_size {training.global_batch_size} is not a multiple of {data_parallel_size} data "
-            f"ranks x micro batch {max(micro, 1)}; change training.global_batch_size or training.micro_batch_size"
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of "
+            f"{data_parallel_size} data ranks x micro batch {micro}; "
+            "change training.global_batch_size, training.micro_batch_size or the number of ranks"
         )
     return {
         "train_batch_size": training.global_batch_size,
@@ -109,20 +207,19 @@ def _from_recipe(recipe: Recipe, data_parallel_size: int) -> dict:
         "gradient_clipping": recipe.optimizer.max_grad_norm,
         "bf16.enabled": training.precision == "bf16",
         "fp16.enabled": training.precision == "fp16",
-        # DeepSpeed's own progress lines: never; the loop reports.
-        "steps_per_print": 10**9,
     }
 
 
-def _refuse_unknown(settings: dict, source: str) -> None:
-    for key in settings:
-        if key in ("optimizer", "scheduler"):
-            own = "schedule" if key == "scheduler" else key
-            raise InputError(f"{source} has a section {key!r}; remove it: the recipe's {own} decides")
-        if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(KNOWN_KEYS))}"
-            raise InputError(f"{source}: unknown key {key!r}; {hint}")
+def _section(settings: dict, name: str, source: str, *, create: bool = False) -> dict:
+    section = settings.setdefault(name, {}) if create else settings.get(name, {})
+    if not isinstance(section, dict):
+        raise InputError(f"{source}: {name} is {section!r}; it must be a JSON object")
+    return section
+
+
+def _fill(settings: dict, key: str, value: Any) -> None:
+    if settings.get(key, AUTO) == AUTO:
+        settings[key] = value
 
 
 def _auto_keys(settings: dict, prefix: str = "") -> list[str]:
@@ -133,25 +230,28 @@ def _auto_keys(settings: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _check_combinations(settings: dict, source: str, tensor_parallel_size: int) -> list[str]:
+def _refuse_harmful(settings: dict, source: str, tensor_parallel_size: int) -> None:
     zero = settings["zero_optimization"]
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise InputError(f"{source}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
-    if zero.get("zero_hpz_partition_size", 1) > 1 and tensor_parallel_size > 1:
-        raise InputError(f"{source}: zero_hpz_partition_size with tensor parallelism trains wrong weights silently; "
-                         "remove it or use one tensor rank")
+    if type(zero["stage"]) is not int or zero["stage"] not in range(4):
+        raise InputError(f"{source}: zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3")
+    hpz = zero.get("zero_hpz_partition_size", 1)
+    if hpz not in (0, 1, AUTO) and tensor_parallel_size > 1:
+        raise InputError(
+            f"{source}: zero_hpz_partition_size with tensor parallelism silently mixes weights "
+            f"(it is {hpz!r}, with {tensor_parallel_size} tensor ranks); remove it, or use one tensor rank"
+        )
+    if zero.get("offload_optimizer") and settings["zero_force_ds_cpu_optimizer"]:
+        raise InputError(f"{source}: zero_force_ds_cpu_optimizer must be false: AdamW is torch's here")
+
+
+def _warnings(settings: dict, source: str, tensor_parallel_size: int) -> list[str]:
+    zero = settings["zero_optimization"]
     warnings = []
-    if settings.get("activation_checkpointing", {}).get("partition_activations") and tensor_parallel_size == 1:
+    checkpointing = _section(settings, "activation_checkpointing", source)
+    if checkpointing.get("partition_activations") and tensor_parallel_size == 1:
         warnings.append(f"{source}: partition_activations does nothing with one tensor rank")
-    if stage < 3 and "offload_param" in zero:
-        warnings.append(f"{source}: offload_param does nothing below ZeRO stage 3")
+    if zero["stage"] < 3 and "offload_param" in zero:
+        warnings.append(f"{source}: zero_optimization.offload_param does nothing below ZeRO stage 3")
+    if zero["stage"] == 0 and settings["bf16"]["enabled"]:
+        warnings.append(f"{source}: bf16 is less precise at ZeRO stage 0 than above; prefer stage 1")
     return warnings
-
-
-def zero3_worth_it(parameters: int) -> str | None:
-    """Advice against ZeRO-3 for a model of this many parameters that fits a GPU anyway; None when it is sensible."""
-    if parameters >= 500_000_000:
-        return None
-    return (f"ZeRO-3 partitions the weights of a model of {parameters / 1e6:.0f}M parameters, which costs time and saves "
-            "little; ZeRO-1 or 2 is faster")

@@ -1,7 +1,7 @@
 """Recipes: YAML files, validated strictly against the dataclasses of `config.recipe`.
 
-A recipe may inherit from another with `base: NAME`; `key.sub=value` overrides come last. An unknown key, a wrong type
-or a missing key is an InputError that says where, what is allowed and which name was probably meant.
+A recipe may inherit from another with `base: NAME`; `key.sub=value` overrides come last. An unknown key, a
+wrong type or a missing key is an InputError that says where, what is allowed and which name was meant.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -30,23 +31,38 @@ _SHOWN = 3  # problems named in one error
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.
 for _schema in (*vars(model).values(), *vars(recipe).values()):
     if dataclasses.is_dataclass(_schema) and isinstance(_schema, type):
-        _schema.__pydantic_config__ = ConfigDict(extra="forbid")
+        _schema.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose `1e-4` is a number, as in YAML 1.2, and whose repeated keys are errors."""
+    """YAML with the numbers of YAML 1.2 (1e-4 is one; 010, 1:30 and dates are text), and no repeated keys."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers
+                if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever text `_Loader` would read as a number."""
+
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
+_FLOAT = re.compile(r"[-+]?((\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+|\d[\d_]*\.\d*|\.\d+|\.inf)$|\.nan$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
+            seen.add(key.value)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
@@ -60,28 +76,23 @@ def recipe_names() -> list[str]:
 
 
 def recipe_summary(name: str) -> str:
-    """The comment at the top of a packaged recipe: what it is, and what was published of it."""
-    text, _ = _read(name)
-    comment = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        comment.append(line.lstrip("# "))
-    return " ".join(comment)
+    """The first line of a packaged recipe, a comment: what it is, and what was published of it."""
+    return _packaged(name).partition("\n")[0].lstrip("# ")
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of that name, or in that YAML file, with `key.sub=value` overrides (values are YAML).
 
     Raises InputError for anything that is not exactly a recipe.
     """
-    data = _inherited(str(name_or_path), ())
-    schema = _KINDS.get(data.get("kind"))
-    if schema is None:
-        raise InputError(f"{name_or_path}: kind is {data.get('kind')!r}; it must be one of {', '.join(_KINDS)}")
+    name = str(name_or_path)
+    data = _inherited(name, Path(), ())
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise InputError(f"{name}: kind is {_show(kind)}; it must be one of {', '.join(_KINDS)}")
     for override in overrides:
-        _override(data, schema, override)
-    return _validated(data, schema, str(name_or_path))
+        _override(data, _KINDS[kind], override)
+    return _validated(data, _KINDS[kind], name)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict:
@@ -89,44 +100,73 @@ def recipe_to_dict(recipe: Recipe) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.dump(recipe_to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def save_resolved(recipe: Recipe, path: str | Path) -> None:
-    """Write the whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
+    """Write `recipe_to_yaml` to `path`, all of it or nothing."""
     path = Path(path)
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False), encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def _inherited(name_or_path: str, seen: tuple[str, ...]) -> dict:
-    """The mapping of a recipe, merged into that of its base."""
-    if name_or_path in seen:
-        raise InputError(f"recipe {seen[0]} inherits from itself: {' -> '.join([*seen, name_or_path])}")
-    data = _parse(*_read(name_or_path))
-    base = data.pop("base", None)
-    return data if base is None else _merged(_inherited(str(base), (*seen, name_or_path)), data)
-
-
-def _read(name_or_path: str) -> tuple[str, str]:
-    """Text of a recipe, and what to call it in errors."""
-    if name_or_path in recipe_names():
-        return (resources.files("gigatok_ds.recipes") / f"{name_or_path}.yaml").read_text("utf-8"), name_or_path
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        near = _nearest(path.stem, recipe_names()) or ", ".join(recipe_names())
-        raise InputError(f"there is no recipe {name_or_path!r} and no such YAML file; did you mean {near}?")
-    return path.read_text("utf-8"), name_or_path
-
-
-def _parse(text: str, name: str) -> dict:
     try:
-        data = yaml.load(text, _Loader)
+        scratch.write_text(recipe_to_yaml(recipe), encoding="utf-8")
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _inherited(name: str, folder: Path, seen: tuple[str, ...]) -> dict:
+    """The mapping of a recipe, merged into that of its base. A path is relative to `folder`."""
+    packaged = name in recipe_names()
+    source = name if packaged else str(folder / name)
+    if source in seen:
+        raise InputError(f"recipe {seen[0]} inherits from itself: {' -> '.join([*seen, source])}")
+    data = _parse(_packaged(name) if packaged else _read(source), source)
+    if not isinstance(data, dict):
+        raise InputError(f"{source} is not a recipe: a mapping with kind, name, model, ... is expected")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise InputError(f"{source}: base is {_show(base)}; it must name a recipe or a YAML file")
+    parent = _inherited(base, Path(source).parent, (*seen, source))
+    if data.get("kind", parent.get("kind")) != parent.get("kind"):
+        kinds = f"kind is {_show(data['kind'])}, but its base {base} is {_show(parent.get('kind'))}"
+        raise InputError(f"{source}: {kinds}")
+    return _merged(parent, data)
+
+
+def _packaged(name: str) -> str:
+    return (resources.files("gigatok_ds.recipes") / f"{name}.yaml").read_text("utf-8")
+
+
+def _read(path: str) -> str:
+    if not Path(path).is_file():
+        near = _nearest(Path(path).stem, recipe_names())
+        hint = f"did you mean {near}?" if near else f"recipes are {', '.join(recipe_names())}"
+        raise InputError(f"there is no recipe {path!r} and no such YAML file; {hint}")
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a YAML text file: {error}") from None
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        # Through JSON: only plain values pass, and sections that share a YAML anchor become separate.
+        return json.loads(json.dumps(yaml.load(text, _Loader)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{name}{where}: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{name} is not a recipe: a mapping with kind, name, model, ... is expected")
-    return data
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{source}{where}: {problem}") from None
+    except (TypeError, RecursionError):
+        allowed = "text, numbers, true, false, null, lists and mappings"
+        raise InputError(f"{source}: only {allowed} are allowed") from None
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 def _merged(base: dict, over: dict) -> dict:
@@ -138,23 +178,17 @@ def _merged(base: dict, over: dict) -> dict:
 def _override(data: dict, schema: type, override: str) -> None:
     """Set one `key.sub=value` in `data`. A section that is null or absent is created."""
     key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise InputError(f"override {override!r} is not of the form key.sub=value")
     *sections, last = key.split(".")
-    for depth, section in enumerate(sections):
+    if not separator or not all((*sections, last)):
+        raise InputError(f"override {_show(override)} is not of the form key.sub=value")
+    for depth, section in enumerate(sections, start=1):
         if not isinstance(data.get(section), dict):
-            if data.get(section) is not None and not _fields_at(schema, sections[: depth + 1]):
-                raise InputError(f"override {override!r}: {'.'.join(sections[: depth + 1])} has no settings of its own")
+            path = sections[:depth]
+            if data.get(section) is not None and not _fields_at(schema, path):
+                raise InputError(f"override {_show(override)}: {'.'.join(path)} has no settings of its own")
             data[section] = {}
         data = data[section]
-    data[last] = _parse_value(text, override)
-
-
-def _parse_value(text: str, override: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML; quote it if it is text") from None
+    data[last] = _parse(text, f"override {_show(override)}: not valid YAML, quote the value if it is text")
 
 
 def _validated(data: dict, schema: type, name: str) -> Recipe:
@@ -162,43 +196,89 @@ def _validated(data: dict, schema: type, name: str) -> Recipe:
         # As JSON, strictly: lists may become tuples, but "8" is not 8 and true is not 1.
         return TypeAdapter(schema).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_problems(error, schema)))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: {error}") from None
+        # A misspelt key also leaves one missing: name the spelling first.
+        problems = sorted(dict.fromkeys(_problems(error, schema)), key=lambda text: "unknown key" not in text)
     more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
     raise InputError(f"{name}: {'; '.join(problems[:_SHOWN])}{more}")
 
 
 def _problems(error: ValidationError, schema: type) -> Iterator[str]:
-    for detail in error.errors():
+    for detail in error.errors(include_url=False):
         if isinstance(detail.get("ctx", {}).get("error"), InputError):
             yield str(detail["ctx"]["error"])
             continue
-        if detail["loc"][-1] == "str" and isinstance(detail["input"], dict):
-            continue  # a size that is spelled out: the other member of the union says what is wrong with it
-        # Members of a union appear in the location under their type's name; they are not keys.
-        path = [str(part) for part in detail["loc"] if str(part) not in ("str", "TransformerSize")]
+        path, member = _located(schema, detail["loc"])
+        if member and (member is str) == isinstance(detail["input"], dict):
+            continue  # text or a section is allowed here: only the form that was meant is worth explaining
         key = ".".join(path)
         if detail["type"] == "unexpected_keyword_argument":
-            allowed = _fields_at(schema, path[:-1])
-            near = _nearest(path[-1], allowed)
-            yield f"unknown key {key}; " + (f"did you mean {near}?" if near else f"allowed are {', '.join(allowed)}")
+            yield f"unknown key {key}; {_suggestion(schema, path)}"
         elif detail["type"] == "missing":
             yield f"{key} is missing"
         else:
-            yield f"{key} is {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+            also = f", or a section of {', '.join(_fields_at(schema, path))}" if member else ""
+            yield f"{key} is {_show(detail['input'])}: {detail['msg'][0].lower()}{detail['msg'][1:]}{also}"
+
+
+def _located(schema: type, location: tuple) -> tuple[list[str], type | None]:
+    """The dotted key of a pydantic location, and the member of a union that it ends in, if it does."""
+    path, hint, member = [], schema, None
+    for part in location:
+        members = {getattr(option, "__name__", ""): option for option in _options(hint)}
+        if len(members) > 1:
+            member = hint = members.get(part)
+        else:
+            path.append(str(part))
+            hint, member = _field_types(hint).get(part), None
+    return path, member
+
+
+def _options(hint: Any) -> list:
+    """The types that `hint` allows, null aside."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [option for option in typing.get_args(hint) if option is not types.NoneType]
+    return [hint]
+
+
+def _field_types(hint: Any) -> dict[str, Any]:
+    """Types of the settings in a section; empty for what is not a section."""
+    schema = next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)
+    return typing.get_type_hints(schema) if schema else {}
 
 
 def _fields_at(schema: type, path: Sequence[str]) -> list[str]:
     """Names of the settings in the section `path`; empty when it is not a section."""
+    hint: Any = schema
     for part in path:
-        hints = typing.get_type_hints(schema) if dataclasses.is_dataclass(schema) else {}
-        candidates = (hints.get(part), *typing.get_args(hints.get(part)))
-        schema = next((hint for hint in candidates if dataclasses.is_dataclass(hint)), None)
-        if schema is None:
-            return []
-    return [field.name for field in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else []
+        hint = _field_types(hint).get(part)
+    return list(_field_types(hint))
+
+
+def _suggestion(schema: type, path: list[str]) -> str:
+    """What may have been meant by an unknown key: a sibling, or the same name in another section."""
+    siblings = _fields_at(schema, path[:-1])
+    elsewhere = [key for key in _all_keys(schema) if key.split(".")[-1] == path[-1]]
+    if len(elsewhere) == 1:
+        return f"did you mean {elsewhere[0]}?"
+    near = _nearest(path[-1], siblings)
+    if near:
+        return f"did you mean {near}?"
+    return f"allowed are {', '.join(siblings)}"
+
+
+def _all_keys(hint: Any, prefix: str = "") -> Iterator[str]:
+    for name, inner in _field_types(hint).items():
+        yield prefix + name
+        yield from _all_keys(inner, f"{prefix}{name}.")
 
 
 def _nearest(name: str, names: Sequence[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
+    """The name that `name` is probably a misspelling of, capitals aside."""
+    lowered = {candidate.lower(): candidate for candidate in names}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    return lowered[near[0]] if near else None
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -12,6 +12,20 @@ from typing import Literal
 from gigatok_ds.errors import InputError
 
 
+def at_least(minimum: float, section: str, **values: float | None) -> None:
+    """Refuse values below `minimum`, naming them as settings of `section`. None passes."""
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            raise InputError(f"{section}.{name} is {value}; it must be at least {minimum}")
+
+
+def probability(section: str, **values: float) -> None:
+    """Refuse values outside [0, 1), naming them as settings of `section`."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{section}.{name} is {value}; it must be at least 0 and below 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerSize:
     """Width, depth and number of attention heads of one transformer."""
@@ -21,6 +35,7 @@ class TransformerSize:
     heads: int
 
     def __post_init__(self):
+        at_least(1, "transformer", width=self.width, layers=self.layers, heads=self.heads)
         if self.width % self.heads:
             raise InputError(f"transformer width {self.width} is not a multiple of its {self.heads} heads")
 
@@ -75,6 +90,9 @@ class CNNConfig:
     def __post_init__(self):
         if len(self.encoder_multipliers) != len(self.decoder_multipliers):
             raise InputError("cnn.encoder_multipliers and cnn.decoder_multipliers must have the same number of levels")
+        multipliers = (*self.encoder_multipliers, *self.decoder_multipliers)
+        at_least(1, "cnn", multipliers=min(multipliers, default=0), base_channels=self.base_channels)
+        at_least(0, "cnn", residual_blocks=self.residual_blocks)
         if self.base_channels % 32:
             raise InputError(f"cnn.base_channels is {self.base_channels}; it must be a multiple of 32 (group norm)")
 
@@ -93,6 +111,9 @@ class QuantizerConfig:
     l2_normalized: bool = True
     gradient: Literal["straight_through", "rotation"] = "rotation"
 
+    def __post_init__(self):
+        at_least(1, "quantizer", codebook_size=self.codebook_size, codebook_dim=self.codebook_dim)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticHeadConfig:
@@ -100,6 +121,9 @@ class SemanticHeadConfig:
 
     depth: int = 3
     teacher_width: int = 768
+
+    def __post_init__(self):
+        at_least(1, "semantic_head", teacher_width=self.teacher_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +148,8 @@ class TokenizerConfig:
     layer_2d: Literal["self", "decoder", "double_self"] = "decoder"
 
     def __post_init__(self):
+        at_least(1, "model", latent_tokens=self.latent_tokens, z_channels=self.z_channels)
+        probability("model", dropout=self.dropout)
         for name in ("encoder", "decoder"):
             size = resolve_size(getattr(self, name), TRANSFORMER_SIZES, name)
             depth = self.semantic_head.depth if self.semantic_head else 1
@@ -171,6 +197,10 @@ class GPTConfig:
 
     def __post_init__(self):
         resolve_size(self.size, GPT_SIZES, "size")
+        at_least(1, "model", vocab_size=self.vocab_size, sequence_length=self.sequence_length,
+                 num_classes=self.num_classes)
+        probability("model", class_dropout=self.class_dropout, token_dropout=self.token_dropout,
+                    residual_dropout=self.residual_dropout)
 
     @property
     def transformer(self) -> TransformerSize:

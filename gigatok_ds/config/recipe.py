@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gigatok_ds.config.model import GPTConfig, TokenizerConfig
+from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
 from gigatok_ds.errors import InputError
 
 
@@ -48,6 +48,10 @@ class AdversarialConfig:
     kernel_size: int = 4
     backbone_weights: str | None = None  # dino only: the DINO ViT-S/16 checkpoint
 
+    def __post_init__(self):
+        at_least(1, "loss.adversarial", base_channels=self.base_channels, layers=self.layers,
+                 kernel_size=self.kernel_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryConfig:
@@ -89,7 +93,12 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 1e-4
     decay: Literal["everything", "matrices"] = "everything"
-    max_grad_norm: float = 10.0
+    max_grad_norm: float = 10.0  # 0: no clipping
+
+    def __post_init__(self):
+        at_least(0, "optimizer", lr=self.lr, eps=self.eps, weight_decay=self.weight_decay,
+                 max_grad_norm=self.max_grad_norm)
+        probability("optimizer", **{f"betas.{index}": beta for index, beta in enumerate(self.betas)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +110,11 @@ class ScheduleConfig:
     end_lr: float = 1e-5
     decay_fraction: float = 0.2
     decay_shape: Literal["sqrt", "linear", "cosine", "square"] = "sqrt"
+
+    def __post_init__(self):
+        at_least(0, "schedule", warmup_steps=self.warmup_steps, end_lr=self.end_lr)
+        if not 0 <= self.decay_fraction <= 1:
+            raise InputError(f"schedule.decay_fraction is {self.decay_fraction}; it must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +135,9 @@ class TrainingConfig:
     keep_checkpoints: int = 10
 
     def __post_init__(self):
-        for name in ("steps", "global_batch_size", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InputError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        at_least(1, "training", steps=self.steps, global_batch_size=self.global_batch_size,
+                 micro_batch_size=self.micro_batch_size, log_every=self.log_every, validate_every=self.validate_every,
+                 checkpoint_every=self.checkpoint_every, keep_checkpoints=self.keep_checkpoints)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +151,7 @@ class ImageDataConfig:
     flip: bool = True
 
     def __post_init__(self):
+        at_least(0, "data", workers=self.workers)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"data.crop_scale is {self.crop_scale}; it must be 0 < low <= high <= 1")
@@ -149,6 +164,9 @@ class CodeDataConfig:
     train: str | None = None
     validation: str | None = None
     workers: int = 0
+
+    def __post_init__(self):
+        at_least(0, "data", workers=self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
