@@ -32,3 +32,26 @@ def torch_stream(seed: int, purpose: str, *address: int | str, device: str = "cp
     import torch
 
     return torch.Generator(device=device).manual_seed(stream_key(seed, purpose, *address))
+
+
+class SampleDraws:
+    """Uniform numbers in [0, 1) for the samples of a global batch, of which this rank holds some.
+
+    Every rank draws for the whole batch and keeps its own, so that a sample gets the same numbers on every layout.
+    """
+
+    def __init__(self, generator: torch.Generator, batch_size: int, rows: torch.Tensor):
+        """rows: int64 (B,), the places in the global batch of the samples that this rank holds."""
+        self.generator, self.batch_size, self.rows = generator, batch_size, rows
+
+    def per_sample(self, count: int) -> torch.Tensor:
+        """The next `count` numbers of each sample, float32 (count, B) on the CPU."""
+        import torch
+
+        return torch.rand((count, self.batch_size), generator=self.generator)[:, self.rows]
+
+    def shared(self, count: int) -> list[float]:
+        """The next `count` numbers, the same for all samples of the global batch."""
+        import torch
+
+        return torch.rand(count, generator=self.generator).tolist()

@@ -7,10 +7,16 @@ from golden_models import arrays
 
 from gigatok_ds.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from gigatok_ds.losses.diffaug import cut_out, diff_augment, recolour, translate
+from gigatok_ds.streams import SampleDraws
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def draws(seed, count):
+    """Random numbers for the `count` images of a batch that one rank holds alone."""
+    return SampleDraws(seeded(seed), count, torch.arange(count))
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +100,23 @@ def slow_diff_augment(images, u):
 def test_augmentation_is_the_specified_one(height, width):
     images = torch.rand(12, 3, height, width, generator=seeded()) * 2 - 1
     expected = slow_diff_augment(images, torch.rand((7, 12), generator=seeded(5)))
-    torch.testing.assert_close(diff_augment(images, seeded(5)), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(diff_augment(images, draws(5, 12)), expected, rtol=0, atol=1e-6)
 
 
-def test_augmentation_depends_on_the_generator_only():
+def test_augmentation_depends_on_the_draws_only():
     images = torch.rand(3, 3, 16, 16, generator=seeded())
     torch.manual_seed(1)
-    first = diff_augment(images, seeded(7))
+    first = diff_augment(images, draws(7, 3))
     torch.manual_seed(2)
-    assert torch.equal(first, diff_augment(images, seeded(7)))
-    assert not torch.equal(first, diff_augment(images, seeded(8)))
+    assert torch.equal(first, diff_augment(images, draws(7, 3)))
+    assert not torch.equal(first, diff_augment(images, draws(8, 3)))
+
+
+def test_an_image_is_augmented_alike_on_every_layout():
+    images = torch.rand(6, 3, 16, 16, generator=seeded())
+    whole = diff_augment(images, draws(7, 6))
+    rows = torch.tensor([4, 1])
+    assert torch.equal(diff_augment(images[rows], SampleDraws(seeded(7), 6, rows)), whole[rows])
 
 
 def test_extremes_of_each_operation_at_256_pixels():
@@ -123,6 +136,6 @@ def test_extremes_of_each_operation_at_256_pixels():
 
 def test_augmentation_passes_the_gradient():
     images = torch.rand(2, 3, 16, 16, generator=seeded(), dtype=torch.float32).requires_grad_()
-    augmented = diff_augment(images, seeded(3))
+    augmented = diff_augment(images, draws(3, 2))
     augmented.square().sum().backward()
     assert images.grad.isfinite().all() and (images.grad != 0).float().mean() > 0.5

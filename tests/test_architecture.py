@@ -12,6 +12,7 @@ ALLOWED = {
     "parallel": {"config"},
     "models": {"config", "kernels", "parallel"},
     "losses": {"config", "kernels", "parallel", "models"},
+    "cluster": {"config", "parallel"},
     "data": {"config", "parallel"},
     "checkpoint": {"config", "models", "parallel"},
     "evaluation": {"config", "models", "losses", "data", "checkpoint", "parallel", "kernels"},
@@ -19,7 +20,7 @@ ALLOWED = {
     "training": {"config", "models", "losses", "data", "checkpoint", "parallel", "kernels", "evaluation"},
     "demo": {"config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training"},
     "cli": {"config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training",
-            "demo"},
+            "demo", "cluster"},
 }
 
 

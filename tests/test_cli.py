@@ -30,10 +30,10 @@ def refused(capsys, *arguments):
 
 # Changing the command line is a decision: change this table with it.
 OPTIONS = {
-    "demo": {"--out", "--data", "--ranks", "--zero", "--tokenizer", "--gpt"},
+    "demo": {"--out", "--data", "--ranks", "--tp", "--zero", "--tokenizer", "--gpt"},
     "recipes": {"recipe", "overrides"},
     "make-shards": {"directory", "--out", "--prefix", "--samples-per-shard"},
-    "train": {"recipe", "overrides", "--out", "--zero", "--deepspeed"},
+    "train": {"recipe", "overrides", "--out", "--tp", "--zero", "--deepspeed"},
     "export": {"run_dir", "--out"},
     "import-gigatok": {"file", "--recipe", "--out", "--weights"},
     "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--device"},

@@ -67,6 +67,13 @@ def test_conflicts_are_refused(change, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("name, micro, multiple", [("VQ_SS256", 7, 2), ("VQ_BL256_dino_disc", 8, 16)])
+def test_tensor_ranks_that_cannot_share_a_micro_batch(name, micro, multiple):
+    recipe = load_recipe(name, ["parallel.tensor=2", f"training.micro_batch_size={micro}"])
+    with pytest.raises(InputError, match=f"choose training.micro_batch_size as a multiple of {multiple}$"):
+        resolve_deepspeed(zero_settings(1), recipe, data_parallel_size=1)
+
+
 def test_batches_that_do_not_divide_are_explained():
     with pytest.raises(InputError, match="global_batch_size 128 is not a multiple of 3 data ranks x micro batch 42"):
         resolve_deepspeed(zero_settings(1), RECIPE, data_parallel_size=3)
@@ -77,7 +84,7 @@ def test_what_is_silently_wrong_or_useless_is_said():
     hpz["zero_optimization"]["zero_hpz_partition_size"] = 8
     resolve_deepspeed(hpz, RECIPE, data_parallel_size=8)
     with pytest.raises(InputError, match="zero_hpz_partition_size with tensor parallelism"):
-        resolve_deepspeed(hpz, RECIPE, data_parallel_size=8, tensor_parallel_size=2)
+        resolve_deepspeed(hpz, load_recipe("VQ_SS256", ["parallel.tensor=2"]), data_parallel_size=8)
     useless = zero_settings(1) | {"activation_checkpointing": {"partition_activations": True}}
     assert "partition_activations does nothing" in resolve_deepspeed(useless, RECIPE, data_parallel_size=8)[1][0]
     assert "136M" in zero3_worth_it(136_000_000) and zero3_worth_it(2_900_000_000) is None
@@ -95,15 +102,14 @@ def recipe(*overrides):
     return load_recipe("GPT-B", overrides)
 
 
-def resolve(settings, *overrides, ranks=4, tensor_ranks=1):
-    return resolve_deepspeed(settings, recipe(*overrides), data_parallel_size=ranks,
-                             tensor_parallel_size=tensor_ranks)
+def resolve(settings, *overrides, ranks=4):
+    return resolve_deepspeed(settings, recipe(*overrides), data_parallel_size=ranks)
 
 
-def refused(settings, *overrides, ranks=4, tensor_ranks=1):
+def refused(settings, *overrides, ranks=4):
     """The message for settings that must be refused; always a single line."""
     with pytest.raises(InputError) as caught:
-        resolve(settings, *overrides, ranks=ranks, tensor_ranks=tensor_ranks)
+        resolve(settings, *overrides, ranks=ranks)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -269,7 +275,7 @@ def test_other_top_level_keys_are_refused(key, message):
 def test_combinations_that_train_wrongly_are_refused():
     hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
     assert "silently mixes weights (it is 2, with 2 tensor ranks)" in refused(
-        hpz, tensor_ranks=2)
+        hpz, "parallel.tensor=2")
     assert resolve(hpz)[0]["zero_optimization"]["zero_hpz_partition_size"] == 2
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert resolve(offload)[0]["zero_force_ds_cpu_optimizer"] is False
@@ -313,20 +319,20 @@ def test_missing_files_name_the_bundled_ones(tmp_path):
 # Warnings
 
 
-@pytest.mark.parametrize(("given", "tensor_ranks", "message"), [
-    ({"activation_checkpointing": {"partition_activations": True}}, 1, "partition_activations does nothing"),
-    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, 1,
+@pytest.mark.parametrize(("given", "message"), [
+    ({"activation_checkpointing": {"partition_activations": True}}, "partition_activations does nothing"),
+    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
      "offload_param does nothing below"),
-    ({}, 1, "bf16 is less precise at ZeRO stage 0"),
+    ({}, "bf16 is less precise at ZeRO stage 0"),
 ])
-def test_warnings_about_settings_without_effect(given, tensor_ranks, message):
-    _, warnings = resolve(given, "training.precision=bf16", tensor_ranks=tensor_ranks)
+def test_warnings_about_settings_without_effect(given, message):
+    _, warnings = resolve(given, "training.precision=bf16")
     assert any(message in warning for warning in warnings)
 
 
 def test_no_warnings_without_a_reason():
-    given = zero_settings(3) | {"activation_checkpointing": {"partition_activations": True}}
-    assert resolve(given, "training.precision=bf16", tensor_ranks=2)[1] == []
+    given = zero_settings(3) | {"activation_checkpointing": {"partition_activations": False}}
+    assert resolve(given, "training.precision=bf16", "parallel.tensor=2")[1] == []
     assert resolve(zero_settings(1), "training.precision=bf16")[1] == []
 
 

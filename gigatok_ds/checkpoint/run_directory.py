@@ -59,7 +59,8 @@ def save_checkpoint(run_dir: Path, step: int, parts: Mapping[str, Saveable], top
             part.save(partial / name)
         topology.barrier()
         if topology.is_first:
-            state = {"step": step, "parts": sorted(parts), "world_size": topology.world_size}
+            state = {"step": step, "parts": sorted(parts), "world_size": topology.world_size,
+                     "tensor_size": topology.tensor_size}
             (partial / STATE_FILE).write_text(json.dumps(state) + "\n")
             _flush(partial)
             if final.exists():
@@ -89,9 +90,10 @@ def load_checkpoint(folder: Path, parts: Mapping[str, Saveable], topology: Topol
     state = json.loads((folder / STATE_FILE).read_text())
     if state["parts"] != sorted(parts):
         raise InputError(f"{folder} holds {', '.join(state['parts'])}, but this recipe trains {', '.join(sorted(parts))}")
-    if state["world_size"] != topology.world_size:
+    if (state["world_size"], state["tensor_size"]) != (topology.world_size, topology.tensor_size):
         raise InputError(
-            f"{folder} was written by {state['world_size']} ranks; resume it with as many, not {topology.world_size}"
+            f"{folder} was written by {state['world_size']} ranks with parallel.tensor={state['tensor_size']}; resume "
+            f"it so, not with {topology.world_size} ranks and parallel.tensor={topology.tensor_size}"
         )
     for name, part in parts.items():
         part.load(folder / name)

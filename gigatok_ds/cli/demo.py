@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory; continued if it exists")
     parser.add_argument("--data", type=Path, metavar="DIR", help="your own images, a sub-directory for each class")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes to train with (default: 1)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N",
+                        help="of these, N share each layer (tensor parallel; default: 1)")
     parser.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: 1)")
     parser.add_argument("--tokenizer", action="append", default=[], metavar="key=value",
                         help="setting of the tokenizer's recipe; may be repeated")
@@ -38,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--ranks is {args.ranks}; it must be at least 1")
     image_size = load_recipe("demo_tokenizer", args.tokenizer).model.image_size
     source = folder_source(args.data) if args.data else digits_source(image_size)
-    options = DemoOptions(ranks=args.ranks, stage=args.zero, tokenizer=tuple(args.tokenizer), gpt=tuple(args.gpt))
+    if args.tp < 1 or args.ranks % args.tp:
+        raise InputError(f"--tp is {args.tp}; it must divide the {args.ranks} ranks of --ranks")
+    options = DemoOptions(ranks=args.ranks, tensor=args.tp, stage=args.zero, tokenizer=tuple(args.tokenizer),
+                          gpt=tuple(args.gpt))
     figures = Demo(source, args.out, options).run()
     for figure in figures:
         verdict = {None: "", True: "pass", False: "FAIL"}[figure.passed]

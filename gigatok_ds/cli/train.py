@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory; resumed if it exists")
     engine = parser.add_mutually_exclusive_group()
     engine.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: 1)")
+    parser.add_argument("--tp", type=int, metavar="N",
+                        help="tensor-parallel ranks, within a host; the same as parallel.tensor=N (default: 1)")
     engine.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed settings file instead, e.g. ds_configs/zero3.json")
 
 
@@ -30,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.config.load import load_recipe
     from gigatok_ds.training.run import check_run, run_training
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    tensor = [] if args.tp is None else [f"parallel.tensor={args.tp}"]
+    recipe = load_recipe(args.recipe, [*args.overrides, *tensor])
     check_run(recipe, args.out)
     run_training(recipe, args.out, args.deepspeed or zero_settings(args.zero))
     return 0

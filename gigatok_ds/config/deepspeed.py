@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gigatok_ds.config.recipe import Recipe
+from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 
 AUTO = "auto"
+BUCKET = 50_000_000  # elements that are communicated at once
 
 # What the bundled files of ds_configs are called, and their (stage, offload).
 BUNDLED = {"zero0": (0, False), "zero1": (1, False), "zero2": (2, False), "zero3": (3, False),
@@ -70,7 +71,10 @@ def zero_settings(stage: int, *, offload: bool = False) -> dict:
         raise InputError(f"{wanted} is not available; allowed are stages 0 to 3, and offload with stage 3")
     zero: dict = {"stage": stage}
     if stage >= 1:
-        zero |= {"overlap_comm": True, "contiguous_gradients": True}
+        # DeepSpeed's default of 5e8 elements would hold more than the state of the smaller models.
+        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": BUCKET}
+    if stage in (1, 2):
+        zero |= {"allgather_bucket_size": BUCKET}
     if stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": False}
     if offload:
@@ -111,8 +115,8 @@ def read_settings(path_or_name: str | Path) -> dict:
     return settings
 
 
-def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *, data_parallel_size: int,
-                      tensor_parallel_size: int = 1) -> tuple[dict, list[str]]:
+def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *,
+                      data_parallel_size: int) -> tuple[dict, list[str]]:
     """Settings for DeepSpeed with every `auto` filled in, and warnings about those without effect.
 
     settings is a path, a bundled name or a dictionary. What it states must agree with the recipe: batch
@@ -142,8 +146,8 @@ def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *, data_paral
     left = [key for key in _auto_keys(given) if not key.startswith("zero_optimization.")]
     if left:
         raise InputError(f"{source}: {left[0]} cannot be {AUTO!r}; give a value or leave it out")
-    _refuse_harmful(given, source, tensor_parallel_size)
-    return given, _warnings(given, source, tensor_parallel_size)
+    _refuse_harmful(given, source, recipe.parallel.tensor)
+    return given, _warnings(given, source)
 
 
 def zero3_worth_it(parameters: int) -> str | None:
@@ -192,6 +196,7 @@ def _hint(name: str, known: Iterable[str], *, allowed: Iterable[str]) -> str:
 def _from_recipe(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
     training = recipe.training
     micro = training.micro_batch_size or max(training.global_batch_size // data_parallel_size, 1)
+    _check_shared_batch(recipe, micro)
     per_step = micro * data_parallel_size
     if training.global_batch_size % per_step:
         raise InputError(
@@ -208,6 +213,20 @@ def _from_recipe(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
         "bf16.enabled": training.precision == "bf16",
         "fp16.enabled": training.precision == "fp16",
     }
+
+
+def _check_shared_batch(recipe: Recipe, micro: int) -> None:
+    """The tensor ranks of a data rank share the images of its micro batch."""
+    tensor = recipe.parallel.tensor
+    if tensor == 1 or not isinstance(recipe, TokenizerRecipe):
+        return
+    adversarial = recipe.loss.adversarial
+    # The DINO discriminator's batch norm is over that many images, on whichever rank they are.
+    unit = 8 * tensor if adversarial and adversarial.discriminator == "dino" else tensor
+    if micro % unit:
+        raise InputError(f"the micro batch of {micro} images cannot be shared by {tensor} tensor ranks"
+                         f"{' in groups of 8, as the dino discriminator needs' if unit > tensor else ''}; "
+                         f"choose training.micro_batch_size as a multiple of {unit}")
 
 
 def _section(settings: dict, name: str, source: str, *, create: bool = False) -> dict:
@@ -230,26 +249,27 @@ def _auto_keys(settings: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _refuse_harmful(settings: dict, source: str, tensor_parallel_size: int) -> None:
+def _refuse_harmful(settings: dict, source: str, tensor_ranks: int) -> None:
     zero = settings["zero_optimization"]
     if type(zero["stage"]) is not int or zero["stage"] not in range(4):
         raise InputError(f"{source}: zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3")
     hpz = zero.get("zero_hpz_partition_size", 1)
-    if hpz not in (0, 1, AUTO) and tensor_parallel_size > 1:
+    if hpz not in (0, 1, AUTO) and tensor_ranks > 1:
         raise InputError(
             f"{source}: zero_hpz_partition_size with tensor parallelism silently mixes weights "
-            f"(it is {hpz!r}, with {tensor_parallel_size} tensor ranks); remove it, or use one tensor rank"
+            f"(it is {hpz!r}, with {tensor_ranks} tensor ranks); remove it, or use one tensor rank"
         )
     if zero.get("offload_optimizer") and settings["zero_force_ds_cpu_optimizer"]:
         raise InputError(f"{source}: zero_force_ds_cpu_optimizer must be false: AdamW is torch's here")
 
 
-def _warnings(settings: dict, source: str, tensor_parallel_size: int) -> list[str]:
+def _warnings(settings: dict, source: str) -> list[str]:
     zero = settings["zero_optimization"]
     warnings = []
-    checkpointing = _section(settings, "activation_checkpointing", source)
-    if checkpointing.get("partition_activations") and tensor_parallel_size == 1:
-        warnings.append(f"{source}: partition_activations does nothing with one tensor rank")
+    for key, value in _section(settings, "activation_checkpointing", source).items():
+        if value:
+            warnings.append(f"{source}: activation_checkpointing.{key} does nothing: the recipe's "
+                            "parallel.recompute_every and parallel.sequence decide what is kept of activations")
     if zero["stage"] < 3 and "offload_param" in zero:
         warnings.append(f"{source}: zero_optimization.offload_param does nothing below ZeRO stage 3")
     if zero["stage"] == 0 and settings["bf16"]["enabled"]:

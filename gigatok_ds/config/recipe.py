@@ -36,10 +36,17 @@ class QuantizerLossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialConfig:
-    """The discriminator and both sides of its game, from `start_step` on (steps are counted from 1)."""
+    """The discriminator and both sides of its game, from `start_step` on (steps are counted from 1).
+
+    `adaptive_weight` scales the generator's side so that its gradient at the last layer is as long as that of the
+    image losses. `batch_norm` says whose images the PatchGAN's batch statistics are of: of all ranks (the result then
+    does not depend on their number), or of each data rank (the original's).
+    """
 
     start_step: int
     weight: float = 0.5
+    adaptive_weight: bool = False
+    batch_norm: Literal["global", "data_rank"] = "global"
     discriminator: Literal["patchgan", "dino"] = "patchgan"
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     generator_loss: Literal["hinge", "non_saturating"] = "hinge"
@@ -170,6 +177,33 @@ class CodeDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over ranks and what it keeps in memory; none of it changes what is computed.
+
+    `tensor` ranks of one host share each layer of the transformers (1: none do), with `sequence` also their
+    activations between attention and MLP. `recompute_every` n keeps no activations inside every n-th transformer block
+    and computes them again in the backward pass (activation checkpointing; 0: none, 1: all blocks).
+    """
+
+    tensor: int = 1
+    sequence: bool = False
+    recompute_every: int = 0
+
+    def __post_init__(self):
+        at_least(1, "parallel", tensor=self.tensor)
+        at_least(0, "parallel", recompute_every=self.recompute_every)
+        if self.sequence and self.tensor == 1:
+            raise InputError("parallel.sequence is true, but it does nothing with parallel.tensor 1; set that above 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerParallelConfig(ParallelConfig):
+    """`recompute_cnn` does for the residual blocks of the CNN what `recompute_every` does for the transformers."""
+
+    recompute_cnn: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerRecipe:
     kind: Literal["tokenizer"]
     name: str
@@ -179,8 +213,15 @@ class TokenizerRecipe:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    parallel: TokenizerParallelConfig = TokenizerParallelConfig()
 
     def __post_init__(self):
+        model, tensor = self.model, self.parallel.tensor
+        for side, size in (("encoder", model.encoder_size), ("decoder", model.decoder_size)):
+            _divides(tensor, f"the {side}'s attention heads", size.heads)
+        if self.parallel.sequence:
+            _divides(tensor, "model.latent_tokens", model.latent_tokens)
+            _divides(tensor, "the cells of the feature map", model.grid**2)
         if (self.loss.semantic is None) != (self.model.semantic_head is None):
             raise InputError("loss.semantic and model.semantic_head go together: set both, or set both to null")
 
@@ -194,6 +235,20 @@ class GPTRecipe:
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.05, decay="matrices", max_grad_norm=1.0)
     schedule: ScheduleConfig = ScheduleConfig(kind="wsd")
     data: CodeDataConfig = field(default_factory=CodeDataConfig)
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self):
+        model, tensor = self.model, self.parallel.tensor
+        _divides(tensor, "the attention heads", model.transformer.heads)
+        _divides(tensor, "the MLP's width", model.ffn_width)
+        _divides(tensor, "model.vocab_size", model.vocab_size)
+        if self.parallel.sequence:
+            _divides(tensor, "model.sequence_length", model.sequence_length)
+
+
+def _divides(tensor: int, what: str, value: int) -> None:
+    if value % tensor:
+        raise InputError(f"parallel.tensor is {tensor}, but {what} ({value}) cannot be cut into as many equal parts")
 
 
 Recipe = TokenizerRecipe | GPTRecipe

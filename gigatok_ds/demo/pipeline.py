@@ -31,9 +31,10 @@ CODE_VIEWS = 8  # encoded crops per training image
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """How the demo runs: `ranks` processes, ZeRO `stage`, and recipe overrides for either model."""
+    """How the demo runs: `ranks` processes, of which `tensor` share each layer, ZeRO `stage`, and recipe overrides."""
 
     ranks: int = 1
+    tensor: int = 1
     stage: int = 1
     tokenizer: tuple[str, ...] = ()
     gpt: tuple[str, ...] = ()
@@ -56,6 +57,7 @@ class Demo:
     def _overrides(self, kind: str) -> list[str]:
         paths = self.shards if kind == "tokenizer" else self.codes
         own = [f"data.{split}={json.dumps(str(path))}" for split, path in paths.items()]
+        own.append(f"parallel.tensor={self.options.tensor}")
         if kind == "tokenizer":
             return [*own, *self.options.tokenizer]
         tokenizer = load_recipe("demo_tokenizer", self.options.tokenizer).model

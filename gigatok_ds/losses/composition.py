@@ -21,6 +21,7 @@ from gigatok_ds.losses.reconstruction import RECONSTRUCTION_LOSSES
 from gigatok_ds.losses.semantic import Teacher, alignment_loss
 from gigatok_ds.models.dino_discriminator import DinoDiscriminator, dino_backbone
 from gigatok_ds.models.patchgan import PatchGAN
+from gigatok_ds.parallel.layers import PLAIN, Layers
 
 if TYPE_CHECKING:
     from gigatok_ds.models.tokenizer import TokenizerOutput
@@ -83,10 +84,11 @@ class TokenizerObjective(nn.Module):
             terms["adversarial"] = config.adversarial.weight * adversarial_loss(discriminate(reconstruction))
         return terms
 
-    def latent_terms(self, output: TokenizerOutput, images: Tensor, step: int) -> dict[str, Tensor]:
+    def latent_terms(self, output: TokenizerOutput, semantic_target: Tensor | None, step: int) -> dict[str, Tensor]:
         """The generator's terms that depend on the quantizer and on features of the images.
 
-        Raises InputError when the semantic head does not fit the teacher.
+        semantic_target (B, T, width) is what the teacher gives for the images, where there is a teacher. Raises
+        InputError when the semantic head does not fit the teacher.
         """
         config, quantizer = self.config, output.quantizer_losses
         terms = {
@@ -99,7 +101,7 @@ class TokenizerObjective(nn.Module):
             loss = feature_loss(output.decoded_feature, output.cnn_feature, config.auxiliary.feature)
             terms["feature"] = config.auxiliary.feature_weight * loss
         if config.semantic:
-            loss = alignment_loss(output.semantic_feature, self.teacher(images))
+            loss = alignment_loss(output.semantic_feature, semantic_target)
             terms["semantic"] = config.semantic.weight * loss
         return terms
 
@@ -125,12 +127,14 @@ def build_objective(config: TokenizerLossConfig, *, device: torch.device | str) 
     return TokenizerObjective(config, perceptual=perceptual, teacher=teacher).to(device)
 
 
-def build_discriminator(config: AdversarialConfig) -> PatchGAN | DinoDiscriminator:
+def build_discriminator(config: AdversarialConfig, layers: Layers = PLAIN) -> PatchGAN | DinoDiscriminator:
     """The discriminator, freshly initialised from torch's own generator: seed it first.
 
-    It is called with images (B, 3, H, W) in [-1, 1] and, for what it draws, a CPU generator. Raises
+    It is called with this rank's images (B, 3, H, W) in [-1, 1] and, for what it draws, SampleDraws. Raises
     InputError when the DINO backbone's file is missing.
     """
     if config.discriminator == "dino":
-        return DinoDiscriminator(dino_backbone(config.backbone_weights), augment=diff_augment)
-    return PatchGAN(base_channels=config.base_channels, layers=config.layers, kernel_size=config.kernel_size)
+        return layers.per_image(DinoDiscriminator(dino_backbone(config.backbone_weights), augment=diff_augment))
+    average = layers.image_mean(all_data=config.batch_norm == "global")
+    return layers.per_image(PatchGAN(base_channels=config.base_channels, layers=config.layers,
+                                     kernel_size=config.kernel_size, average=average))

@@ -9,16 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gigatok_ds.streams import SampleDraws
+
 TRANSLATION = 0.125  # of the side, at most
 CUTOUT = 0.2  # of the side
 
 
-def diff_augment(images: Tensor, generator: torch.Generator | None) -> Tensor:
+def diff_augment(images: Tensor, draws: SampleDraws | None) -> Tensor:
     """A random version of each of images (B, 3, H, W) in [-1, 1], float32; it may leave [-1, 1].
 
-    generator is a CPU generator, so that every device sees the same draws; None draws from torch's own.
+    draws gives each image its random numbers; None takes them from torch's own generator.
     """
-    u = torch.rand((7, len(images)), generator=generator).to(images.device)
+    u = (draws.per_sample(7) if draws else torch.rand(7, len(images))).to(images.device)
     moved = translate(images.float(), u[0], u[1])
     return cut_out(recolour(moved, u[2], u[3], u[4]), u[5], u[6])
 

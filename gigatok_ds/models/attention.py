@@ -1,6 +1,7 @@
 """Attention and the transformer layers of the tokenizer.
 
-Tensors are sequence-first, (tokens, batch, width), which is what sequence parallelism cuts along its first axis.
+Tensors are sequence-first, (tokens, batch, width), which is what sequence parallelism cuts along its first axis: then
+a layer's inputs, position tables included, are this rank's part of the tokens.
 Position tables are (tokens, 1, width); they are added to queries and keys of every attention, never to values
 and never to the residual stream.
 """
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigatok_ds.models.initialisation import Fill, uniform
-from gigatok_ds.parallel.layers import LayerFactory
+from gigatok_ds.parallel.layers import Layers
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -28,7 +29,7 @@ def merge_heads(x: Tensor) -> Tensor:
 class MultiHeadAttention(nn.Module):
     """Multi-head attention with biases and, optionally, layer-normalised queries and keys."""
 
-    def __init__(self, width: int, heads: int, layers: LayerFactory, *, dropout: float = 0.0, qk_norm: bool = False):
+    def __init__(self, width: int, heads: int, layers: Layers, *, dropout: float = 0.0, qk_norm: bool = False):
         super().__init__()
         self.width = width
         self.head_dim = width // heads
@@ -37,8 +38,8 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = layers.column(width, width, bias=True)
         self.v_proj = layers.column(width, width, bias=True)
         self.out_proj = layers.row(width, width, bias=True)
-        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.q_norm = layers.per_head(nn.LayerNorm(self.head_dim)) if qk_norm else nn.Identity()
+        self.k_norm = layers.per_head(nn.LayerNorm(self.head_dim)) if qk_norm else nn.Identity()
 
     def initial_fill(self, name: str) -> Fill | None:
         """Queries, keys and values are Xavier-uniform as one packed (3W, W) matrix (torch's own attention)."""
@@ -59,34 +60,38 @@ class TransformerLayer(nn.Module):
     or None.
     """
 
-    def __init__(self, width: int, heads: int, layers: LayerFactory, *, second: str | None,
+    recompute_unit = "block"
+
+    def __init__(self, width: int, heads: int, layers: Layers, *, second: str | None,
                  dropout: float = 0.0, qk_norm: bool = False):
         super().__init__()
         options = {"dropout": dropout, "qk_norm": qk_norm}
         self.second = second
         self.self_attn = MultiHeadAttention(width, heads, layers, **options)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm1 = layers.per_token(nn.LayerNorm(width))
+        self.norm2 = layers.per_token(nn.LayerNorm(width))
+        self.drop1, self.drop2 = layers.dropout(dropout), layers.dropout(dropout)
         if second:
             self.multihead_attn = MultiHeadAttention(width, heads, layers, **options)
-            self.norm3 = nn.LayerNorm(width)
+            self.norm3 = layers.per_token(nn.LayerNorm(width))
+            self.drop3 = layers.dropout(dropout)
         self.linear1 = layers.column(width, 4 * width, bias=True)
         self.linear2 = layers.row(4 * width, width, bias=True)
-        self.drop = nn.Dropout(dropout)
+        self.drop_hidden = layers.dropout(dropout, hidden=True)
 
     def forward(self, x: Tensor, position: Tensor | None, memory: Tensor | None = None,
                 memory_position: Tensor | None = None) -> Tensor:
-        x = x + self.drop(self._attend_to_self(self.self_attn, self.norm1(x), position))
+        x = x + self.drop1(self._attend_to_self(self.self_attn, self.norm1(x), position))
         mlp_norm = self.norm2
         if self.second == "cross":
             query = _add(self.norm2(x), position)
-            x = x + self.drop(self.multihead_attn(query, _add(memory, memory_position), memory))
+            x = x + self.drop3(self.multihead_attn(query, _add(memory, memory_position), memory))
             mlp_norm = self.norm3
         elif self.second == "self":
-            x = x + self.drop(self._attend_to_self(self.multihead_attn, self.norm2(x), position))
+            x = x + self.drop3(self._attend_to_self(self.multihead_attn, self.norm2(x), position))
             mlp_norm = self.norm3
-        hidden = self.drop(F.gelu(self.linear1(mlp_norm(x))))
-        return x + self.drop(self.linear2(hidden))
+        hidden = self.drop_hidden(F.gelu(self.linear1(mlp_norm(x))))
+        return x + self.drop2(self.linear2(hidden))
 
     @staticmethod
     def _attend_to_self(attention: MultiHeadAttention, x: Tensor, position: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@ def group_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice; a 1x1 convolution carries the shortcut where the width changes."""
 
+    recompute_unit = "cnn"
+
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
         self.norm1 = group_norm(in_channels)
@@ -31,6 +33,8 @@ class ResidualBlock(nn.Module):
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions of the feature map, added to its input."""
+
+    recompute_unit = "cnn"
 
     def __init__(self, channels: int):
         super().__init__()

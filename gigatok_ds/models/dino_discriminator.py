@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
+from gigatok_ds.streams import SampleDraws
 
 INPUT_SIZE = 224
 CROP_PROBABILITY = 0.5
@@ -23,8 +24,8 @@ READOUT_BLOCKS = (2, 5, 8, 11)
 VIRTUAL_BATCH = 8
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# A random change of images (B, 3, H, W) in [-1, 1], drawn from the generator.
-Augment = Callable[[Tensor, torch.Generator | None], Tensor]
+# A random change of images (B, 3, H, W) in [-1, 1].
+Augment = Callable[[Tensor, SampleDraws | None], Tensor]
 
 
 class DinoDiscriminator(nn.Module):
@@ -43,15 +44,15 @@ class DinoDiscriminator(nn.Module):
         self.augment = augment
         self.heads = nn.ModuleList(_head(backbone.embed_dim) for _ in range(1 + len(READOUT_BLOCKS)))
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, draws: SampleDraws | None = None) -> Tensor:
         """Logits (B, 5 * 196) of images (B, 3, H, W) in [-1, 1]; high means real.
 
-        generator, on the CPU, draws the augmentation and the crop; None draws from torch's own. Raises
+        draws decides the augmentation and the crop; without it torch's own generator does. Raises
         InputError for a batch above 8 that does not split evenly into virtual batches.
         """
         if self.augment is not None:
-            images = self.augment(images, generator)
-        features = self.activations(fit_to_backbone(images.float(), generator))
+            images = self.augment(images, draws)
+        features = self.activations(fit_to_backbone(images.float(), draws))
         # The image losses stay in float32 while DeepSpeed may have cast the heads.
         dtype = next(self.parameters()).dtype
         logits = [head(feature.to(dtype)) for head, feature in zip(self.heads, features)]
@@ -76,12 +77,12 @@ class DinoDiscriminator(nn.Module):
                 yield _readout(tokens)
 
 
-def fit_to_backbone(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Images (B, 3, H, W) at 224 x 224: larger ones cropped (one place per call) or averaged, at random."""
+def fit_to_backbone(images: Tensor, draws: SampleDraws | None = None) -> Tensor:
+    """Images (B, 3, H, W) at 224 x 224: larger ones cropped (one place for a global batch) or averaged, at random."""
     height, width = images.shape[-2:]
     if min(height, width) <= INPUT_SIZE:
         return F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False)
-    coin, vertical, horizontal = torch.rand(3, generator=generator).tolist()
+    coin, vertical, horizontal = draws.shared(3) if draws else torch.rand(3).tolist()
     if coin > CROP_PROBABILITY:
         return F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="area")
     top = int(vertical * (height - INPUT_SIZE + 1))

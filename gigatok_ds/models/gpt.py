@@ -12,7 +12,7 @@ from gigatok_ds.config.model import GPTConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.attention import merge_heads, split_heads
 from gigatok_ds.models.initialisation import Fill, constant, normal
-from gigatok_ds.parallel.layers import PLAIN, LayerFactory
+from gigatok_ds.parallel.layers import PLAIN, Layers
 
 
 class KeyValueCache(Protocol):
@@ -37,14 +37,14 @@ class RMSNorm(nn.Module):
 class CausalAttention(nn.Module):
     """Causal self-attention without biases; q, k and v are one packed projection."""
 
-    def __init__(self, config: GPTConfig, layers: LayerFactory):
+    def __init__(self, config: GPTConfig, layers: Layers):
         super().__init__()
         width = config.transformer.width
         self.head_dim = width // config.transformer.heads
         self.wqkv = layers.column(width, 3 * width, bias=False, groups=3)
         self.wo = layers.row(width, width, bias=False)
-        self.q_norm = nn.LayerNorm(self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = layers.per_head(nn.LayerNorm(self.head_dim)) if config.qk_norm else nn.Identity()
+        self.k_norm = layers.per_head(nn.LayerNorm(self.head_dim)) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         q, k, v = (split_heads(part, self.head_dim) for part in self.wqkv(x).chunk(3, dim=-1))
@@ -61,7 +61,7 @@ class CausalAttention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202): w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, config: GPTConfig, layers: LayerFactory):
+    def __init__(self, config: GPTConfig, layers: Layers):
         super().__init__()
         width, hidden = config.transformer.width, config.ffn_width
         self.w1 = layers.column(width, hidden, bias=False)
@@ -73,17 +73,20 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layers: LayerFactory):
+    recompute_unit = "block"
+
+    def __init__(self, config: GPTConfig, layers: Layers):
         super().__init__()
-        self.attention_norm = RMSNorm(config.transformer.width, config.norm_eps)
+        self.attention_norm = layers.per_token(RMSNorm(config.transformer.width, config.norm_eps))
         self.attention = CausalAttention(config, layers)
-        self.ffn_norm = RMSNorm(config.transformer.width, config.norm_eps)
+        self.ffn_norm = layers.per_token(RMSNorm(config.transformer.width, config.norm_eps))
         self.feed_forward = FeedForward(config, layers)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.attention_dropout = layers.dropout(config.residual_dropout)
+        self.ffn_dropout = layers.dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
-        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), cache))
+        return x + self.ffn_dropout(self.feed_forward(self.ffn_norm(x)))
 
 
 class ClassEmbedding(nn.Module):
@@ -100,16 +103,17 @@ class ClassEmbedding(nn.Module):
 class GPT(nn.Module):
     """Class, then codes: position 0 holds the class, position i the i-th code; each predicts the next code."""
 
-    def __init__(self, config: GPTConfig, layers: LayerFactory = PLAIN):
+    def __init__(self, config: GPTConfig, layers: Layers = PLAIN):
         super().__init__()
         self.config = config
         width = config.transformer.width
         self.cls_embedding = ClassEmbedding(config.num_classes, width)
         self.tok_embeddings = layers.vocab_embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.sequence_length + 1, width))
-        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.cut, self.whole_vocabulary, self.cross_entropy = layers.tokens, layers.whole_features, layers.cross_entropy
+        self.token_dropout = layers.dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config, layers) for _ in range(config.transformer.layers))
-        self.norm = RMSNorm(width, config.norm_eps)
+        self.norm = layers.per_token(RMSNorm(width, config.norm_eps))
         self.output = layers.column(width, config.vocab_size, bias=False)
 
     def initial_fill(self, name: str) -> Fill | None:
@@ -132,19 +136,26 @@ class GPT(nn.Module):
                 f"classes must be in [0, {self.config.num_classes}); got {int(classes.min())} to {int(classes.max())}"
             )
 
-    def forward(self, codes: Tensor, classes: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, classes: Tensor, targets: Tensor | None = None) -> Tensor:
         """Teacher forcing: codes (B, t) and classes (B,) to float32 logits (B, t + 1, vocab).
 
-        Feed all codes but the last to predict every code.
+        Feed all codes but the last to predict every code. With targets (B, t + 1) the result is the cross-entropy of
+        each, float32 (B, t + 1), in nats.
         """
-        x = self.hidden_states(codes, classes)
-        return self.output(self.norm(x)).transpose(0, 1).float()
+        logits = self.output(self.norm(self._blocks(codes, classes)))
+        if targets is not None:
+            return self.cross_entropy(logits, targets.t()).t()
+        return self.whole_vocabulary(logits).transpose(0, 1).float()
 
     def hidden_states(self, codes: Tensor, classes: Tensor, *, depth: int | None = None) -> Tensor:
         """The residual stream (t + 1, B, width) after block `depth` (counted from 1; None: after the last)."""
+        return self.cut.gather(self._blocks(codes, classes, depth))
+
+    def _blocks(self, codes: Tensor, classes: Tensor, depth: int | None = None) -> Tensor:
+        """`hidden_states`, of this rank's tokens."""
         tokens = torch.cat([self.cls_embedding(classes)[:, None], self.tok_embeddings(codes)], dim=1)
         x = tokens.transpose(0, 1)
-        x = self.token_dropout(x + self.positional_embedding[: x.shape[0], None].to(x.dtype))
+        x = self.token_dropout(self.cut.scatter(x + self.positional_embedding[: x.shape[0], None].to(x.dtype)))
         for block in self.layers[:depth]:
             x = block(x)
         return x
@@ -159,4 +170,4 @@ class GPT(nn.Module):
         x = x + self.positional_embedding[position].to(x.dtype)
         for block, cache in zip(self.layers, caches):
             x = block(x, cache)
-        return self.output(self.norm(x))[0].float()
+        return self.whole_vocabulary(self.output(self.norm(x)))[0].float()

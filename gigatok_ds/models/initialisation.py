@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.streams import torch_stream
 
 # Fills a full (not sharded) tensor in place, drawing from the generator.
@@ -61,15 +62,19 @@ def initial_fills(network: nn.Module) -> Iterator[tuple[str, nn.Parameter, Fill]
 
 
 @torch.no_grad()
-def initialise_(network: nn.Module, seed: int, *, whole: Callable[[nn.Parameter], object] | None = None) -> nn.Module:
+def initialise_(network: nn.Module, seed: int, *, whole: Callable[[nn.Parameter], object] | None = None,
+                tensor_rank: int = 0, tensor_size: int = 1) -> nn.Module:
     """Give every parameter its initial value and return the network.
 
-    `whole(parameter)` is a context in which the parameter has its full shape, for parameters spread over ranks.
+    `whole(parameter)` is a context in which the parameter has its full shape, for parameters spread over data ranks.
+    Of parameters that are cut over `tensor_size` tensor ranks, the network holds the part of `tensor_rank`.
     """
     whole = whole or contextlib.nullcontext
+    shards = declared_shards(network)
     for name, parameter, fill in initial_fills(network):
         with whole(parameter):
-            value = torch.empty(parameter.shape)
+            shard = shards.get(name)
+            value = torch.empty(shard.full_shape(parameter.shape, tensor_size) if shard else parameter.shape)
             fill(value, torch_stream(seed, "weights", name))
-            parameter.copy_(value)
+            parameter.copy_(shard.cut(value, tensor_rank, tensor_size) if shard else value)
     return network

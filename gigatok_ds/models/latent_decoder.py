@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from gigatok_ds.config.model import TokenizerConfig
 from gigatok_ds.models.attention import TransformerLayer
 from gigatok_ds.models.latent_encoder import GridTransformer, PositionTables, map_to_tokens, tokens_to_map
-from gigatok_ds.parallel.layers import LayerFactory
+from gigatok_ds.parallel.layers import Layers
 
 
 def semantic_head(config: TokenizerConfig) -> nn.Sequential:
@@ -21,10 +21,11 @@ def semantic_head(config: TokenizerConfig) -> nn.Sequential:
 class _Decoder(PositionTables):
     """What both decoders share: embedding, output, and the optional semantic head after one of the layers."""
 
-    def __init__(self, config: TokenizerConfig, **tables: int):
+    def __init__(self, config: TokenizerConfig, layers: Layers, **tables: int):
         width = config.decoder_size.width
         super().__init__(width, positional_embedding=config.grid**2, **tables)
         self.grid = config.grid
+        self.cut = layers.tokens
         self.ln_pre = nn.LayerNorm(config.z_channels)
         self.decoder_embed = nn.Linear(config.z_channels, width)
         self.ln_post = nn.LayerNorm(width)
@@ -38,11 +39,11 @@ class _Decoder(PositionTables):
         return self.decoder_embed(self.ln_pre(map_to_tokens(latent)))
 
     def semantic_feature(self, x: Tensor) -> Tensor:
-        """Decoder tokens (G * G, B, width) to predicted teacher features (B, G * G, teacher width)."""
-        return self.distill_mlp(x).transpose(0, 1)
+        """This rank's decoder tokens, of (G * G, B, width), to predicted teacher features (B, G * G, teacher width)."""
+        return self.distill_mlp(self.cut.gather(x)).transpose(0, 1)
 
     def output(self, x: Tensor) -> Tensor:
-        return self.conv_out(tokens_to_map(self.ln_post(x), self.grid, self.grid))
+        return self.conv_out(tokens_to_map(self.ln_post(self.cut.gather(x)), self.grid, self.grid))
 
 
 class LatentDecoder(_Decoder):
@@ -52,9 +53,9 @@ class LatentDecoder(_Decoder):
     unless they are learned.
     """
 
-    def __init__(self, config: TokenizerConfig, layers: LayerFactory):
+    def __init__(self, config: TokenizerConfig, layers: Layers):
         learned = {"q_2d": config.grid**2} if config.grid_query == "learned" else {}
-        super().__init__(config, latent_token_positional_embedding=config.latent_tokens, **learned)
+        super().__init__(config, layers, latent_token_positional_embedding=config.latent_tokens, **learned)
         size = config.decoder_size
         self.query = config.grid_query
         self.transformer = nn.ModuleList(
@@ -66,10 +67,13 @@ class LatentDecoder(_Decoder):
     def forward(self, latent: Tensor, *, semantic: bool = False) -> tuple[Tensor, Tensor | None]:
         memory = self.embed(latent)
         start = self.q_2d.to(memory.dtype) if self.query == "learned" else memory[:1]
-        x = start.expand(self.grid**2, memory.shape[1], -1)
+        x = self.cut.scatter(start.expand(self.grid**2, memory.shape[1], -1))
+        memory = self.cut.scatter(memory)
+        position = self.cut.scatter(self.positional_embedding)
+        memory_position = self.cut.scatter(self.latent_token_positional_embedding)
         feature = None
         for depth, layer in enumerate(self.transformer, 1):
-            x = layer(x, self.positional_embedding, memory, self.latent_token_positional_embedding)
+            x = layer(x, position, memory, memory_position)
             if semantic and depth == self.semantic_depth:
                 feature = self.semantic_feature(x)
         return self.output(x), feature
@@ -78,15 +82,16 @@ class LatentDecoder(_Decoder):
 class GridDecoder(_Decoder):
     """2-D decoder: the tokens are the grid's cells throughout. Latents (B, z, G, G) to (B, z, G, G)."""
 
-    def __init__(self, config: TokenizerConfig, layers: LayerFactory):
-        super().__init__(config)
+    def __init__(self, config: TokenizerConfig, layers: Layers):
+        super().__init__(config, layers)
         self.transformer = GridTransformer(config, config.decoder_size, layers)
 
     def forward(self, latent: Tensor, *, semantic: bool = False) -> tuple[Tensor, Tensor | None]:
-        x = self.transformer.start(self.embed(latent), self.positional_embedding)
+        position = self.cut.scatter(self.positional_embedding)
+        x = self.transformer.start(self.cut.scatter(self.embed(latent)), position)
         feature = None
         for depth, layer in enumerate(self.transformer, 1):
-            x = self.transformer.step(layer, x, self.positional_embedding)
+            x = self.transformer.step(layer, x, position)
             if semantic and depth == self.semantic_depth:
                 feature = self.semantic_feature(x)
         return self.output(x), feature

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gigatok_ds.config.model import TokenizerConfig
 from gigatok_ds.models.attention import TransformerLayer
 from gigatok_ds.models.initialisation import Fill, normal
-from gigatok_ds.parallel.layers import LayerFactory
+from gigatok_ds.parallel.layers import Layers
 
 
 def map_to_tokens(x: Tensor) -> Tensor:
@@ -56,10 +56,11 @@ class LatentEncoder(PositionTables):
     Features (B, z, G, G) to latents (B, z, 1, T).
     """
 
-    def __init__(self, config: TokenizerConfig, layers: LayerFactory):
+    def __init__(self, config: TokenizerConfig, layers: Layers):
         size, tokens = config.encoder_size, config.latent_tokens
         tables = {"positional_embedding": config.grid**2, "latent_token_positional_embedding": tokens}
         super().__init__(size.width, **tables | ({"query_1d": tokens} if config.latent_query == "learned" else {}))
+        self.cut = layers.tokens
         self.query = config.latent_query
         self.tokens = tokens
         self.ln_pre = nn.LayerNorm(config.z_channels)
@@ -85,17 +86,21 @@ class LatentEncoder(PositionTables):
     def forward(self, feature: Tensor) -> Tensor:
         memory = self.encoder_embed(self.ln_pre(map_to_tokens(feature)))
         x = self.initial_queries(memory, feature.shape[-1])
+        x, memory = self.cut.scatter(x), self.cut.scatter(memory)
+        position = self.cut.scatter(self.latent_token_positional_embedding)
+        memory_position = self.cut.scatter(self.positional_embedding)
         for layer in self.transformer:
-            x = layer(x, self.latent_token_positional_embedding, memory, self.positional_embedding)
-        return self.conv_out(tokens_to_map(self.ln_post(x), 1, self.tokens))
+            x = layer(x, position, memory, memory_position)
+        return self.conv_out(tokens_to_map(self.ln_post(self.cut.gather(x)), 1, self.tokens))
 
 
 class GridEncoder(PositionTables):
     """2-D encoder: the tokens are the grid's cells throughout. Features (B, z, G, G) to (B, z, G, G)."""
 
-    def __init__(self, config: TokenizerConfig, layers: LayerFactory):
+    def __init__(self, config: TokenizerConfig, layers: Layers):
         size = config.encoder_size
         super().__init__(size.width, positional_embedding=config.grid**2)
+        self.cut = layers.tokens
         self.ln_pre = nn.LayerNorm(config.z_channels)
         self.encoder_embed = nn.Linear(config.z_channels, size.width)
         self.transformer = GridTransformer(config, size, layers)
@@ -103,11 +108,12 @@ class GridEncoder(PositionTables):
         self.conv_out = nn.Conv2d(size.width, config.z_channels, 1)
 
     def forward(self, feature: Tensor) -> Tensor:
-        x = self.encoder_embed(self.ln_pre(map_to_tokens(feature)))
-        x = self.transformer.start(x, self.positional_embedding)
+        position = self.cut.scatter(self.positional_embedding)
+        x = self.cut.scatter(self.encoder_embed(self.ln_pre(map_to_tokens(feature))))
+        x = self.transformer.start(x, position)
         for layer in self.transformer:
-            x = self.transformer.step(layer, x, self.positional_embedding)
-        return self.conv_out(tokens_to_map(self.ln_post(x), *feature.shape[-2:]))
+            x = self.transformer.step(layer, x, position)
+        return self.conv_out(tokens_to_map(self.ln_post(self.cut.gather(x)), *feature.shape[-2:]))
 
 
 class GridTransformer(nn.ModuleList):
@@ -119,7 +125,7 @@ class GridTransformer(nn.ModuleList):
 
     SECOND = {"self": None, "decoder": "cross", "double_self": "self"}
 
-    def __init__(self, config: TokenizerConfig, size, layers: LayerFactory):
+    def __init__(self, config: TokenizerConfig, size, layers: Layers):
         super().__init__(
             TransformerLayer(size.width, size.heads, layers, second=self.SECOND[config.layer_2d],
                              dropout=config.dropout, qk_norm=config.qk_norm)

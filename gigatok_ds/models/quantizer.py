@@ -12,6 +12,7 @@ from gigatok_ds.config.model import QuantizerConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.kernels.reference import assignment_entropy, nearest_code
 from gigatok_ds.models.initialisation import Fill, uniform
+from gigatok_ds.parallel.layers import PLAIN, Layers
 
 # How many of the latest codes the usage statistic looks back on (the original's ring buffer).
 USAGE_WINDOW = 65536
@@ -36,9 +37,10 @@ class QuantizerOutput(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Codebook (K, D); with `l2_normalized`, latents and codes are compared on the unit sphere."""
 
-    def __init__(self, config: QuantizerConfig):
+    def __init__(self, config: QuantizerConfig, layers: Layers = PLAIN):
         super().__init__()
         self.config = config
+        self.mean_over_data = layers.mean_over_data
         self.embedding = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
         # Integers, so that casting the model to bfloat16 cannot round a code index.
         self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW, dtype=torch.int32))
@@ -69,7 +71,7 @@ class VectorQuantizer(nn.Module):
         losses = QuantizerLosses(
             codebook=F.mse_loss(code_vectors, z.detach()),
             commitment=F.mse_loss(z, code_vectors.detach()),
-            entropy=assignment_entropy(z, codebook) if entropy else z.new_zeros(()),
+            entropy=assignment_entropy(z, codebook, average=self.mean_over_data) if entropy else z.new_zeros(()),
         )
         through = rotate if self.config.gradient == "rotation" else straight_through
         quantized = through(z, code_vectors.detach())

@@ -14,7 +14,7 @@ from gigatok_ds.models.initialisation import Fill, truncated_normal, uniform
 from gigatok_ds.models.latent_decoder import GridDecoder, LatentDecoder
 from gigatok_ds.models.latent_encoder import GridEncoder, LatentEncoder
 from gigatok_ds.models.quantizer import QuantizerLosses, QuantizerOutput, VectorQuantizer
-from gigatok_ds.parallel.layers import PLAIN, LayerFactory
+from gigatok_ds.parallel.layers import PLAIN, Layers
 
 
 class TokenizerOutput(NamedTuple):
@@ -22,7 +22,8 @@ class TokenizerOutput(NamedTuple):
 
     reconstruction and direct_reconstruction (B, 3, S, S); codes (B, T); cnn_feature and decoded_feature
     (B, z, G, G), before the transformer encoder and after the transformer decoder; semantic_feature
-    (B, G * G, teacher width). Parts that were not asked for are None.
+    (B, G * G, teacher width). Parts that were not asked for are None. Where tensor ranks share a batch, images are
+    this rank's and everything else is of the whole batch B.
     """
 
     reconstruction: Tensor
@@ -40,18 +41,19 @@ class Tokenizer(nn.Module):
     Images are (B, 3, S, S) in [-1, 1]; codes are (B, T) int64.
     """
 
-    def __init__(self, config: TokenizerConfig, layers: LayerFactory = PLAIN):
+    def __init__(self, config: TokenizerConfig, layers: Layers = PLAIN):
         super().__init__()
         self.config = config
         encoder, decoder = (LatentEncoder, LatentDecoder) if config.layout == "1d" else (GridEncoder, GridDecoder)
         dim = config.quantizer.codebook_dim
-        self.cnn_encoder = CNNEncoder(config.cnn, config.z_channels, config.dropout)
+        self.images = layers.images
+        self.cnn_encoder = layers.per_image(CNNEncoder(config.cnn, config.z_channels, config.dropout))
         self.encoder = encoder(config, layers)
         self.decoder = decoder(config, layers)
-        self.cnn_decoder = CNNDecoder(config.cnn, config.z_channels, config.dropout)
+        self.cnn_decoder = layers.per_image(CNNDecoder(config.cnn, config.z_channels, config.dropout))
         self.quant_conv = nn.Conv2d(config.z_channels, dim, 1)
         self.post_quant_conv = nn.Conv2d(dim, config.z_channels, 1)
-        self.quantizer = VectorQuantizer(config.quantizer)
+        self.quantizer = VectorQuantizer(config.quantizer, layers)
 
     def initial_fill(self, name: str) -> Fill | None:
         """N(0, 0.02) for weights, as in the original, whose quantizer convolutions keep torch's own default."""
@@ -71,23 +73,27 @@ class Tokenizer(nn.Module):
 
     def forward(self, images: Tensor, *, entropy: bool = False, semantic: bool = False,
                 direct: bool = False) -> TokenizerOutput:
-        """One training pass. `direct` also decodes the CNN's own features, bypassing transformers and quantizer."""
-        cnn_feature = self.cnn_encoder(self.accept(images))
+        """One training pass over this rank's images.
+
+        `direct` also decodes the CNN's own features, bypassing transformers and quantizer.
+        """
+        own_feature = self.cnn_encoder(self.accept(images))
+        cnn_feature = self.images.gather(own_feature)
         quantized = self.quantizer(self.quant_conv(self.encoder(cnn_feature)), entropy=entropy)
         decoded_feature, semantic_feature = self.decoder(self.post_quant_conv(quantized.quantized), semantic=semantic)
         return TokenizerOutput(
-            reconstruction=self.cnn_decoder(decoded_feature),
+            reconstruction=self.cnn_decoder(self.images.scatter(decoded_feature)),
             codes=quantized.codes,
             quantizer_losses=quantized.losses,
             cnn_feature=cnn_feature,
             decoded_feature=decoded_feature,
             semantic_feature=semantic_feature,
-            direct_reconstruction=self.cnn_decoder(cnn_feature) if direct else None,
+            direct_reconstruction=self.cnn_decoder(own_feature) if direct else None,
         )
 
     def latent(self, images: Tensor) -> Tensor:
         """Latents before the quantizer: (B, D, 1, T) in the 1-D layout, (B, D, G, G) in the 2-D layout."""
-        return self.quant_conv(self.encoder(self.cnn_encoder(self.accept(images))))
+        return self.quant_conv(self.encoder(self.images.gather(self.cnn_encoder(self.accept(images)))))
 
     def quantize(self, images: Tensor) -> QuantizerOutput:
         return self.quantizer(self.latent(images))
@@ -108,4 +114,4 @@ class Tokenizer(nn.Module):
                 f"codes have shape {tuple(codes.shape)}; this tokenizer takes (batch, {self.config.latent_tokens})"
             )
         latent = self.quantizer.lookup(codes.to(self.quant_conv.weight.device))
-        return self.cnn_decoder(self.decoder(self.post_quant_conv(latent))[0])
+        return self.cnn_decoder(self.images.scatter(self.decoder(self.post_quant_conv(latent))[0]))

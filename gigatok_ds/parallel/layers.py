@@ -1,21 +1,39 @@
-"""The layers a model asks for instead of building them itself.
+"""What a model asks for instead of knowing about ranks.
 
-A model describes what it needs (a projection that may be cut by output features, one that may be cut by input
-features, a table that may be cut by vocabulary); the factory decides what it gets. `PlainLayers` gives ordinary
-torch modules and needs no process group.
+A model describes what it needs: projections and tables that may be cut over tensor ranks, modules that may see only
+this rank's part of the images, tokens or heads, and the passages between parts and wholes. A `Layers` object decides
+what it gets. `PLAIN` gives ordinary torch modules and needs no process group.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gigatok_ds.parallel.dropout import Dropout
+from gigatok_ds.parallel.reduce import RankMean
+from gigatok_ds.parallel.sharding import column_shards, row_shards, vocab_shards
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
-class LayerFactory(Protocol):
-    """What a model may ask for. Every layer maps (..., in_features) to (..., out_features)."""
+class Passage(Protocol):
+    """Between a whole tensor, alike on all tensor ranks, and this rank's part of it along the first axis."""
+
+    def scatter(self, whole: Tensor) -> Tensor: ...
+
+    def gather(self, part: Tensor) -> Tensor: ...
+
+
+class Layers(Protocol):
+    """What a model may ask for. Projections map (..., in_features) to (..., out_features)."""
 
     tensor_parallel_size: int
+    # The batch is cut around convolutions; tokens are cut between attention and MLP under sequence parallelism.
+    images: Passage
+    tokens: Passage
 
     def column(self, in_features: int, out_features: int, *, bias: bool, groups: int = 1) -> nn.Module:
         """A projection cut by output features; `groups` packed equal projections (q, k, v) are each cut alike."""
@@ -26,20 +44,88 @@ class LayerFactory(Protocol):
     def vocab_embedding(self, vocab_size: int, width: int) -> nn.Module:
         """A table of `vocab_size` rows, cut by rows."""
 
+    def dropout(self, probability: float, *, hidden: bool = False) -> nn.Module:
+        """Dropout of (tokens, batch, features): of the residual stream, or (hidden) between `column` and `row`."""
+
+    def per_image(self, module: Module) -> Module:
+        """`module`, which sees only this rank's images."""
+
+    def per_token(self, module: Module) -> Module:
+        """`module`, which sees only this rank's tokens under sequence parallelism."""
+
+    def per_head(self, module: Module) -> Module:
+        """`module`, which sees only this rank's attention heads."""
+
+    def whole_features(self, part: Tensor) -> Tensor:
+        """The output of a `column` with the features of all tensor ranks."""
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """-log softmax(logits)[target] in float32: the output of a `column` over a vocabulary, int64 targets (...)."""
+
+    def mean_over_data(self, x: Tensor) -> Tensor:
+        """Mean over data ranks of a statistic of a data rank's batch."""
+
+    def image_mean(self, *, all_data: bool) -> RankMean | None:
+        """The mean over the ranks that share a data rank's images or, with all_data, over all; None if it is one."""
+
+
+class _WholePassage:
+    """One tensor rank has it all."""
+
+    def scatter(self, whole: Tensor) -> Tensor:
+        return whole
+
+    def gather(self, part: Tensor) -> Tensor:
+        return part
+
+
+WHOLE_PASSAGE = _WholePassage()
+
 
 class PlainLayers:
-    """Ordinary torch layers: one process, or data parallelism only."""
+    """Ordinary torch layers. `data_mean` averages over data ranks, when there are several."""
 
     tensor_parallel_size = 1
+    images = tokens = WHOLE_PASSAGE
+
+    def __init__(self, data_mean: RankMean | None = None):
+        self.data_mean = data_mean
 
     def column(self, in_features: int, out_features: int, *, bias: bool, groups: int = 1) -> nn.Linear:
-        return nn.Linear(in_features, out_features, bias=bias)
+        return declared(nn.Linear(in_features, out_features, bias=bias), column_shards(bias=bias, groups=groups))
 
     def row(self, in_features: int, out_features: int, *, bias: bool) -> nn.Linear:
-        return nn.Linear(in_features, out_features, bias=bias)
+        return declared(nn.Linear(in_features, out_features, bias=bias), row_shards())
 
     def vocab_embedding(self, vocab_size: int, width: int) -> nn.Embedding:
-        return nn.Embedding(vocab_size, width)
+        return declared(nn.Embedding(vocab_size, width), vocab_shards())
+
+    def dropout(self, probability: float, *, hidden: bool = False) -> Dropout:
+        return Dropout(probability)
+
+    def per_image(self, module: Module) -> Module:
+        return module
+
+    per_token = per_head = per_image
+
+    def whole_features(self, part: Tensor) -> Tensor:
+        return part
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+        return losses.view_as(targets)
+
+    def mean_over_data(self, x: Tensor) -> Tensor:
+        return self.data_mean(x) if self.data_mean else x
+
+    def image_mean(self, *, all_data: bool) -> RankMean | None:
+        return self.data_mean if all_data else None
+
+
+def declared(module: Module, shards: dict) -> Module:
+    """`module`, saying how its parameters would be cut."""
+    module.shards = shards
+    return module
 
 
 PLAIN = PlainLayers()

@@ -1,26 +1,45 @@
-"""Who am I among the ranks: the process group, and this rank's place in it."""
+"""Who am I among the ranks: the process groups, and this rank's place in them.
+
+Ranks are counted tensor-first: neighbours share a model's layers (a tensor group, inside one host), and those with the
+same place in their tensor groups share the data (a data group, across hosts).
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gigatok_ds.errors import InputError
+from gigatok_ds.parallel.layers import PLAIN, Layers, PlainLayers
+from gigatok_ds.parallel.reduce import RankMean
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """This process's rank and device. Data ranks choose samples; with one tensor rank they are all ranks."""
+    """This process's rank and device, and its groups.
+
+    Data ranks choose samples; the tensor ranks of a data rank share its samples. `mpu` is what DeepSpeed asks about
+    tensor parallelism, None without.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     data_rank: int
     data_size: int
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    data_group: Any = None
+    tensor_group: Any = None
+    mpu: Any = None
+    layers: Layers = field(default=PLAIN)
 
     @property
     def is_first(self) -> bool:
@@ -33,17 +52,29 @@ class Topology:
 
     def gather_data(self, tensor: Tensor) -> Tensor:
         """Concatenate equally shaped tensors of all data ranks along the first axis, in rank order."""
-        if self.data_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.data_size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        return _gather(tensor, self.data_group, self.data_size)
 
-    def mean_over_data(self, tensor: Tensor) -> Tensor:
-        if self.data_size > 1:
+    def gather_images(self, tensor: Tensor) -> Tensor:
+        """Concatenate the tensor ranks' shares of a data rank's batch; no gradient passes."""
+        return _gather(tensor, self.tensor_group, self.tensor_size)
+
+    def own_images(self, tensor: Tensor) -> Tensor:
+        """This tensor rank's share, along the first axis, of what belongs to a data rank's batch."""
+        return tensor.chunk(self.tensor_size)[self.tensor_rank]
+
+    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Mean over all ranks, in place."""
+        if self.world_size > 1:
             dist.all_reduce(tensor)
-            tensor /= self.data_size
+            tensor /= self.world_size
         return tensor
+
+    def max_over_ranks(self, value: float) -> float:
+        if self.world_size == 1:
+            return value
+        box = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return float(box)
 
     def from_first(self, value):
         """The first rank's `value` (any plain Python object) on every rank."""
@@ -54,28 +85,82 @@ class Topology:
         return box[0]
 
 
-def start_process_group() -> Topology:
+def _gather(tensor: Tensor, group: Any, size: int) -> Tensor:
+    if size == 1:
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def check_layout(world_size: int, local_size: int, tensor_size: int) -> None:
+    """InputError when tensor groups do not fill the ranks, or would reach from one host to another."""
+    if world_size % tensor_size:
+        raise InputError(f"parallel.tensor is {tensor_size}, which does not divide the {world_size} ranks of this job; "
+                         "start a multiple of it, or choose another size")
+    if local_size % tensor_size:
+        raise InputError(f"parallel.tensor is {tensor_size}, but each host runs {local_size} ranks: a tensor group "
+                         "must lie within one host; choose a size that divides the ranks of a host")
+
+
+def start_process_group(*, tensor_size: int = 1, sequence_parallel: bool = False) -> Topology:
     """Join the process group that the launcher describes in the environment, or start one of a single process.
 
-    NCCL on GPUs, gloo on CPUs.
+    NCCL on GPUs, gloo on CPUs. Raises InputError when `tensor_size` does not fit the ranks.
     """
-    cuda = torch.cuda.is_available()
     launched = all(name in os.environ for name in _LAUNCHED)
-    local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    # DeepSpeed's launcher and torchrun call it differently.
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    check_layout(world_size, local_size, tensor_size)
+    device = _device(int(os.environ["LOCAL_RANK"]) if launched else 0)
+    if tensor_size > 1:
+        # Megatron overlaps communication with computation relying on the order of kernels in one queue.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         if launched:
             dist.init_process_group(backend)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it even in a single process
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    return Topology(rank=rank, world_size=world_size, device=device, data_rank=rank, data_size=world_size)
+    rank = dist.get_rank()
+    if tensor_size > 1:
+        return _tensor_parallel(rank, world_size, device, sequence_parallel, tensor_size)
+    layers = PlainLayers(RankMean(dist.group.WORLD, world_size)) if world_size > 1 else PLAIN
+    return Topology(rank=rank, world_size=world_size, device=device, data_rank=rank, data_size=world_size,
+                    data_group=dist.group.WORLD, layers=layers)
 
 
-def stop_process_group() -> None:
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _tensor_parallel(rank: int, world_size: int, device: torch.device, sequence_parallel: bool, size: int) -> Topology:
+    try:
+        from gigatok_ds.parallel import megatron
+    except ImportError as error:
+        raise InputError(f"parallel.tensor above 1 needs megatron-core, which cannot be imported ({error}); "
+                         "pip install 'gigatok_ds[train]'") from error
+    megatron.start_groups(size)
+    mpu = megatron.DeepSpeedTopology()
+    return Topology(
+        rank=rank, world_size=world_size, device=device,
+        data_rank=mpu.get_data_parallel_rank(), data_size=mpu.get_data_parallel_world_size(),
+        tensor_rank=mpu.get_tensor_model_parallel_rank(), tensor_size=size,
+        data_group=mpu.get_data_parallel_group(), tensor_group=mpu.get_tensor_model_parallel_group(),
+        mpu=mpu, layers=megatron.MegatronLayers(sequence_parallel=sequence_parallel),
+    )
+
+
+def stop_process_group(topology: Topology) -> None:
+    if topology.tensor_size > 1:
+        from gigatok_ds.parallel import megatron
+
+        megatron.stop_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import io
 import os
+import re
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,31 +29,53 @@ from torch import Tensor, nn
 from gigatok_ds.config.recipe import OptimizerConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.initialisation import initialise_
+from gigatok_ds.parallel.consistency import check_spread, global_gradient_norm
+from gigatok_ds.parallel.dropout import name_dropouts
+from gigatok_ds.parallel.partial import sum_partial_gradients
+from gigatok_ds.parallel.sharding import declared_shards
+from gigatok_ds.parallel.topology import Topology
 
 _TAG = "state"  # DeepSpeed wants a tag below the directory; the directory itself names the step
+_TENSOR_RANK = re.compile(r"mp_rank_\d+_")
 
 
 class Engine:
     """One network under DeepSpeed, with AdamW whose learning rate the caller sets at every step."""
 
     def __init__(self, build: Callable[[], nn.Module], optimizer: OptimizerConfig, settings: dict, *,
-                 seed: int | None = None):
+                 topology: Topology, seed: int | None = None, recompute: Callable[[nn.Module], object] | None = None):
         """settings are resolved DeepSpeed settings.
 
         With a seed, `build` leaves the initial weights to us: at stage 3 it runs under `zero.Init`, and no rank ever
         holds the whole network. Without one, `build` returns an initialised network, which should be small.
+        `recompute` switches activation checkpointing on in the network.
         """
         _prepare()
         settings = copy.deepcopy(settings)
         settings["gradient_clipping"] = optimizer.max_grad_norm
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
-        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self.stage == 3 and seed is not None):
+        # With tensor ranks, zero.Init needs all of this to partition over the data group; it would not complain.
+        with deepspeed.zero.Init(config_dict_or_path=settings, mpu=topology.mpu,
+                                 data_parallel_group=topology.data_group if topology.mpu else None,
+                                 enabled=self.stage == 3 and seed is not None):
             network = build()
+        # A rank within the data group, unlike DeepSpeed's other ranks.
+        whole = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
         if seed is not None:
-            initialise_(network, seed, whole=partial(deepspeed.zero.GatheredParameters, modifier_rank=0))
+            initialise_(network, seed, whole=whole, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size)
+        name_dropouts(network)
+        if recompute:
+            recompute(network)
+        if topology.mpu:
+            sum_partial_gradients(network, topology.tensor_group)
         groups = parameter_groups(network, optimizer)
         adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
-        self._engine, *_ = deepspeed.initialize(model=network, optimizer=adamw, config=settings)
+        self._engine, *_ = deepspeed.initialize(model=network, optimizer=adamw, config=settings, mpu=topology.mpu)
+        self._topology = topology
+        # At stage 0 in fp32 DeepSpeed clips by the norm but does not tell it.
+        self._tells_norm = self.stage > 0 or settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
+        self._norm: float | None = None
+        check_spread(network, topology, deepspeed.zero.GatheredParameters)
 
     @property
     def network(self) -> nn.Module:
@@ -68,11 +92,13 @@ class Engine:
         """Count one micro batch; at the end of an accumulation, clip and update with this learning rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if not self._tells_norm and self._engine.is_gradient_accumulation_boundary():
+            self._norm = global_gradient_norm(self.network, self._topology)
         self._engine.step()
 
     def gradient_norm(self) -> float | None:
-        """Global gradient norm of the last update before clipping; None where DeepSpeed does not compute it."""
-        norm = self._engine.get_global_grad_norm()
+        """Global gradient norm of the last update before clipping; None before the first."""
+        norm = self._engine.get_global_grad_norm() if self._tells_norm else self._norm
         return None if norm is None else float(norm)
 
     def save(self, folder: Path) -> None:
@@ -90,14 +116,35 @@ class Engine:
             raise InputError(f"{folder} holds no training state")
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The full float32 state_dict of an engine that was saved below `folder`, merged over its data ranks."""
-    state = folder / _TAG
-    with _plain_data_only():
-        if any(state.glob("*optim_states.pt")):
+def read_weights(folder: Path, network: nn.Module) -> dict[str, Tensor]:
+    """The full float32 state_dict of an engine that was saved below `folder`, merged over its ranks.
+
+    `network` is one like the engine's, of any layout and on any device: its layers say how parameters are cut.
+    """
+    files = sorted(path.name for path in (folder / _TAG).glob("*.pt"))
+    tensor_ranks = sorted({match[0] for name in files if (match := _TENSOR_RANK.search(name))})
+    parts = [_read_tensor_rank(folder, rank, files) for rank in tensor_ranks]
+    shards = declared_shards(network)
+    return {name: shards[name].join([part[name] for part in parts]) if name in shards else value
+            for name, value in parts[0].items()}
+
+
+def _read_tensor_rank(folder: Path, tensor_rank: str, files: list[str]) -> dict[str, Tensor]:
+    """What one tensor rank holds, merged over its data ranks.
+
+    DeepSpeed's own merging takes the files of all tensor ranks for data ranks of one: it is shown those of one only.
+    """
+    first = "mp_rank_00_"
+    with tempfile.TemporaryDirectory() as view, _plain_data_only():
+        (Path(view) / _TAG).mkdir()
+        for name in files:
+            if tensor_rank in name:
+                (Path(view) / _TAG / name.replace(tensor_rank, first)).symlink_to((folder / _TAG / name).resolve())
+        if any("optim_states" in name for name in files):
             with contextlib.redirect_stdout(io.StringIO()):  # it reports every file it opens
-                return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
-        return torch.load(state / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+                return get_fp32_state_dict_from_zero_checkpoint(view, tag=_TAG)
+        path = Path(view) / _TAG / f"{first}model_states.pt"
+        return torch.load(path, map_location="cpu", weights_only=True)["module"]
 
 
 def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dict]:

@@ -25,8 +25,9 @@ def export_run(run_dir: Path, out: Path, *, overwrite: bool = False) -> Path:
     recipe = load_recipe(str(recipe_file))
     checkpoint = newest_checkpoint(run_dir)
     part = "generator" if isinstance(recipe, TokenizerRecipe) else "gpt"
-    weights = read_weights(checkpoint / part)
-    expected = build_on_meta(recipe.model).state_dict()
+    network = build_on_meta(recipe.model)
+    weights = read_weights(checkpoint / part, network)
+    expected = network.state_dict()
     for name, tensor in expected.items():
         if name not in weights or weights[name].shape != tensor.shape:
             raise InputError(f"{checkpoint} does not hold {name} of shape {tuple(tensor.shape)} as recipe.yaml says")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gigatok_ds.config.recipe import GPTRecipe
 from gigatok_ds.data.codes import CodeBatches, CodeDataset
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
+from gigatok_ds.parallel.dropout import dropout_at
+from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
-from gigatok_ds.streams import torch_stream
+from gigatok_ds.streams import SampleDraws, torch_stream
 from gigatok_ds.training.engine import Engine
 
 PROBE_SEQUENCES = 16
@@ -28,7 +30,11 @@ class GPTTask:
         self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
         self.train_codes = self._open(recipe.data.train)
         self.validation_codes = self._open(recipe.data.validation)
-        self.engine = Engine(lambda: GPT(recipe.model), recipe.optimizer, settings, seed=recipe.training.seed)
+        parallel = recipe.parallel
+        self.engine = Engine(
+            lambda: GPT(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology,
+            seed=recipe.training.seed, recompute=partial(recompute_, every_block=parallel.recompute_every),
+        )
         self.engines = {"gpt": self.engine}
 
     def _open(self, path: str) -> CodeDataset:
@@ -58,15 +64,19 @@ class GPTTask:
         device = self.topology.device
         codes, classes = batch["codes"].to(device), batch["labels"].to(device)
         self.engine.network.train()
-        loss = cross_entropy(self.engine(codes[:, :-1], self._drop_classes(classes, step, micro)), codes)
-        self.engine.backward(loss)
+        with dropout_at(self.recipe.training.seed, batch["position"]):
+            classes = self._drop_classes(classes, batch["position"], step)
+            loss = self.engine(codes[:, :-1], classes, codes).mean()
+            self.engine.backward(loss)
         self.engine.step(lr)
         return {"loss": loss}
 
-    def _drop_classes(self, classes: Tensor, step: int, micro: int) -> Tensor:
+    def _drop_classes(self, classes: Tensor, positions: Tensor, step: int) -> Tensor:
         """Replace some classes by "no class", so that the model also learns to run without guidance."""
-        stream = torch_stream(self.recipe.training.seed, "class-dropout", step, micro, self.topology.data_rank)
-        dropped = torch.rand(len(classes), generator=stream) < self.recipe.model.class_dropout
+        training = self.recipe.training
+        stream = torch_stream(training.seed, "class-dropout", step)
+        draws = SampleDraws(stream, training.global_batch_size, positions % training.global_batch_size)
+        dropped = draws.per_sample(1)[0] < self.recipe.model.class_dropout
         return torch.where(dropped.to(classes.device), self.recipe.model.num_classes, classes)
 
     @torch.no_grad()
@@ -82,10 +92,9 @@ class GPTTask:
             valid = wanted < len(codes)
             rows = wanted.clamp(max=len(codes) - 1)
             batch = torch.as_tensor(codes[rows]).long().to(self.topology.device)
-            logits = network(batch[:, :-1], torch.as_tensor(labels[rows]).long().to(self.topology.device))
-            losses = F.cross_entropy(logits.flatten(0, 1), batch.flatten(), reduction="none").view_as(batch)
+            losses = network(batch[:, :-1], torch.as_tensor(labels[rows]).long().to(self.topology.device), batch)
             total += torch.stack([losses.cpu()[valid].double().sum(), valid.sum() * batch.shape[1]])
-        total = self.topology.mean_over_data(total.to(self.topology.device)).cpu()
+        total = self.topology.mean_over_ranks(total.to(self.topology.device)).cpu()
         return {"loss": float(total[0] / total[1])}
 
     @torch.no_grad()
@@ -95,8 +104,3 @@ class GPTTask:
         device = self.topology.device
         logits = self.engine.network.eval()(codes[:, :-1].to(device), labels.to(device))
         return {"codes": codes.numpy(), "classes": labels.numpy(), "logits": logits.cpu().numpy()}
-
-
-def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """Mean over all positions; logits (B, T, vocab), codes (B, T)."""
-    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())

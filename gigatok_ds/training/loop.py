@@ -18,6 +18,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import stream_key
 from gigatok_ds.training.engine import Engine
+from gigatok_ds.training.memory import memory_line, peak_memory
 from gigatok_ds.training.monitor import Monitor
 from gigatok_ds.training.schedules import lr_of_iteration
 
@@ -62,21 +63,25 @@ def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, ac
                monitor: Monitor) -> None:
     settings = recipe.training
     batches = task.micro_batches(start)
-    window = Window()
+    window, told_memory = Window(), False
     for step in range(start + 1, settings.steps + 1):
         last = step == settings.steps
         lr = lr_of_iteration(recipe.schedule, recipe.optimizer.lr, settings.steps, step - 1)
         for micro in range(accumulation):
-            # Dropout is addressed, so a resumed run draws what the uninterrupted one would have drawn.
-            torch.manual_seed(stream_key(settings.seed, "dropout", step, micro, topology.data_rank))
+            # For what draws from torch's own generator: a resumed run draws what the uninterrupted one would have.
+            torch.manual_seed(stream_key(settings.seed, "torch", step, micro, topology.rank))
             window.add(task.train_micro_batch(next(batches), step, micro, lr))
         if step % settings.log_every == 0 or last:
             values = window.mean(topology)
             _refuse_non_finite(values, step)
             norms = {f"grad_norm/{name}": norm for name, engine in task.engines.items()
                      if (norm := engine.gradient_norm()) is not None}
-            monitor.log(step, values | norms | {"lr": lr})
+            peak = topology.max_over_ranks(peak_memory(topology.device))
+            monitor.log(step, values | norms | {"lr": lr, "memory/peak_gb": peak})
             monitor.progress(step, {"loss": values["loss"]})
+            if not told_memory:
+                monitor.note(memory_line(peak, next(iter(task.engines.values())).stage, recipe))
+                told_memory = True
         if step % settings.validate_every == 0 or last:
             figures = task.validate()
             monitor.log(step, {f"validation/{name}": value for name, value in figures.items()})
@@ -98,11 +103,11 @@ class Window:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def mean(self, topology: Topology) -> dict[str, float]:
-        """Means over the window and over data ranks; empties the window."""
+        """Means over the window and over ranks; empties the window."""
         names = sorted(self.sums)
         means = torch.stack([self.sums[name] / self.counts[name] for name in names])
         self.sums, self.counts = {}, {}
-        return dict(zip(names, topology.mean_over_data(means).tolist()))
+        return dict(zip(names, topology.mean_over_ranks(means).tolist()))
 
 
 def _resume(task: Task, run_dir: Path, topology: Topology) -> int:

@@ -82,6 +82,11 @@ class Monitor:
         self._events.add_image(name, image, step, dataformats="HWC")
         self._events.flush()
 
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.enabled:
+            self._bar.write(text, file=sys.stderr)
+
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Move the bar to `step` and show `values` next to the remaining time."""
         if not self.enabled:

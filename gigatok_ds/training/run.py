@@ -28,8 +28,9 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
     earlier = run_dir / RECIPE_FILE
     if earlier.is_file():
         before, now = _flat(recipe_to_dict(load_recipe(str(earlier)))), _flat(recipe_to_dict(recipe))
-        # A run may be made longer or report more often; anything else would be another run.
+        # A run may be spread otherwise or report more often; anything else would be another run.
         differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
+                     and not key.startswith("parallel.")
                      and key.split(".")[-1] not in ("log_every", "validate_every", "checkpoint_every",
                                                     "keep_checkpoints", "workers")]
         if differing:
@@ -57,7 +58,8 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict) -> None:
     from gigatok_ds.training.loop import train
 
     check_run(recipe, run_dir)
-    topology = start_process_group()
+    parallel = recipe.parallel
+    topology = start_process_group(tensor_size=parallel.tensor, sequence_parallel=parallel.sequence)
     try:
         settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
         if topology.is_first:
@@ -73,7 +75,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict) -> None:
         task = _task(recipe)(recipe, topology, settings)
         train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"])
     finally:
-        stop_process_group()
+        stop_process_group(topology)
 
 
 def _task(recipe: Recipe):

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.data.index import ShardIndex
@@ -15,10 +15,13 @@ from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.evaluation.code_metrics import codebook_usage, perplexity
 from gigatok_ds.evaluation.image_metrics import psnr
+from gigatok_ds.losses.adaptive import adaptive_weight, kernel_gradient
 from gigatok_ds.losses.composition import build_discriminator, build_objective
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.parallel.dropout import dropout_at
+from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
-from gigatok_ds.streams import stream_key, torch_stream
+from gigatok_ds.streams import SampleDraws, stream_key, torch_stream
 from gigatok_ds.training.engine import Engine
 
 PROBE_IMAGES = 16
@@ -31,53 +34,63 @@ class TokenizerTask:
 
     def __init__(self, recipe: TokenizerRecipe, topology: Topology, settings: dict):
         self.recipe, self.topology = recipe, topology
-        self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
+        # Of a data rank's micro batch, the images that this tensor rank reads, convolves and judges.
+        self.own_images = settings["train_micro_batch_size_per_gpu"] // topology.tensor_size
         self.train_index = ShardIndex.open(recipe.data.train)
         self.validation_index = ShardIndex.open(recipe.data.validation)
         self.image_scale = FP16_IMAGE_SCALE if recipe.training.precision == "fp16" else 1.0
-        seed = recipe.training.seed
-        self.engines = {"generator": Engine(lambda: Tokenizer(recipe.model), recipe.optimizer, settings, seed=seed)}
-        self.generator = self.engines["generator"]
+        seed, parallel = recipe.training.seed, recipe.parallel
+        self.generator = Engine(
+            lambda: Tokenizer(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology, seed=seed,
+            recompute=partial(recompute_, every_block=parallel.recompute_every, cnn=parallel.recompute_cnn),
+        )
+        self.engines = {"generator": self.generator}
+        self.last_layer = LastLayer(self.generator.network.cnn_decoder.conv_out)
         self.discriminator = None
         if recipe.loss.adversarial:
             # Its modules draw their initial weights themselves, from torch's generator.
             torch.manual_seed(stream_key(seed, "weights", "discriminator"))
-            build = partial(build_discriminator, recipe.loss.adversarial)
-            self.discriminator = self.engines["discriminator"] = Engine(build, recipe.optimizer, settings)
+            build = partial(build_discriminator, recipe.loss.adversarial, topology.layers)
+            self.discriminator = Engine(build, recipe.optimizer, settings, topology=topology)
+            self.engines["discriminator"] = self.discriminator
         self.objective = build_objective(recipe.loss, device=topology.device)
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
-        data, training = self.recipe.data, self.recipe.training
+        data, training, topology = self.recipe.data, self.recipe.training, self.topology
+        # A data rank's tensor ranks are neighbours, so all ranks in their order share its micro batch in its order.
         return iter(ImageBatches(
             self.train_index,
             training_transform(self.recipe.model.image_size, data.crop_scale, data.flip),
             global_batch_size=training.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.own_images,
             seed=training.seed,
             workers=data.workers,
-            pin_memory=self.topology.device.type == "cuda",
-            data_rank=self.topology.data_rank,
-            data_size=self.topology.data_size,
+            pin_memory=topology.device.type == "cuda",
+            data_rank=topology.rank,
+            data_size=topology.world_size,
             start_step=start_step,
         ))
 
     def train_micro_batch(self, batch: dict[str, Tensor], step: int, micro: int, lr: float) -> dict[str, Tensor]:
         images = batch["images"].to(self.topology.device, non_blocking=True)
-        output, logged = self._generator_pass(images, step, micro)
+        positions = batch["position"]
+        with dropout_at(self.recipe.training.seed, self.topology.gather_images(positions.to(images.device))):
+            output, logged = self._generator_pass(images, positions, step)
         self.generator.step(lr)
         if self.discriminator and self.objective.discriminator_active(step):
-            logged |= self._discriminator_pass(images, output, step, micro)
+            logged |= self._discriminator_pass(images, output, positions, step)
             self.discriminator.step(lr)
         codes = self.topology.gather_data(output.codes)
         logged["codebook_usage"] = self.generator.network.quantizer.record_usage(codes)
         return logged
 
-    def _generator_pass(self, images: Tensor, step: int, micro: int):
+    def _generator_pass(self, images: Tensor, positions: Tensor, step: int):
         """Forward and backward of the tokenizer.
 
         The image losses are differentiated down to the reconstruction only, in float32 and outside the engine, and
         enter its backward pass as <reconstruction, gradient>. The gradient in the tokenizer is the same, and no
-        ZeRO stage sees a partial backward pass.
+        ZeRO stage sees a partial backward pass. They are means over this rank's images, of which each tensor rank has
+        its share; the other terms are of the data rank's whole batch, alike on its tensor ranks.
         """
         self.generator.network.train()
         output = self.generator(
@@ -86,52 +99,72 @@ class TokenizerTask:
             semantic=self.recipe.loss.semantic is not None,
             direct=self.objective.wants_direct_reconstruction(step),
         )
-        leaves = [leaf_of(output.reconstruction)]
-        if output.direct_reconstruction is not None:
-            leaves.append(leaf_of(output.direct_reconstruction))
-        direct_leaf = leaves[1] if len(leaves) > 1 else None
-        image_terms = self.objective.image_terms(images, leaves[0], direct_leaf, self._frozen_judge(step, micro), step)
-        gradients = [gradient / self.image_scale for gradient in
-                     torch.autograd.grad(self.image_scale * sum(image_terms.values()), leaves)]
-        latent_terms = self.objective.latent_terms(output, images, step)
-        surrogate = (output.reconstruction.float() * gradients[0]).sum()
-        if direct_leaf is not None:
-            surrogate = surrogate + (output.direct_reconstruction.float() * gradients[1]).sum()
-        self.generator.backward(surrogate + sum(latent_terms.values()))
+        outputs = [image for image in (output.reconstruction, output.direct_reconstruction) if image is not None]
+        leaves = [leaf_of(image) for image in outputs]
+        image_terms = self.objective.image_terms(images, leaves[0], leaves[1] if len(leaves) > 1 else None,
+                                                 self._frozen_judge(positions, step), step)
+        gradients, extra = self._image_gradients(image_terms, leaves)
+        surrogates = [(image.float() * gradient).sum() for image, gradient in zip(outputs, gradients)]
+        target = self.topology.gather_images(self.objective.teacher(images)) if self.objective.teacher else None
+        latent_terms = self.objective.latent_terms(output, target, step)
+        self.generator.backward(sum(surrogates) / self.topology.tensor_size + sum(latent_terms.values()))
         terms = {f"loss/{name}": value for name, value in (image_terms | latent_terms).items()}
-        return output, {"loss": sum(value.detach() for value in terms.values())} | terms
+        return output, {"loss": sum(value.detach() for value in terms.values())} | terms | extra
 
-    def _frozen_judge(self, step: int, micro: int):
+    def _image_gradients(self, terms: dict[str, Tensor], leaves: list[Tensor]):
+        """Gradients of the image losses at the leaves, and what there is to log about them.
+
+        With an adaptive weight the adversarial terms count by the ratio of gradient lengths at the last layer.
+        """
+        adversarial = sum(value for name, value in terms.items() if name.endswith("adversarial"))
+        plain = sum(value for name, value in terms.items() if not name.endswith("adversarial"))
+        passes = self.last_layer.take_inputs()
+        config = self.recipe.loss.adversarial
+        if not isinstance(adversarial, Tensor) or not config.adaptive_weight:
+            return self._gradients(plain + adversarial, leaves), {}
+        by_side = [self._gradients(side, leaves) for side in (plain, adversarial)]
+        of_kernel = [self.topology.mean_over_ranks(kernel_gradient(self.last_layer.layer, zip(passes, gradients)))
+                     for gradients in by_side]
+        # The weight compares the losses themselves, so the fixed weight is taken out of the adversarial side.
+        weight = adaptive_weight(of_kernel[0], of_kernel[1] / config.weight)
+        return [ours + weight * theirs for ours, theirs in zip(*by_side)], {"adaptive_weight": weight}
+
+    def _gradients(self, loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        gradients = torch.autograd.grad(self.image_scale * loss, leaves)
+        return [gradient / self.image_scale for gradient in gradients]
+
+    def _frozen_judge(self, positions: Tensor, step: int):
         """The discriminator for the generator's step: its parameters take no gradient."""
         if not self.discriminator or not self.objective.discriminator_active(step):
             return None
         network = self.discriminator.network.train()
-        generator = self._augmentation_stream("generator", step, micro)
+        draws = self._augmentation_draws("generator", positions, step)
 
         def judge(images: Tensor) -> Tensor:
             network.requires_grad_(False)
             try:
-                return network(images, generator)
+                return network(images, draws)
             finally:
                 network.requires_grad_(True)
 
         return judge
 
-    def _discriminator_pass(self, images: Tensor, output, step: int, micro: int) -> dict[str, Tensor]:
-        stream = self._augmentation_stream("discriminator", step, micro)
+    def _discriminator_pass(self, images: Tensor, output, positions: Tensor, step: int) -> dict[str, Tensor]:
+        draws = self._augmentation_draws("discriminator", positions, step)
         direct = output.direct_reconstruction
         terms = self.objective.discriminator_terms(
-            self.discriminator(images, stream),
-            self.discriminator(output.reconstruction.detach(), stream),
-            None if direct is None else self.discriminator(direct.detach(), stream),
+            self.discriminator(images, draws),
+            self.discriminator(output.reconstruction.detach(), draws),
+            None if direct is None else self.discriminator(direct.detach(), draws),
             step,
         )
-        self.discriminator.backward(sum(terms.values()))
+        self.discriminator.backward(sum(terms.values()) / self.topology.tensor_size)
         return {f"discriminator/{name}": value for name, value in terms.items()}
 
-    def _augmentation_stream(self, side: str, *address: int) -> torch.Generator:
-        return torch_stream(self.recipe.training.seed, "discriminator-augmentation", side, *address,
-                            self.topology.data_rank)
+    def _augmentation_draws(self, side: str, positions: Tensor, step: int) -> SampleDraws:
+        training = self.recipe.training
+        stream = torch_stream(training.seed, "discriminator-augmentation", side, step)
+        return SampleDraws(stream, training.global_batch_size, positions % training.global_batch_size)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -139,16 +172,17 @@ class TokenizerTask:
         network = self.generator.network.eval()
         size = self.recipe.model.quantizer.codebook_size
         total, images, codes = torch.zeros(2), 0, []
-        for batch in evaluation_batches(self.validation_index, self.recipe.model.image_size, self.micro_batch_size,
-                                        self.topology.data_rank, self.topology.data_size):
+        for batch in evaluation_batches(self.validation_index, self.recipe.model.image_size, self.own_images,
+                                        self.topology.rank, self.topology.world_size):
             pixels = batch["images"].to(self.topology.device)
             output = network(pixels)
             valid = batch["valid"]
             values = psnr(pixels, output.reconstruction.float()).cpu()
             total += torch.tensor([values[valid].sum(), valid.sum()])
-            codes.append(torch.where(valid[:, None], output.codes.cpu(), -1))
-        total = self.topology.mean_over_data(total.to(self.topology.device)).cpu()
-        everything = self.topology.gather_data(torch.cat(codes).to(self.topology.device)).cpu()
+            valid = self.topology.gather_images(valid.to(self.topology.device))
+            codes.append(torch.where(valid[:, None], output.codes, -1))
+        total = self.topology.mean_over_ranks(total.to(self.topology.device)).cpu()
+        everything = self.topology.gather_data(torch.cat(codes)).cpu()
         everything = everything[everything[:, 0] >= 0]
         return {
             "psnr": float(total[0] / total[1]),
@@ -158,13 +192,32 @@ class TokenizerTask:
 
     @torch.no_grad()
     def probe(self) -> dict[str, np.ndarray]:
-        batch = next(iter(evaluation_batches(self.validation_index, self.recipe.model.image_size, PROBE_IMAGES)))
-        output = self.generator.network.eval()(batch["images"].to(self.topology.device))
+        topology = self.topology
+        size = -(-PROBE_IMAGES // topology.tensor_size) * topology.tensor_size
+        batch = next(iter(evaluation_batches(self.validation_index, self.recipe.model.image_size, size)))
+        output = self.generator.network.eval()(topology.own_images(batch["images"]).to(topology.device))
         return {
-            "images": batch["images"].numpy(),
-            "codes": output.codes.cpu().numpy(),
-            "reconstruction": output.reconstruction.float().cpu().numpy(),
+            "images": batch["images"][:PROBE_IMAGES].numpy(),
+            "codes": output.codes[:PROBE_IMAGES].cpu().numpy(),
+            "reconstruction": topology.gather_images(output.reconstruction)[:PROBE_IMAGES].float().cpu().numpy(),
         }
+
+
+class LastLayer:
+    """Remembers what went into a layer since it was last asked."""
+
+    def __init__(self, layer: nn.Conv2d):
+        self.layer = layer
+        self._inputs: list[Tensor] = []
+        layer.register_forward_pre_hook(self._remember)
+
+    def _remember(self, layer: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        if layer.training:
+            self._inputs.append(inputs[0].detach())
+
+    def take_inputs(self) -> list[Tensor]:
+        inputs, self._inputs = self._inputs, []
+        return inputs
 
 
 def leaf_of(tensor: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""What must hold between ranks before a network trains. Each of these was seen to train wrongly without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gigatok_ds.parallel.sharding import declared_shards
+from gigatok_ds.parallel.topology import Topology
+
+# A context in which a parameter that is spread over data ranks is whole.
+Whole = Callable[[nn.Parameter], AbstractContextManager]
+
+
+class LayoutError(RuntimeError):
+    """A network is not spread over the ranks as it should be: a defect of the program, not of its input."""
+
+
+def check_spread(network: nn.Module, topology: Topology, whole: Whole) -> None:
+    """Check marks, partition groups and replicas of a network under tensor parallelism. Collective.
+
+    Raises LayoutError naming the parameter.
+    """
+    if topology.tensor_size == 1:
+        return
+    shards = declared_shards(network)
+    data_ranks = dist.get_process_group_ranks(topology.data_group)
+    for name, parameter in network.named_parameters():
+        if name in shards and not getattr(parameter, "tensor_model_parallel", False):
+            raise LayoutError(f"{name} is cut over tensor ranks but has lost its mark: "
+                              "the gradient norm would be wrong")
+        group = getattr(parameter, "ds_process_group", None)
+        if group is not None and dist.get_process_group_ranks(group) != data_ranks:
+            raise LayoutError(f"{name} is partitioned over ranks {dist.get_process_group_ranks(group)}, not over its "
+                              f"data ranks {data_ranks}: different parts of the model would be mixed")
+    differing = list(_differing_replicas(network, topology, whole))
+    if differing:
+        raise LayoutError(f"{differing[0]} (and {len(differing) - 1} more) should be alike on all tensor ranks, "
+                          "but is not")
+
+
+def _differing_replicas(network: nn.Module, topology: Topology, whole: Whole) -> Iterator[str]:
+    shards = declared_shards(network)
+    names = [name for name, _ in network.named_parameters() if name not in shards]
+    sums = []
+    for name in names:
+        with whole(parameter := network.get_parameter(name)):
+            sums.append(_checksum(parameter))
+    ours = torch.stack(sums)
+    lowest, highest = ours.clone(), ours.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, group=topology.tensor_group)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=topology.tensor_group)
+    yield from (name for name, alike in zip(names, (lowest == highest).all(1).tolist()) if not alike)
+
+
+def _checksum(parameter: Tensor) -> Tensor:
+    """Two numbers that change when a value changes or moves."""
+    values = parameter.detach().double().flatten()
+    places = torch.arange(1, values.numel() + 1, device=values.device, dtype=values.dtype)
+    return torch.stack([values.sum(), values @ places])
+
+
+def global_gradient_norm(network: nn.Module, topology: Topology) -> float:
+    """2-norm of all gradients, where they are whole and averaged over data ranks; replicas count once. Collective."""
+    squares = torch.zeros((), dtype=torch.float64, device=topology.device)
+    for parameter in network.parameters():
+        counts = topology.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+        if counts and parameter.grad is not None:
+            squares += parameter.grad.double().square().sum()
+    if topology.tensor_size > 1:
+        dist.all_reduce(squares, group=topology.tensor_group)
+    return float(squares.sqrt())

@@ -1,0 +1,141 @@
+"""Ten steps of a tiny tokenizer or GPT on any layout, with every loss switched on, and what they left."""
+
+import contextlib
+import dataclasses
+import io
+
+import torch
+from rank_runs import run_ranks
+from torch import nn
+from training_runs import prepare
+
+from gigatok_ds.checkpoint.original import build_on_meta
+from gigatok_ds.config.deepspeed import zero_settings
+from gigatok_ds.config.load import load_recipe
+from gigatok_ds.training.engine import read_weights
+from gigatok_ds.training.monitor import read_metrics
+
+STEPS = 10
+# A large epsilon, because Adam would turn the rounding noise of gradients that are truly zero (biases of attention
+# keys, whatever a norm takes out again) into steps of the learning rate's size.
+COMMON = ["optimizer.eps=1e-3", f"training.steps={STEPS}", "training.log_every=1",
+          f"training.validate_every={STEPS}", f"training.checkpoint_every={STEPS}", "schedule.warmup_steps=2"]
+OVERRIDES = {
+    "tokenizer": [*COMMON, "optimizer.lr=1e-4", "optimizer.max_grad_norm=0.5", "model.grid_query=learned",
+                  "model.encoder={width: 32, layers: 2, heads: 4}",
+                  "model.decoder={width: 32, layers: 2, heads: 4}", "model.qk_norm=true",
+                  "model.semantic_head={depth: 1, teacher_width: 24}", "loss.semantic={teacher: stand-in}",
+                  "loss.perceptual={weight: 0.5}", "loss.adversarial.adaptive_weight=true"],
+    "gpt": [*COMMON, "optimizer.lr=3e-3", "optimizer.max_grad_norm=0.5",
+            "model.size={width: 32, layers: 2, heads: 4}", "model.qk_norm=true"],
+}
+PARTS = {"tokenizer": "generator", "gpt": "gpt"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    tensor: int = 1
+    data: int = 1
+    stage: int = 0
+    recompute: bool = False
+    sequence: bool = False
+    accumulate: bool = False
+
+    def __str__(self):
+        flags = [name for name in ("recompute", "sequence", "accumulate") if getattr(self, name)]
+        return "-".join([f"tp{self.tensor}-dp{self.data}-zero{self.stage}", *flags])
+
+
+class StandInTeacher(nn.Module):
+    """As many patch tokens as the feature map has cells; frozen, and counting the images it sees."""
+
+    seen = 0
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 2, stride=2).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images):
+        StandInTeacher.seen += len(images)
+        return self.patches(images).flatten(2).transpose(1, 2)
+
+
+class StandInPerceptual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Conv2d(3, 8, 3).requires_grad_(False)
+
+    def forward(self, images, reconstruction):
+        difference = torch.tanh(self.features(images)) - torch.tanh(self.features(reconstruction))
+        return difference.square().mean(dim=(1, 2, 3))
+
+
+def stand_in_objective(config, *, device):
+    from gigatok_ds.losses.composition import TokenizerObjective
+
+    torch.manual_seed(0)
+    return TokenizerObjective(config, perceptual=StandInPerceptual(), teacher=StandInTeacher()).to(device)
+
+
+def train_on_a_rank(recipe, out, settings):
+    from gigatok_ds.training import tokenizer_task
+    from gigatok_ds.training.run import run_training
+
+    tokenizer_task.build_objective = stand_in_objective
+    with contextlib.redirect_stderr(io.StringIO()):
+        run_training(recipe, out, settings)
+
+
+class LayoutRuns:
+    """Data below `folder`, and each layout's run on demand, once."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.data = prepare(folder)
+        self.finished = {}
+
+    def recipe(self, kind, layout, *more):
+        tensor = [f"parallel.tensor={layout.tensor}", f"parallel.sequence={str(layout.sequence).lower()}",
+                  f"parallel.recompute_every={int(layout.recompute)}"]
+        if kind == "tokenizer":
+            tensor.append(f"parallel.recompute_cnn={str(layout.recompute).lower()}")
+        if layout.accumulate:
+            tensor.append(f"training.micro_batch_size={8 // layout.data // 2}")
+        return load_recipe(self.folder / f"{kind}.yaml", [*OVERRIDES[kind], *self.data[kind], *tensor, *more])
+
+    def result(self, kind, layout, *more):
+        """(metrics of each step, full float32 weights of the trained network)."""
+        key = (kind, str(layout), *more)
+        if key not in self.finished:
+            recipe = self.recipe(kind, layout, *more)
+            out = self.folder / "-".join([kind, str(layout), *map(str, more)])
+            settings = zero_settings(layout.stage)
+            if layout.stage == 3:
+                # Otherwise parameters as small as these stay whole, and nothing of ZeRO-3 is tested.
+                settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, settings)
+            checkpoint = out / "checkpoints" / f"step-{STEPS:07d}" / PARTS[kind]
+            self.finished[key] = read_metrics(out), read_weights(checkpoint, build_on_meta(recipe.model))
+        return self.finished[key]
+
+
+def largest_differences(ours, theirs):
+    """Of losses, of gradient norms, and of weights: relative, to at least 0.1 for a loss and 0.01 for a weight.
+
+    Some terms are differences of larger numbers (the adversarial one is a mean of logits of either sign), and biases
+    without a gradient stay near zero, where nothing relative can be said of them. A weight is compared with the largest
+    of its tensor.
+    """
+    losses = norms = 0.0
+    for mine, other in zip(ours[0], theirs[0], strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine.keys() - {"time", "step"}:
+            difference = abs(mine[name] - other[name])
+            if name.startswith("grad_norm"):
+                norms = max(norms, difference / other[name])
+            elif not name.startswith("memory"):
+                losses = max(losses, difference / max(abs(other[name]), 0.1))
+    weights = max(((value - theirs[1][name]).abs().max() / theirs[1][name].abs().max().clamp(min=0.01)).item()
+                  for name, value in ours[1].items() if value.is_floating_point())
+    return losses, norms, weights

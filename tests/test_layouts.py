@@ -1,0 +1,60 @@
+"""Every layout trains like a single process: losses, gradient norms and gathered weights after ten steps in fp32.
+
+A few layouts always; all of them with `pytest -m slow tests/test_layouts.py`.
+"""
+
+import pytest
+from layout_runs import PARTS, Layout, LayoutRuns, largest_differences
+
+TOLERANCE = 1e-5
+
+ALWAYS = [
+    ("tokenizer", Layout(tensor=2, data=1, stage=2, recompute=True)),
+    ("tokenizer", Layout(tensor=1, data=2, stage=1)),
+    ("tokenizer", Layout(tensor=2, data=2, stage=3, sequence=True)),
+    ("gpt", Layout(tensor=2, data=1, stage=1, sequence=True)),
+    ("gpt", Layout(tensor=2, data=2, stage=3, sequence=True, recompute=True)),
+    ("gpt", Layout(tensor=2, data=2, stage=0, accumulate=True)),
+    ("gpt", Layout(tensor=4, data=1, stage=2)),
+]
+SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)]
+ALL = [
+    (kind, Layout(tensor=tensor, data=data, stage=stage, recompute=recompute, sequence=sequence))
+    for kind in PARTS
+    for tensor, data in SHAPES
+    for stage in range(4)
+    for recompute in (False, True)
+    for sequence in ((False, True) if tensor > 1 else (False,))
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return LayoutRuns(tmp_path_factory.mktemp("layouts"))
+
+
+def assert_like_a_single_process(runs, kind, layout):
+    losses, norms, weights = largest_differences(runs.result(kind, layout), runs.result(kind, Layout()))
+    assert losses < TOLERANCE and norms < TOLERANCE and weights < TOLERANCE, (losses, norms, weights)
+
+
+@pytest.mark.parametrize("kind, layout", ALWAYS, ids=str)
+def test_some_layouts_train_like_a_single_process(runs, kind, layout):
+    assert_like_a_single_process(runs, kind, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, layout", [case for case in ALL if case not in ALWAYS], ids=str)
+def test_every_layout_trains_like_a_single_process(runs, kind, layout):
+    assert_like_a_single_process(runs, kind, layout)
+
+
+def test_the_reference_trains(runs):
+    """Otherwise all of this would compare things that stand still."""
+    for kind in PARTS:
+        metrics, _ = runs.result(kind, Layout())
+        steps = [line for line in metrics if "loss" in line]
+        assert len({line["loss"] for line in steps}) == 10
+        assert all(line[f"grad_norm/{PARTS[kind]}"] > 0.5 for line in steps), "clipping should be active"
+    active = [line["step"] for line in runs.result("tokenizer", Layout())[0] if "loss/adversarial" in line]
+    assert active == [4, 5, 6, 7, 8, 9, 10]
