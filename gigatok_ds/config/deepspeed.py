@@ -259,6 +259,10 @@ def _refuse_harmful(settings: dict, source: str, tensor_ranks: int) -> None:
             f"{source}: zero_hpz_partition_size with tensor parallelism silently mixes weights "
             f"(it is {hpz!r}, with {tensor_ranks} tensor ranks); remove it, or use one tensor rank"
         )
+    half = next((name for name in ("bf16", "fp16") if settings[name]["enabled"]), None)
+    if zero["stage"] == 0 and half and tensor_ranks > 1:
+        raise InputError(f"{source}: ZeRO stage 0 in {half} with tensor parallelism counts cut parameters of one rank only, "
+                         f"and so clips by a wrong norm ({tensor_ranks} tensor ranks); use stage 1")
     if zero.get("offload_optimizer") and settings["zero_force_ds_cpu_optimizer"]:
         raise InputError(f"{source}: zero_force_ds_cpu_optimizer must be false: AdamW is torch's here")
 
