@@ -1,8 +1,6 @@
 """Ten steps of a tiny tokenizer or GPT on any layout, with every loss switched on, and what they left."""
 
-import contextlib
 import dataclasses
-import io
 
 import torch
 from rank_runs import run_ranks
@@ -83,8 +81,7 @@ def train_on_a_rank(recipe, out, settings):
     from gigatok_ds.training.run import run_training
 
     tokenizer_task.build_objective = stand_in_objective
-    with contextlib.redirect_stderr(io.StringIO()):
-        run_training(recipe, out, settings)
+    run_training(recipe, out, settings)
 
 
 class LayoutRuns:

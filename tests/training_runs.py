@@ -85,9 +85,15 @@ def prepare(folder):
 
 def start(arguments, ranks=1):
     """Run `gigatok-ds train ...`, by launch/train.sh for several ranks; returns (exit code, everything it printed)."""
+    process = launch(arguments, ranks)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def launch(arguments, ranks):
+    """The same, running: a Popen whose output is text."""
     command = [sys.executable, "-m", "gigatok_ds", "train"] if ranks == 1 else ["bash", str(LAUNCHER)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GPUS": str(ranks), "MASTER_PORT": str(free_port()),
                                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-    finished = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                              env=environment, check=False)
-    return finished.returncode, finished.stdout + finished.stderr
+    return subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=environment)

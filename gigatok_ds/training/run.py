@@ -52,30 +52,38 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict) -> None:
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
     holds a checkpoint. Raises InputError for anything the user can mend.
     """
-    from gigatok_ds.checkpoint.original import build_on_meta
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
-    from gigatok_ds.training.environment import write_environment
+    from gigatok_ds.training.faults import watch_ranks
     from gigatok_ds.training.loop import train
 
     check_run(recipe, run_dir)
     parallel = recipe.parallel
     topology = start_process_group(tensor_size=parallel.tensor, sequence_parallel=parallel.sequence)
     try:
-        settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
-        if topology.is_first:
-            parameters = sum(parameter.numel() for parameter in build_on_meta(recipe.model).parameters())
-            advice = zero3_worth_it(parameters) if settings["zero_optimization"]["stage"] == 3 else None
-            for warning in [*warnings, *([advice] if advice else [])]:
-                print(f"warning: {warning}", file=sys.stderr)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            save_resolved(recipe, run_dir / RECIPE_FILE)
-            _write_json(run_dir / DEEPSPEED_FILE, settings)
-            write_environment(run_dir, command=sys.argv)
-        topology.barrier()
-        task = _task(recipe)(recipe, topology, settings)
-        train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"])
+        with watch_ranks(topology):
+            settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
+            if topology.is_first:
+                _prepare(recipe, run_dir, settings, warnings)
+            topology.barrier()
+            task = _task(recipe)(recipe, topology, settings)
+            train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"])
     finally:
         stop_process_group(topology)
+
+
+def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str]) -> None:
+    """Say what is odd about the settings, and write down what is about to be run."""
+    from gigatok_ds.checkpoint.original import build_on_meta
+    from gigatok_ds.training.environment import write_environment
+
+    parameters = sum(parameter.numel() for parameter in build_on_meta(recipe.model).parameters())
+    advice = zero3_worth_it(parameters) if settings["zero_optimization"]["stage"] == 3 else None
+    for warning in [*warnings, *([advice] if advice else [])]:
+        print(f"warning: {warning}", file=sys.stderr)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_resolved(recipe, run_dir / RECIPE_FILE)
+    _write_json(run_dir / DEEPSPEED_FILE, settings)
+    write_environment(run_dir, command=sys.argv)
 
 
 def _task(recipe: Recipe):
