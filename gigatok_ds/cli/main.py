@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "demo",
     "recipes": "recipes",
     "make-shards": "make_shards",
+    "check-cluster": "check_cluster",
     "train": "train",
     "export": "export",
     "import-gigatok": "import_gigatok",

@@ -1,0 +1,120 @@
+"""Start `gigatok-ds train` on every rank by DeepSpeed's launcher; launch/train.sh is its front door.
+
+    python -m gigatok_ds.cluster.launch [--dry-run] ARGUMENT... of gigatok-ds train
+
+Reads HOSTFILE, GPUS, MASTER_ADDR, MASTER_PORT and FORCE_SSH from the environment, as launch/train.sh --help explains.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gigatok_ds.cluster.hostfile import positive, read_hostfile, rendezvous
+from gigatok_ds.cluster.ssh_environment import ENV_FILE_VARIABLE, for_deepspeed, for_pdsh, rank_variables
+from gigatok_ds.errors import InputError
+
+MODULE = ("--module", "gigatok_ds", "train")
+_BARE = re.compile(r"[\w@+=:,./-]+")  # what DeepSpeed may pass to a remote shell without quotes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What will be run here, and the env file of the ranks on other hosts (None: all ranks start here)."""
+
+    command: list[str]
+    env_file: str | None
+    note: str | None = None
+
+
+def plan(arguments: Sequence[str], environment: Mapping[str, str], *, home: Path, working_dir: Path) -> Launch:
+    """How to start `gigatok-ds train ARGUMENTS` on the ranks that the environment describes.
+
+    Raises InputError when DeepSpeed is not installed, or for a value that it would misunderstand.
+    """
+    hostfile = environment.get("HOSTFILE")
+    hosts = read_hostfile(hostfile, environment) if hostfile else []
+    remote = len(hosts) > 1 or bool(hosts and environment.get("FORCE_SSH", "0") not in ("", "0"))
+    meeting = rendezvous(hosts, environment)
+    command = [_deepspeed(), "--no_local_rank", "--master_port", str(meeting.port)]
+    if hosts:
+        command += ["--hostfile", hostfile, "--master_addr", meeting.address if remote else "127.0.0.1"]
+    if ranks := positive(environment, "GPUS"):
+        command += ["--num_gpus", str(ranks)]
+    if not remote:
+        note = None
+        if hosts:
+            command.append("--no_ssh_check")
+            note = f"one host in {hostfile}: starting on this machine; FORCE_SSH=1 reaches {hosts[0].name} by ssh"
+        return Launch(command=[*command, *MODULE, *arguments], env_file=None, note=note)
+    for what, path in (("working directory", str(working_dir)), ("python", sys.executable)):
+        if not _BARE.fullmatch(path):
+            raise InputError(f"the {what} is {path!r}; DeepSpeed can start a job on other hosts only from a path "
+                             "without spaces and shell characters")
+    variables = rank_variables(environment, home, working_dir)
+    env_file = "".join(f"{name}={for_pdsh(value)}\n" for name, value in variables.items())
+    if len(hosts) == 1:
+        command.append("--force_multi")
+    return Launch(command=[*command, *MODULE, *map(for_deepspeed, arguments)], env_file=env_file)
+
+
+def _deepspeed() -> str:
+    """The `deepspeed` command of this python: another one would start ranks of another environment."""
+    folders = [sysconfig.get_path("scripts"), sysconfig.get_path("scripts", f"{os.name}_user")]
+    found = shutil.which("deepspeed", path=os.pathsep.join(folders))
+    if found is None:
+        raise InputError(f"{sys.executable} has no deepspeed; pip install 'gigatok_ds[train]' there, or put the "
+                         "python that has it first on PATH")
+    return found
+
+
+def described(launch: Launch, environment: Mapping[str, str]) -> str:
+    """What --dry-run prints: comments, and the statements that would be run."""
+    lines = []
+    if launch.env_file is not None:
+        lines += ["# every rank on every host is also given, by a temporary DS_ENV_FILE:"]
+        lines += [f"#   {line}" for line in launch.env_file.splitlines()]
+    lines += [f"export {name}={shlex.quote(environment[name])}"
+              for name in ("PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR") if environment.get(name)]
+    return "\n".join([*lines, shlex.join(launch.command)])
+
+
+def start(launch: Launch, environment: Mapping[str, str]) -> None:
+    """Become DeepSpeed's launcher. The env file is one in memory: nothing is left behind however the job ends."""
+    environment = dict(environment)
+    if launch.env_file is not None:
+        memory = os.memfd_create("deepspeed_env", 0)
+        os.write(memory, launch.env_file.encode())
+        os.set_inheritable(memory, True)
+        environment[ENV_FILE_VARIABLE] = f"/proc/self/fd/{memory}"
+        if shutil.which("pdsh") is None:
+            raise InputError("pdsh is not installed on this machine, and DeepSpeed starts other hosts with it; install "
+                             "it (Debian: apt-get install pdsh) or use launch/torchrun.sh on every host")
+    sys.stdout.flush()
+    os.execve(launch.command[0], launch.command, environment)
+
+
+def main(argv: Sequence[str]) -> int:
+    dry_run = argv[:1] == ["--dry-run"]
+    try:
+        launch = plan(argv[1:] if dry_run else argv, os.environ, home=Path.home(), working_dir=Path.cwd())
+        if launch.note:
+            print(f"train.sh: {launch.note}", file=sys.stderr)
+        if dry_run:
+            print(described(launch, os.environ))
+            return 0
+        start(launch, os.environ)
+    except (InputError, OSError) as error:
+        print(f"train.sh: error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
