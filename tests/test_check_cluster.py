@@ -19,7 +19,8 @@ from gigatok_ds.errors import InputError
 VERSIONS = {"python": "3.11.7", "torch": "2.11.0", "deepspeed": "0.19.8", "megatron-core": "0.16.1", "nccl": "2.28.9",
             "driver": "570.1"}
 GOOD = probe.Facts(devices=["H200"] * 8, versions=VERSIONS, code="c" * 64, recipe="r" * 64, token="t")
-EXPECTED = Expected(code="c" * 64, recipe="r" * 64, token="t", shared="/shared", working_dir="/work", checkout="/checkout")
+EXPECTED = Expected(code="c" * 64, recipe="r" * 64, token="t", shared="/shared", working_dir="/start",
+                    checkout="/checkout")
 MEETING = Rendezvous(address="a", port=29500)
 
 
@@ -54,7 +55,7 @@ def test_hosts_that_agree_have_no_problem():
     ({"recipe": None, "recipe_error": "no such YAML file"}, "b: it cannot read the recipe (no such YAML file)"),
     ({"token": None}, "b: /shared is not the same directory there"),
     ({"write_error": "Read-only file system"}, "b: cannot write below /shared (Read-only file system)"),
-    ({"working_dir_exists": False}, "b: there is no /work"),
+    ({"working_dir_exists": False}, "b: there is no /start"),
     ({"devices": ["H200"] * 4}, "b: slots=8, but it has 4 GPUs; correct its line in the hostfile"),
     ({"device_error": "no driver"}, "b: torch does not find its devices (no driver)"),
 ])
@@ -120,7 +121,8 @@ def test_probe_of_this_machine(tmp_path):
 
 
 def test_probe_says_what_a_host_cannot_do(tmp_path):
-    facts = probe.look(probe.Question(recipe="no_such.yaml", token=str(tmp_path / "x"), answer=str(tmp_path / "x" / "y")))
+    nowhere = tmp_path / "x"
+    facts = probe.look(probe.Question(recipe="no_such.yaml", token=str(nowhere), answer=str(nowhere / "y")))
     assert facts.recipe is None and "no_such.yaml" in facts.recipe_error
     assert facts.token is None and facts.write_error == "No such file or directory"
 
@@ -190,7 +192,8 @@ def test_hosts_that_do_not_answer_are_named(ssh, tmp_path, monkeypatch):
 def test_two_hosts_sum_over_their_ranks(ssh, tmp_path, monkeypatch):
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "HF_HOME": "a 'b' $HOME"}
     monkeypatch.chdir(tmp_path)
-    verdict = check_cluster(Request(hostfile=ssh("good-1 slots=1\ngood-2 slots=1\n"), out=tmp_path / "runs"), environment)
+    hostfile = ssh("good-1 slots=1\ngood-2 slots=1\n")
+    verdict = check_cluster(Request(hostfile=hostfile, out=tmp_path / "runs"), environment)
     rows = [line.split() for line in verdict.table.splitlines()[1:]]
     assert [(row[0], row[1], *row[-2:]) for row in rows] == [("good-1", "1", "ok", "ok"), ("good-2", "1", "ok", "ok")]
     assert [line for line in verdict.problems if "pdsh" not in line] == []

@@ -67,7 +67,8 @@ def test_a_bad_hostfile_is_refused_with_its_line(tmp_path, text, message):
 def test_ranks_meet_at_the_first_host_unless_told_otherwise():
     hosts = [Host(name="a", slots=1), Host(name="b", slots=1)]
     assert rendezvous(hosts, {}) == Rendezvous(address="a", port=29500)
-    assert rendezvous(hosts, {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "3000"}) == Rendezvous(address="10.0.0.7", port=3000)
+    chosen = rendezvous(hosts, {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "3000"})
+    assert chosen == Rendezvous(address="10.0.0.7", port=3000)
     for wrong in ("0", "x", "70000"):
         with pytest.raises(InputError, match="MASTER_PORT is"):
             rendezvous(hosts, {"MASTER_PORT": wrong})
@@ -118,6 +119,9 @@ def test_dry_run_of_several_hosts(hostfile, tmp_path):
     given = {line.removeprefix("#   ") for line in finished.stdout.splitlines() if line.startswith("#   ")}
     assert given == {"NCCL_DEBUG=WARN", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=2", f"PYTHONPATH={LAUNCH.parent}"}
     assert f"export PYTHONPATH={LAUNCH.parent}" in finished.stdout.splitlines()
+    (tmp_path / ".deepspeed_env").write_text("PYTHONPATH=/mine\n")
+    again = launch("train.sh", "--dry-run", "GPT-B", folder=tmp_path, HOSTFILE=hostfile)
+    assert f"#   PYTHONPATH={LAUNCH.parent}:/mine" in again.stdout.splitlines()
 
 
 def test_dry_run_of_one_host(tmp_path):
@@ -147,8 +151,8 @@ def test_dry_runs_without_ssh(tmp_path):
     words = commands(launch("torchrun.sh", "--dry-run", *AWKWARD[:5], folder=tmp_path, NNODES="2", NODE_RANK="1",
                             MASTER_ADDR="a", GPUS="4"))[0]
     assert words == [str(Path(BIN) / "python"), "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", "1",
-                     "--nproc_per_node", "4", "--master_addr", "a", "--master_port", "29500", "-m", "gigatok_ds", "train",
-                     *AWKWARD[:5]]
+                     "--nproc_per_node", "4", "--master_addr", "a", "--master_port", "29500", "-m", "gigatok_ds",
+                     "train", *AWKWARD[:5]]
     one_rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}
     assert commands(launch("torchrun.sh", "--dry-run", "r", folder=tmp_path, **one_rank)) == [
         [str(Path(BIN) / "python"), "-u", "-m", "gigatok_ds", "train", "r"]]

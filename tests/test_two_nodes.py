@@ -34,8 +34,8 @@ def run(command, folder, **variables):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TWO_NODES_SECONDS": str(SECONDS),
                                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     environment = {name: value for name, value in environment.items() if name != "GLOO_SOCKET_IFNAME"} | variables
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
-                          env=environment, start_new_session=True) as process:
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          cwd=folder, env=environment, start_new_session=True) as process:
         try:
             output, _ = process.communicate(timeout=SECONDS + 60)
         finally:
@@ -111,7 +111,8 @@ def test_two_nodes_train_what_one_node_trains(prepared, kind):
     assert [line["step"] for line in figures(two) if "loss" in line] == list(range(1, 9))
     assert sorted(os.listdir(two / "checkpoints")) == ["step-0000004", "step-0000008"]
     model = build_on_meta(load_recipe(folder / f"{kind}.yaml", data[kind]).model)
-    ours, theirs = (read_weights(run_dir / "checkpoints" / "step-0000008" / PARTS[kind], model) for run_dir in (two, one))
+    part = Path("checkpoints", "step-0000008", PARTS[kind])
+    ours, theirs = read_weights(two / part, model), read_weights(one / part, model)
     assert ours.keys() == theirs.keys() == model.state_dict().keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 

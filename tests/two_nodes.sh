@@ -5,9 +5,9 @@
 #   tests/two_nodes.sh bash -c 'launch/train.sh ... '
 #
 # Each node, node-a and node-b, has a network, process numbers, a host name and an sshd of its own; a veth pair joins
-# them. As on Debian, a node's own name is a loopback address to itself, so gloo needs GLOO_SOCKET_IFNAME=eth0. They share
-# this machine's files, except the directory $NODE_LOCAL. Keys and configuration are temporary, ~/.ssh is not touched,
-# and everything is taken down again however this ends.
+# them. As on Debian, a node's own name is a loopback address to itself, so gloo needs GLOO_SOCKET_IFNAME=eth0. They
+# share this machine's files, except the directory $NODE_LOCAL. Keys and configuration are temporary, ~/.ssh is not
+# touched, and everything is taken down again however this ends.
 #
 # Needs root and Debian's packages iproute2, openssh-server, openssh-client and pdsh; without them it says what is
 # missing and exits with 77.
@@ -100,7 +100,8 @@ for node in 0 1; do
     ip -n "${spaces[node]}" link set eth0 up
     ip netns exec "${spaces[node]}" unshare --pid --fork --kill-child --mount-proc --uts bash -c '
         hostname "$1" && mount --bind "$2" /etc/hosts && mount -t tmpfs none "$3" && exec "$4" -D -f "$5" -E "$6"
-    ' node "${names[node]}" "$here/hosts-$node" "$here/local" "$sshd" "$here/sshd_config" "$here/log-$node" 2>>"$here/log-$node" &
+    ' node "${names[node]}" "$here/hosts-$node" "$here/local" "$sshd" "$here/sshd_config" "$here/log-$node" \
+        2>>"$here/log-$node" &
     processes+=($!)
 done
 

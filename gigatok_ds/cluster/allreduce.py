@@ -1,6 +1,6 @@
 """One sum over all ranks of the job, by NCCL on GPUs and gloo on CPUs, saying how far each rank came.
 
-    python -m gigatok_ds.cluster.allreduce '{"address": ..., "port": ..., "world_size": 4, "ranks": [2, 3], "seconds": 60}'
+    python -m gigatok_ds.cluster.allreduce '{"address": ..., "port": ..., "world_size": 4, "ranks": [2, 3], ...}'
 
 This starts the ranks of one host and waits for them. With "ranks": [R] and "local_rank" it is a rank itself.
 """

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gigatok_ds.cluster.hostfile import positive, read_hostfile, rendezvous
-from gigatok_ds.cluster.ssh_environment import ENV_FILE_VARIABLE, for_deepspeed, for_pdsh, rank_variables
+from gigatok_ds.cluster.ssh_environment import ENV_FILE_VARIABLE, escaped, for_deepspeed, for_pdsh, rank_variables
 from gigatok_ds.errors import InputError
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 MODULE = ("--module", "gigatok_ds", "train")
 _BARE = re.compile(r"[\w@+=:,./-]+")  # what DeepSpeed may pass to a remote shell without quotes
 
@@ -59,6 +60,9 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], *, home: Path
             raise InputError(f"the {what} is {path!r}; DeepSpeed can start a job on other hosts only from a path "
                              "without spaces and shell characters")
     variables = rank_variables(environment, home, working_dir)
+    search = variables.get("PYTHONPATH", "")
+    if str(CHECKOUT) not in search.split(":"):  # the user's file may say where else to look, but not hide this package
+        variables["PYTHONPATH"] = ":".join(filter(None, [escaped(str(CHECKOUT)), search]))
     env_file = "".join(f"{name}={for_pdsh(value)}\n" for name, value in variables.items())
     if len(hosts) == 1:
         command.append("--force_multi")

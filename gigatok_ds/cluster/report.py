@@ -94,7 +94,8 @@ def _of_host(result: HostResult, expected: Expected) -> Iterable[str]:
     elif facts.recipe != expected.recipe:
         yield "it reads another recipe from the same name; copy the recipe and its bases there"
     if not facts.working_dir_exists:
-        yield f"there is no {expected.working_dir}, where ranks would start; launch from a directory that all hosts have"
+        yield (f"there is no {expected.working_dir}, where ranks would start; launch from a directory that all hosts "
+               "have")
     if facts.write_error:
         yield f"cannot write below {expected.shared} ({facts.write_error}); --out must be on a shared file system"
     elif facts.token != expected.token or result.answer_seen is False:

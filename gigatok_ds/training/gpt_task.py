@@ -60,11 +60,11 @@ class GPTTask:
             start_step=start_step,
         ))
 
-    def train_micro_batch(self, batch: dict[str, Tensor], step: int, micro: int, lr: float) -> dict[str, Tensor]:
+    def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
         device = self.topology.device
         codes, classes = batch["codes"].to(device), batch["labels"].to(device)
         self.engine.network.train()
-        with dropout_at(self.recipe.training.seed, batch["position"]):
+        with dropout_at(self.recipe.training.seed, batch["position"].to(device)):
             classes = self._drop_classes(classes, batch["position"], step)
             loss = self.engine(codes[:, :-1], classes, codes).mean()
             self.engine.backward(loss)

@@ -31,8 +31,8 @@ class Task(Protocol):
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's endless stream of micro batches, from the one that `start_step` (0-based) begins with."""
 
-    def train_micro_batch(self, batch: dict[str, Tensor], step: int, micro: int, lr: float) -> dict[str, Tensor]:
-        """Forward, backward and engine steps for micro batch `micro` (0-based) of `step` (1-based); scalars to log."""
+    def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
+        """Forward, backward and engine steps for a micro batch of `step` (1-based); scalars to log."""
 
     def validate(self) -> dict[str, float]:
         """Figures on the validation data; collective."""
@@ -70,7 +70,7 @@ def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, ac
         for micro in range(accumulation):
             # For what draws from torch's own generator: a resumed run draws what the uninterrupted one would have.
             torch.manual_seed(stream_key(settings.seed, "torch", step, micro, topology.rank))
-            window.add(task.train_micro_batch(next(batches), step, micro, lr))
+            window.add(task.train_micro_batch(next(batches), step, lr))
         if step % settings.log_every == 0 or last:
             values = window.mean(topology)
             _refuse_non_finite(values, step)

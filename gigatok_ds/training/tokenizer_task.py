@@ -71,7 +71,7 @@ class TokenizerTask:
             start_step=start_step,
         ))
 
-    def train_micro_batch(self, batch: dict[str, Tensor], step: int, micro: int, lr: float) -> dict[str, Tensor]:
+    def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
         images = batch["images"].to(self.topology.device, non_blocking=True)
         positions = batch["position"]
         with dropout_at(self.recipe.training.seed, self.topology.gather_images(positions.to(images.device))):
