@@ -8,7 +8,7 @@ from golden_weights import tensor
 
 from gigatok_ds import InputError
 from gigatok_ds.config.model import QuantizerConfig
-from gigatok_ds.kernels.reference import assignment_entropy, nearest_code
+from gigatok_ds.kernels.ops import assignment_entropy, nearest_code
 from gigatok_ds.models.quantizer import USAGE_WINDOW, VectorQuantizer
 
 BETA, ENTROPY_RATIO = 0.25, 0.005

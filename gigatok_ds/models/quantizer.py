@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gigatok_ds.config.model import QuantizerConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.kernels.reference import assignment_entropy, nearest_code
+from gigatok_ds.kernels.ops import assignment_statistics, code_histogram, entropy_penalty, nearest_code
 from gigatok_ds.models.initialisation import Fill, uniform
 from gigatok_ds.parallel.layers import PLAIN, Layers
 
@@ -62,16 +62,27 @@ class VectorQuantizer(nn.Module):
         return F.normalize(x, dim=-1) if self.config.l2_normalized else x
 
     def forward(self, latent: Tensor, *, entropy: bool = False) -> QuantizerOutput:
-        """Quantize latents (B, D, H, W). `entropy` also computes the entropy loss, which is zero otherwise."""
+        """Quantize latents (B, D, H, W). `entropy` also computes the entropy loss, which is zero otherwise.
+
+        Raises InputError in evaluation when a latent or a code is not finite, naming it. In training, where nobody may
+        wait for the device, such a latent has the code -1, and the losses are NaN for the training loop to see.
+        """
         batch, _, height, width = latent.shape
         z = self._normalized(latent.permute(0, 2, 3, 1).flatten(0, 2).float())
         codebook = self.codebook()
-        codes = nearest_code(z, codebook)
-        code_vectors = codebook[codes]
+        strict = not self.training
+        if entropy:
+            assignment = assignment_statistics(z, codebook, strict=strict)
+            codes, entropy_loss = assignment.codes, entropy_penalty(assignment, self.mean_over_data)
+        else:
+            codes, entropy_loss = nearest_code(z, codebook, strict=strict), z.new_zeros(())
+        code_vectors = codebook[codes.clamp_min(0)]
+        # A latent without a code is NaN itself. A damaged code is nobody's nearest, so that only this tells of it.
+        damage = torch.where(codebook.detach().isfinite().all(), 0.0, torch.nan)
         losses = QuantizerLosses(
-            codebook=F.mse_loss(code_vectors, z.detach()),
+            codebook=F.mse_loss(code_vectors, z.detach()) + damage,
             commitment=F.mse_loss(z, code_vectors.detach()),
-            entropy=assignment_entropy(z, codebook, average=self.mean_over_data) if entropy else z.new_zeros(()),
+            entropy=entropy_loss,
         )
         through = rotate if self.config.gradient == "rotation" else straight_through
         quantized = through(z, code_vectors.detach())
@@ -96,9 +107,7 @@ class VectorQuantizer(nn.Module):
         latest = codes.flatten()[-USAGE_WINDOW:].to(self.codebook_used.dtype)
         kept = self.codebook_used[latest.numel():].clone()
         self.codebook_used.copy_(torch.cat([kept, latest]))
-        counts = torch.zeros(self.config.codebook_size, device=codes.device)
-        counts[self.codebook_used.long()] = 1.0
-        return counts.mean()
+        return (code_histogram(self.codebook_used, self.config.codebook_size) > 0).float().mean()
 
 
 def straight_through(z: Tensor, code_vectors: Tensor) -> Tensor:
