@@ -234,10 +234,13 @@ def tensors(thing) -> Iterator[Tensor]:
 
 
 def storages_of(found: Iterable[Tensor], seen: set[int]) -> dict[int, int]:
-    """Bytes by address of the storages behind the tensors, without those seen; they are seen afterwards."""
+    """Bytes by address of the storages behind the tensors, without those seen; they are seen afterwards.
+
+    Tensors of other types (those that torch.compile keeps of its traces) have no storage of their own.
+    """
     storages = {}
     for tensor in found:
-        if tensor.layout == torch.strided and tensor.device.type != "meta":
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.device.type != "meta":
             storage = tensor.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in seen:
                 storages[storage.data_ptr()] = storage.nbytes()

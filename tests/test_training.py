@@ -56,7 +56,8 @@ def assert_same_training(ours, theirs, kind, tolerance):
     for mine, other in zip(read_metrics(ours), read_metrics(theirs), strict=True):
         for name in mine.keys() - {"time"}:
             if name in other and not name.startswith(("grad_norm", "memory")):
-                assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=1e-6), (mine["step"], name)
+                # An adversarial term is a mean of logits of order one, and may itself be close to zero.
+                assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (mine["step"], name)
     mine, other = (dict(np.load(run / "probe.npz")) for run in (ours, theirs))
     for name in mine:
         np.testing.assert_allclose(mine[name], other[name], rtol=0, atol=10 * tolerance, err_msg=name)
