@@ -34,7 +34,8 @@ loss:
   adversarial: {start_step: 4, weight: 0.1, base_channels: 8, layers: 1}
   auxiliary: {end_step: 6}
   semantic: null
-optimizer: {lr: 1e-3}
+# A large epsilon, because Adam turns the rounding noise of gradients that are truly zero into steps of full size.
+optimizer: {lr: 1e-3, eps: 1e-3}
 schedule: {warmup_steps: 2}
 training: {steps: 8, global_batch_size: 8, precision: fp32, log_every: 1, validate_every: 4, checkpoint_every: 4}
 data: {workers: 0}
