@@ -19,7 +19,7 @@ ALLOWED = {
     "sampling": {"config", "models", "data", "checkpoint", "parallel", "kernels", "evaluation"},
     "training": {"config", "models", "losses", "data", "checkpoint", "parallel", "kernels", "evaluation"},
     "demo": {"config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training"},
-    "cli": {"config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training",
+    "cli": {"kernels", "config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training",
             "demo", "cluster"},
 }
 

@@ -33,6 +33,7 @@ OPTIONS = {
     "demo": {"--out", "--data", "--ranks", "--tp", "--zero", "--tokenizer", "--gpt"},
     "recipes": {"recipe", "overrides"},
     "make-shards": {"directory", "--out", "--prefix", "--samples-per-shard"},
+    "doctor": {"--build"},
     "check-cluster": {"--hostfile", "--out", "--recipe", "--timeout", "--no-allreduce"},
     "train": {"recipe", "overrides", "--out", "--tp", "--zero", "--deepspeed"},
     "export": {"run_dir", "--out"},

@@ -1,4 +1,4 @@
-"""torch.ops.gigatok against the materialised definition in float64, on every device that this machine has."""
+"""torch.ops.gigatok against the materialised definition in float64, on every backend that this machine has."""
 
 import functools
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gigatok_ds import InputError
 from gigatok_ds.config.model import QuantizerConfig
-from gigatok_ds.kernels import reference
+from gigatok_ds.kernels import build, native, reference
 from gigatok_ds.kernels.ops import (
     assignment_entropy,
     assignment_statistics,
@@ -23,11 +23,30 @@ from gigatok_ds.models.quantizer import VectorQuantizer
 TEMPERATURE = 0.01
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
+@pytest.fixture(params=["cpu-torch", "cpu-native", "cpu-avx2", "cpu-portable", "cuda-torch", "cuda-native"])
+def device(request, monkeypatch):
+    """A device, with the operators held to one backend there: plain torch, the native kernels, or one of their levels."""
+    device, choice = request.param.split("-")
+    if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    return request.param
+    monkeypatch.setenv("GIGATOK_KERNELS", "torch" if choice == "torch" else "native")
+    if choice == "torch":
+        return device
+    if missing := build.obstacles():
+        pytest.skip(f"the native kernels cannot be compiled here: {'; '.join(missing)}")
+    assert device in native.load().devices, native.load().reason
+    if choice != "native":
+        monkeypatch.setenv("GIGATOK_CPU_CAPABILITY", choice)
+        try:
+            assert torch.ops.gigatok_native.cpu_capability() == choice
+        except RuntimeError as error:
+            pytest.skip(str(error).splitlines()[0])
+    return device
+
+
+@pytest.fixture
+def on_torch(monkeypatch):
+    monkeypatch.setenv("GIGATOK_KERNELS", "torch")
 
 
 def problem(count, size, dim, kind="unit", seed=0):
@@ -92,7 +111,8 @@ def test_values_and_gradients_match_float64(device, count, size, dim, kind):
     assert torch.equal(statistics.codes, nearest_code(*ours))
     if kind == "duplicates":
         assert statistics.codes.max() < size // 4
-    assert (statistics.entropy.cpu() - entropy).abs().max() <= 1e-5 * max(entropy.abs().max().item(), 1)
+    entropy_error = (statistics.entropy.cpu() - entropy).abs().max()
+    assert entropy_error <= (3e-5 if dim > 16 else 1e-5) * max(entropy.abs().max().item(), 1)
     assert_close(statistics.average_probability, average, 1e-5 if kind != "collapsed" else 1e-3)
     assert_close(statistics.log_sum_exp, log_sum_exp, 1e-5)
     for weights in (None, upstream)[count <= 3:]:  # of few latents the penalty's two entropies cancel
@@ -189,6 +209,16 @@ def test_autocast_changes_nothing(device):
     assert all(map(torch.equal, found, torch.autograd.grad(outside, inputs)))
 
 
+def test_half_precision_picks_other_codes(device):
+    """What the original does under autocast: its einsum is in bfloat16. The figure in docs/kernels.md is this one."""
+    latents, codebook = (x.to(device) for x in problem(8192, 16384, 8))
+    with torch.autocast(device, torch.bfloat16):
+        products = torch.einsum("nd,kd->nk", latents, codebook)
+        theirs = (latents.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * products).argmin(1)
+        ours = nearest_code(latents, codebook)
+    assert (theirs != ours).double().mean().item() == pytest.approx(0.056, abs=0.01)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_input_that_is_not_finite_is_named(device, bad):
     latents, codebook = (x.to(device) for x in problem(20, 30, 8))
@@ -232,7 +262,7 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_gradcheck():
+def test_gradcheck(on_torch):
     latents, codebook = (x.double().requires_grad_() for x in problem(6, 9, 3))
     function = functools.partial(assignment_statistics, temperature=0.3)
     assert torch.autograd.gradcheck(lambda z, e: function(z, e)[:2], (latents, codebook))
@@ -245,8 +275,9 @@ def test_opcheck(device):
     differentiable = latents.clone().requires_grad_(), codebook.clone().requires_grad_()
     torch.library.opcheck(operators.nearest_code, (latents, codebook))
     torch.library.opcheck(operators.assignment_statistics, (*differentiable, TEMPERATURE, False), atol=1e-5, rtol=1e-5)
+    state = operators.assignment_statistics(latents, codebook, TEMPERATURE)[4]
     gradients = latents.new_ones(9), codebook.new_ones(20)
-    torch.library.opcheck(operators.assignment_gradients, (latents, codebook, *gradients, TEMPERATURE))
+    torch.library.opcheck(operators.assignment_gradients, (latents, codebook, codes, state, *gradients, TEMPERATURE))
     torch.library.opcheck(operators.code_histogram, (codes, 20))
 
 
@@ -317,12 +348,12 @@ def test_the_quantizer_hands_damage_to_the_training_loop_and_names_it_elsewhere(
         quantizer.embedding.copy_(codebook)
     damaged = latents.clone()
     damaged[0, 2, 0, 5] = torch.inf
-    output = quantizer(damaged, entropy=True)
+    output = quantizer(damaged, entropy="global")
     assert output.codes[0, 5] == -1 and (output.codes[0, :5] >= 0).all()
     assert output.quantized[0, :, 0, 5].isnan().all()
     assert all(loss.isnan() for loss in output.losses)
     assert 0 < quantizer.record_usage(output.codes) <= 20 / 30
-    assert all(loss.isfinite() for loss in quantizer(latents, entropy=True).losses)
+    assert all(loss.isfinite() for loss in quantizer(latents, entropy="global").losses)
     with pytest.raises(InputError, match="latent 5 of 20"):
         quantizer.eval()(damaged)
     with torch.no_grad():
@@ -342,14 +373,27 @@ def test_the_quantizer_compiles_whole(device, gradient):
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
 
     def step(module):
-        output = module(latents, entropy=True)
+        output = module(latents, entropy="global")
         total = sum(output.losses) + output.quantized.square().sum()
         return output.codes, *torch.autograd.grad(total, [latents, quantizer.embedding])
 
     torch.testing.assert_close(step(compiled), step(quantizer))
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused(on_torch):
     for latents, codebook in (((3, 4), (5, 6)), ((3,), (5, 3)), ((3, 4), (0, 4))):
         with pytest.raises(InputError, match="must be \\(N, D\\) and \\(K, D\\)"):
             nearest_code(torch.zeros(latents), torch.zeros(codebook))
+
+
+def test_forcing_a_backend(monkeypatch):
+    latents, codebook = problem(3, 4, 8)
+    monkeypatch.setenv("GIGATOK_KERNELS", "fast")
+    with pytest.raises(InputError, match="GIGATOK_KERNELS is 'fast'; choose one of auto, native, torch"):
+        nearest_code(latents, codebook)
+    monkeypatch.setattr(native, "load", lambda: native.Library(reason="no C++ compiler"))
+    monkeypatch.setenv("GIGATOK_KERNELS", "native")
+    with pytest.raises(InputError, match="no native kernels: no C\\+\\+ compiler"):
+        nearest_code(latents, codebook)
+    monkeypatch.setenv("GIGATOK_KERNELS", "auto")
+    assert nearest_code(latents, codebook).shape == (3,)

@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_models import arrays
 from golden_weights import tensor
 
 from gigatok_ds import InputError
 from gigatok_ds.config.model import QuantizerConfig
-from gigatok_ds.kernels.ops import assignment_entropy, nearest_code
+from gigatok_ds.config.recipe import QuantizerLossConfig, TokenizerLossConfig
+from gigatok_ds.kernels.ops import assignment_entropy, assignment_statistics, entropy_penalty, nearest_code
+from gigatok_ds.losses.composition import TokenizerObjective
 from gigatok_ds.models.quantizer import USAGE_WINDOW, VectorQuantizer
+from gigatok_ds.parallel.layers import PlainLayers
 
 BETA, ENTROPY_RATIO = 0.25, 0.005
 
@@ -27,7 +31,7 @@ def test_values_and_gradients_match_the_original(gradient):
     golden = {key.removeprefix(gradient + "_"): value for key, value in arrays("quantizer").items()
               if key.startswith(gradient)}
     quantizer, latent = golden_quantizer(gradient)
-    output = quantizer(latent, entropy=True)
+    output = quantizer(latent, entropy="global")
 
     def close(ours, key):
         np.testing.assert_allclose(ours.detach().numpy(), golden[key], rtol=0, atol=1e-5)
@@ -86,3 +90,23 @@ def test_codes_outside_the_codebook_are_refused():
     quantizer = VectorQuantizer(QuantizerConfig(codebook_size=16, codebook_dim=4))
     with pytest.raises(InputError, match=r"\[0, 16\); got 0 to 16"):
         quantizer.lookup(torch.tensor([[0, 16]]))
+
+
+def test_the_mean_assignment_is_of_all_data_ranks_or_of_one():
+    class TwoRanks:
+        """Stands for another rank that uses the first code only."""
+        def __call__(self, q):
+            return (q + torch.eye(30)[0]) / 2
+
+    quantizer = VectorQuantizer(QuantizerConfig(codebook_size=30, codebook_dim=4), PlainLayers(TwoRanks()))
+    torch.nn.init.normal_(quantizer.embedding, generator=torch.Generator().manual_seed(0))
+    latent = torch.randn(2, 4, 1, 6, generator=torch.Generator().manual_seed(1))
+    statistics = assignment_statistics(F.normalize(latent.permute(0, 2, 3, 1).flatten(0, 2), dim=1), quantizer.codebook())
+    by_scope = {scope: quantizer(latent, entropy=scope).losses.entropy.item() for scope in ("global", "data_rank")}
+    assert by_scope["data_rank"] == pytest.approx(entropy_penalty(statistics).item(), abs=1e-6)
+    assert by_scope["global"] == pytest.approx(entropy_penalty(statistics, TwoRanks()).item(), abs=1e-6)
+    assert abs(by_scope["global"] - by_scope["data_rank"]) > 0.01
+    objective = TokenizerLossConfig(quantizer=QuantizerLossConfig(entropy=0.1, entropy_end_step=3, statistics="data_rank"),
+                                    perceptual=None, adversarial=None, auxiliary=None, semantic=None)
+    wanted = TokenizerObjective(objective, perceptual=None, teacher=None).wants_entropy
+    assert [wanted(step) for step in (1, 2, 3)] == ["data_rank", "data_rank", None]

@@ -28,7 +28,7 @@ VARIANTS = {
 def test_forward_backward_and_round_trip_to_the_originals_names(changes):
     model = small_tokenizer(**changes).train()
     images = torch.randn(2, 3, 16, 16)
-    output = model(images, entropy=True, semantic=model.config.semantic_head is not None, direct=True)
+    output = model(images, entropy="global", semantic=model.config.semantic_head is not None, direct=True)
     tokens = model.config.latent_tokens
     assert output.reconstruction.shape == output.direct_reconstruction.shape == images.shape
     assert output.codes.shape == (2, tokens)

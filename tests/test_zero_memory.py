@@ -1,26 +1,21 @@
 """The memory benchmark: its arithmetic, what its meter sees, and (slow) what four ranks really hold."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_scripts import BENCHMARKS, loaded
 from torch import nn
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "zero_memory.py"
+SCRIPT = BENCHMARKS / "zero_memory.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("zero_memory", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["zero_memory"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["zero_memory"]
+    with loaded("zero_memory") as module:
+        yield module
 
 
 @pytest.mark.parametrize("stage, gigabytes", [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])

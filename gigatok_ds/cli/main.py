@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "demo",
     "recipes": "recipes",
     "make-shards": "make_shards",
+    "doctor": "doctor",
     "check-cluster": "check_cluster",
     "train": "train",
     "export": "export",

@@ -26,12 +26,17 @@ class PerceptualConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerLossConfig:
-    """Weights of the quantizer's terms; the entropy term stops at `entropy_end_step` (null: never)."""
+    """Weights of the quantizer's terms; the entropy term stops at `entropy_end_step` (null: never).
+
+    `statistics` says whose latents the mean assignment of the entropy term is of: of all data ranks (the result then does
+    not depend on their number), or of each data rank (the original's).
+    """
 
     codebook: float = 1.0
     commitment: float = 0.25
     entropy: float = 0.0
     entropy_end_step: int | None = None
+    statistics: Literal["global", "data_rank"] = "global"
 
 
 @dataclass(frozen=True, kw_only=True)

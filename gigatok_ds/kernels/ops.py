@@ -1,7 +1,8 @@
 """torch.ops.gigatok: the quantizer's heavy operations as custom operators, and functions around them.
 
 Latents are (N, D), the codebook (K, D), of any floating dtype and memory layout. Arithmetic is float32, or float64 when
-an input is, or more precise; autocast has no say. No operator holds an N x K matrix.
+an input is; autocast has no say. Each call runs the native kernel for its device if there is one and else
+`kernels.reference`; GIGATOK_KERNELS=native or torch forces one of the two. No operator holds an N x K matrix.
 
 `strict` refuses latents and codes that are not finite, naming the first, for which the host waits for the device.
 Without it nothing waits: such a latent gets the index -1 and its statistics are NaN.
@@ -9,6 +10,7 @@ Without it nothing waits: such a latent gets the index -1 and its statistics are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.kernels import reference
+from gigatok_ds.kernels import native, reference
 
 
 class Assignment(NamedTuple):
@@ -47,22 +49,24 @@ def assignment_statistics(latents: Tensor, codebook: Tensor, temperature: float 
     The backward pass computes distances again instead of keeping them. With `strict`, InputError when an input is not
     finite.
     """
-    return Assignment(*torch.ops.gigatok.assignment_statistics(latents, codebook, temperature, strict))
+    return Assignment(*torch.ops.gigatok.assignment_statistics(latents, codebook, temperature, strict)[:4])
 
 
-def entropy_penalty(assignment: Assignment, average: Callable[[Tensor], Tensor] = lambda q: q) -> Tensor:
+def entropy_penalty(assignment: Assignment, average: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Mean entropy of each latent's soft assignment minus the entropy of the mean assignment (a scalar).
 
     With q the mean assignment this is mean_n H(p_n) + sum_k q_k log(q_k + 1e-5): small when assignments are confident
     and the codebook is used evenly (LFQ's entropy penalty, Yu et al. 2023, arXiv:2310.05737, applied to a learned
     codebook). `average` takes q (K,) to its mean over ranks that hold further latents.
     """
-    q = average(assignment.average_probability)
+    q = assignment.average_probability
+    if average:
+        q = average(q)
     return assignment.entropy.mean() + (q * (q + 1e-5).log()).sum()
 
 
 def assignment_entropy(latents: Tensor, codebook: Tensor, temperature: float = 0.01, *,
-                       average: Callable[[Tensor], Tensor] = lambda q: q) -> Tensor:
+                       average: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The entropy penalty of latents under a codebook (see `entropy_penalty`)."""
     return entropy_penalty(assignment_statistics(latents, codebook, temperature), average)
 
@@ -75,7 +79,8 @@ def code_histogram(codes: Tensor, size: int) -> Tensor:
 @torch.library.custom_op("gigatok::nearest_code", mutates_args=())
 def _nearest_code(latents: Tensor, codebook: Tensor, strict: bool = True) -> Tensor:
     z, e = _prepared(latents, codebook, strict)
-    return reference.nearest_code(z, e)
+    kernels = native.kernels_for(z, e)
+    return kernels.nearest_code(z, e) if kernels else reference.nearest_code(z, e)
 
 
 @_nearest_code.register_fake
@@ -86,11 +91,13 @@ def _(latents: Tensor, codebook: Tensor, strict: bool = True) -> Tensor:
 
 @torch.library.custom_op("gigatok::assignment_statistics", mutates_args=())
 def _assignment_statistics(latents: Tensor, codebook: Tensor, temperature: float,
-                           strict: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, average probability, log-sum-exp and indices."""
+                           strict: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, average probability, log-sum-exp, indices, and the state that the backward pass needs."""
     z, e = _prepared(latents, codebook, strict)
-    indices, entropy, average, state = reference.entropy_forward(z, e, temperature)
-    return entropy, average, state[:, 1] - state[:, 0] / temperature, indices
+    kernels = native.kernels_for(z, e)
+    forward = kernels.entropy_forward if kernels else reference.entropy_forward
+    indices, entropy, average, state = forward(z, e, temperature)
+    return entropy, average, state[:, 1] * math.log(2) - state[:, 0] / temperature, indices, state
 
 
 @_assignment_statistics.register_fake
@@ -102,27 +109,34 @@ def _(latents: Tensor, codebook: Tensor, temperature: float, strict: bool = True
         latents.new_empty(codebook.shape[0], dtype=dtype),
         latents.new_empty(count, dtype=dtype),
         latents.new_empty(count, dtype=torch.int64),
+        latents.new_empty(count, reference.STATE_COLUMNS, dtype=dtype),
     )
 
 
 @torch.library.custom_op("gigatok::assignment_gradients", mutates_args=())
-def _assignment_gradients(latents: Tensor, codebook: Tensor, grad_entropy: Tensor, grad_average: Tensor,
-                          temperature: float) -> tuple[Tensor, Tensor]:
+def _assignment_gradients(latents: Tensor, codebook: Tensor, indices: Tensor, state: Tensor, grad_entropy: Tensor,
+                          grad_average: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     z, e = _prepared(latents, codebook, strict=False)
-    gradients = reference.entropy_backward(z, e, grad_entropy, grad_average, temperature)
+    kernels = native.kernels_for(z, e)
+    if kernels:
+        gradients = kernels.entropy_backward(z, e, indices, state, grad_entropy.contiguous(),
+                                             grad_average.contiguous(), temperature)
+    else:
+        gradients = reference.entropy_backward(z, e, grad_entropy, grad_average, temperature)
     return gradients[0].to(latents.dtype), gradients[1].to(codebook.dtype)
 
 
 @_assignment_gradients.register_fake
-def _(latents: Tensor, codebook: Tensor, grad_entropy: Tensor, grad_average: Tensor, temperature: float):
+def _(latents: Tensor, codebook: Tensor, indices: Tensor, state: Tensor, grad_entropy: Tensor, grad_average: Tensor,
+      temperature: float):
     return latents.new_empty(latents.shape), codebook.new_empty(codebook.shape)
 
 
 def _save(ctx, inputs, output) -> None:
     latents, codebook, ctx.temperature, _ = inputs
-    _, _, log_sum_exp, indices = output
-    ctx.save_for_backward(latents, codebook)
-    ctx.mark_non_differentiable(indices, log_sum_exp)
+    _, _, log_sum_exp, indices, state = output
+    ctx.save_for_backward(latents, codebook, indices, state)
+    ctx.mark_non_differentiable(indices, log_sum_exp, state)
 
 
 def _gradients(ctx, grad_entropy, grad_average, *unused):
@@ -140,7 +154,9 @@ _assignment_gradients.register_autograd(_no_second_derivative)
 
 @torch.library.custom_op("gigatok::code_histogram", mutates_args=())
 def _code_histogram(codes: Tensor, size: int) -> Tensor:
-    return reference.code_histogram(codes.flatten().long(), size)
+    codes = codes.flatten().long()
+    kernels = native.kernels_for(codes)
+    return kernels.code_histogram(codes, size) if kernels else reference.code_histogram(codes, size)
 
 
 @_code_histogram.register_fake

@@ -1,4 +1,4 @@
-"""The quantizer's heavy operations in plain torch, a chunk of latents at a time.
+"""The quantizer's heavy operations in plain torch, a chunk of latents at a time: fallback and oracle of the native ones.
 
 Latents are (N, D), the codebook (K, D). Arithmetic is float64 whatever the inputs are: neither TF32 nor autocast touches
 it, indices are those of exact arithmetic, and at D = 8 memory traffic, not arithmetic, sets the speed. With
@@ -14,8 +14,9 @@ from torch import Tensor
 
 # Elements of the (rows, K) matrices of one chunk: they should stay in a CPU's cache, and fill a GPU.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 23}
-# state[:, 0] is the smallest squared distance, state[:, 1] the log of sum_k exp(x_nk - max_k x_nk).
-STATE_COLUMNS = 2
+# state[:, 0] is the smallest squared distance, state[:, 1] the binary logarithm of sum_k exp(x_nk - max_k x_nk); the others
+# are the native kernels' own.
+STATE_COLUMNS = 4
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def entropy_forward(latents: Tensor, codebook: Tensor, temperature: float) -> tu
         x = (best[:, None] - distances) / temperature
         weight = x.exp()
         partition = weight.sum(1)
-        state[rows, 0], state[rows, 1] = best.to(dtype), partition.log().to(dtype)
+        state[rows, 0], state[rows, 1] = best.to(dtype), partition.log2().to(dtype)
         entropy[rows] = (partition.log() - (weight * x).sum(1) / partition).to(dtype)
         total += partition.reciprocal() @ weight
     return indices, entropy, (total / max(count, 1)).to(dtype), state

@@ -7,7 +7,7 @@ are inactive at a step are left out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,11 @@ class TokenizerObjective(nn.Module):
     def wants_direct_reconstruction(self, step: int) -> bool:
         return self.wants_feature_loss(step) and self.config.auxiliary.direct_reconstruction
 
-    def wants_entropy(self, step: int) -> bool:
-        end = self.config.quantizer.entropy_end_step
-        return self.config.quantizer.entropy > 0 and (end is None or step < end)
+    def wants_entropy(self, step: int) -> Literal["global", "data_rank"] | None:
+        """Whose mean assignment the entropy term is to be of at this step, None if there is no such term."""
+        config = self.config.quantizer
+        active = config.entropy > 0 and (config.entropy_end_step is None or step < config.entropy_end_step)
+        return config.statistics if active else None
 
     def discriminator_active(self, step: int) -> bool:
         return self.config.adversarial is not None and step >= self.config.adversarial.start_step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,9 @@ class VectorQuantizer(nn.Module):
     def _normalized(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.config.l2_normalized else x
 
-    def forward(self, latent: Tensor, *, entropy: bool = False) -> QuantizerOutput:
-        """Quantize latents (B, D, H, W). `entropy` also computes the entropy loss, which is zero otherwise.
+    def forward(self, latent: Tensor, *, entropy: Literal["global", "data_rank"] | None = None) -> QuantizerOutput:
+        """Quantize latents (B, D, H, W). `entropy` also computes the entropy loss, which is zero otherwise, with the mean
+        assignment of all data-parallel ranks or of this one.
 
         Raises InputError in evaluation when a latent or a code is not finite, naming it. In training, where nobody may
         wait for the device, such a latent has the code -1, and the losses are NaN for the training loop to see.
@@ -73,7 +74,8 @@ class VectorQuantizer(nn.Module):
         strict = not self.training
         if entropy:
             assignment = assignment_statistics(z, codebook, strict=strict)
-            codes, entropy_loss = assignment.codes, entropy_penalty(assignment, self.mean_over_data)
+            average = self.mean_over_data if entropy == "global" else None
+            codes, entropy_loss = assignment.codes, entropy_penalty(assignment, average)
         else:
             codes, entropy_loss = nearest_code(z, codebook, strict=strict), z.new_zeros(())
         code_vectors = codebook[codes.clamp_min(0)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class Tokenizer(nn.Module):
             raise InputError(f"images have shape {tuple(images.shape)}; this tokenizer takes (batch, 3, {size}, {size})")
         return images.to(self.quant_conv.weight.device, self.quant_conv.weight.dtype)
 
-    def forward(self, images: Tensor, *, entropy: bool = False, semantic: bool = False,
+    def forward(self, images: Tensor, *, entropy: Literal["global", "data_rank"] | None = None, semantic: bool = False,
                 direct: bool = False) -> TokenizerOutput:
         """One training pass over this rank's images.
 

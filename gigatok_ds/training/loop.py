@@ -19,7 +19,7 @@ from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import stream_key
 from gigatok_ds.training.engine import Engine
 from gigatok_ds.training.memory import memory_line, peak_memory
-from gigatok_ds.training.monitor import Monitor
+from gigatok_ds.training.monitor import NOT_FINITE, Monitor
 from gigatok_ds.training.schedules import lr_of_iteration
 
 
@@ -128,4 +128,5 @@ def _refuse_non_finite(values: dict[str, float], step: int) -> None:
         raise InputError(
             f"step {step}: {', '.join(bad)} is not finite; lower optimizer.lr, or continue from the last checkpoint "
             "with training.precision=fp32 to find the cause"
+            + (f" ({values[NOT_FINITE]:.3g} latents per micro batch are not)" if values.get(NOT_FINITE) else "")
         )

@@ -16,6 +16,7 @@ import numpy as np
 from gigatok_ds.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
+NOT_FINITE = "not_finite_latents"  # of a micro batch, on average; the tokenizer counts them
 EVENTS_DIRECTORY = "events"
 _REFRESH_SECONDS = {True: 0.1, False: 30.0}  # of the bar, on a terminal and in a log file
 

@@ -23,6 +23,7 @@ from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, stream_key, torch_stream
 from gigatok_ds.training.engine import Engine
+from gigatok_ds.training.monitor import NOT_FINITE
 
 PROBE_IMAGES = 16
 # Gradients of a mean over many logits would underflow on their way through a discriminator in fp16.
@@ -82,6 +83,7 @@ class TokenizerTask:
             self.discriminator.step(lr)
         codes = self.topology.gather_data(output.codes)
         logged["codebook_usage"] = self.generator.network.quantizer.record_usage(codes)
+        logged[NOT_FINITE] = (codes < 0).sum()
         return logged
 
     def _generator_pass(self, images: Tensor, positions: Tensor, step: int):

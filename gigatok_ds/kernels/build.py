@@ -1,0 +1,231 @@
+"""Compile the native kernels of csrc/ into one shared library, or find the one that was compiled before.
+
+A library fits one state of the sources and one kind of machine, its name says which, and every torch since 2.11, for it
+uses only torch's stable C++ interface. It is looked for next to this file, where `setup.py` leaves it, then in a cache directory of the user, into which it is compiled when
+first needed. As a script (`python build.py LIBRARY SOURCES [--cuda]`) this file compiles, in a process of its own: a
+compiler's or a library's failure must not be that of a training run. It needs nothing of gigatok_ds, since `setup.py`
+runs it, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+NAME = "gigatok_native"
+SOURCES = Path(__file__).parent / "csrc"
+PREBUILT = Path(__file__).parent / "prebuilt"
+OPERATORS = ("nearest_code", "entropy_forward", "entropy_backward", "code_histogram", "cpu_capability")
+SECONDS = {False: 40, True: 120}  # to compile, roughly: for CPUs only, and with CUDA
+_TIMEOUT = 1800.0
+_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable interface of torch 2.11
+_HOST_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", _TORCH]
+DEVICE_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "--extended-lambda", "--expt-relaxed-constexpr",
+                 "-DUSE_CUDA", _TORCH]
+
+
+class Unavailable(Exception):
+    """There is no library, and it cannot be compiled here; the message says what is missing."""
+
+
+class Failed(Exception):
+    """Compiling was tried and failed; the message names the log."""
+
+
+def locate() -> Path | None:
+    """The library that fits this process, if it has been compiled."""
+    cuda = wants_cuda()
+    prebuilt = _prebuilt()
+    cached = library_path()
+    for path in (prebuilt.get(True), cached, None if cuda else prebuilt.get(False)):
+        if path and path.exists():
+            return path
+    return None
+
+
+def provide(announce: Callable[[str], None]) -> Path:
+    """The library, compiled now if need be, once for all processes of this machine; the others wait.
+
+    `announce` gets one line before it takes long. A failure is remembered until `forget_failure`. Raises Unavailable or
+    Failed; an OSError of the cache directory becomes Unavailable.
+    """
+    if found := locate():
+        return found
+    if missing := obstacles():
+        raise Unavailable("; ".join(missing))
+    path = library_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists() and not failure_log().exists():
+                announce(f"compiling the quantizer's kernels once (about {SECONDS[wants_cuda()]} s)")
+                if said := compile_apart(path, wants_cuda()):
+                    failure_log().write_text(said, encoding="utf-8")
+    except OSError as error:
+        raise Unavailable(f"cannot write {path.parent}: {error.strerror or error}") from error
+    if not path.exists():
+        raise Failed(f"compiling them failed; the compiler's messages are in {failure_log()}")
+    return path
+
+
+def library_path() -> Path:
+    """Where the library of this process is cached."""
+    return cache_directory() / library_name(wants_cuda())
+
+
+def library_name(cuda: bool) -> str:
+    """With the sources' state and the compute capabilities in it."""
+    variant = "cuda-" + re.sub(r"[^0-9a-zA-Z.]", "-", _architectures()) if cuda else "cpu"
+    return f"{NAME}-{_fingerprint()}-{variant}.so"
+
+
+def failure_log() -> Path:
+    """What compiling said when it failed; exists only then."""
+    return library_path().with_suffix(".failed.log")
+
+
+def forget_failure() -> None:
+    failure_log().unlink(missing_ok=True)
+
+
+def cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or base) / "gigatok_ds"
+
+
+def obstacles() -> list[str]:
+    """What keeps the kernels from being compiled here."""
+    missing = []
+    if os.name != "posix":
+        return ["they are compiled on Linux only"]
+    if not any(SOURCES.glob("*.cpp")):
+        missing.append(f"their sources are not in {SOURCES}")
+    if not compiler():
+        missing.append("no C++ compiler (install g++, or set CXX)")
+    if not ninja():
+        missing.append("no ninja (pip install ninja)")
+    if not importlib.util.find_spec("setuptools"):
+        missing.append("no setuptools (pip install setuptools)")
+    if os.environ.get("GIGATOK_BUILD_CUDA") == "1" and not toolkit():
+        missing.append("GIGATOK_BUILD_CUDA=1, but no CUDA toolkit (set CUDA_HOME)")
+    return missing
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++")
+
+
+def ninja() -> str | None:
+    return shutil.which("ninja", path=_search_path())
+
+
+def toolkit() -> Path | None:
+    """The CUDA toolkit's own directory. An nvcc on the PATH may be a script elsewhere, so headers decide."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda",
+                  Path(nvcc).resolve().parent.parent if nvcc else None]
+    for candidate in filter(None, candidates):
+        if (Path(candidate) / "bin" / "nvcc").exists() and (Path(candidate) / "include" / "cuda_runtime.h").exists():
+            return Path(candidate)
+    return None
+
+
+def wants_cuda() -> bool:
+    """Compile for GPUs, too? As GIGATOK_BUILD_CUDA says, else where there is a GPU and a toolkit."""
+    forced = os.environ.get("GIGATOK_BUILD_CUDA")
+    if forced in ("0", "1"):
+        return forced == "1"
+    import torch
+
+    return torch.version.cuda is not None and torch.cuda.is_available() and toolkit() is not None
+
+
+def _architectures() -> str:
+    """Compute capabilities to compile for, as TORCH_CUDA_ARCH_LIST: this machine's, or all we know without a GPU."""
+    import torch
+
+    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return chosen
+    found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found)) or "8.0;9.0;10.0"
+
+
+def _prebuilt() -> dict[bool, Path]:
+    """Libraries of `setup.py` that fit, by whether they hold CUDA kernels."""
+    return {"-cuda" in path.name: path for path in PREBUILT.glob(f"{NAME}-{_fingerprint()}-*.so")}
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Names what a library depends on besides the variant: sources, flags, machine."""
+    digest = hashlib.sha256(repr((platform.machine(), _HOST_FLAGS, DEVICE_FLAGS)).encode())
+    for path in sorted(SOURCES.glob("*")):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _search_path() -> str:
+    """PATH, and where pip puts ninja when the environment is not activated."""
+    return os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the system releases when its holder dies. Where the file system has none, go on without."""
+    import fcntl
+
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compile_apart(path: Path, cuda: bool) -> str:
+    """Compile in a process of its own, which writes `path`. Returns what it said if it failed, else nothing."""
+    environment = os.environ | {"PATH": _search_path()}
+    if cuda:
+        environment |= {"CUDA_HOME": str(toolkit()), "TORCH_CUDA_ARCH_LIST": _architectures()}
+    # -P: this directory's file names must not shadow other modules.
+    command = [sys.executable, "-P", __file__, str(path), str(SOURCES), *(["--cuda"] if cuda else [])]
+    try:
+        finished = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True, errors="replace", timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return f"still compiling after {_TIMEOUT:.0f} s"
+    return f"{finished.stdout}\nexit code {finished.returncode}" if finished.returncode else ""
+
+
+def compile_library(path: Path, folder: Path, cuda: bool) -> None:
+    """Compile the sources of `folder` into `path`, once the library has worked in this process."""
+    import torch
+    from torch.utils import cpp_extension
+
+    sources = sorted(folder.glob("*.cpp")) + (sorted(folder.glob("*.cu")) if cuda else [])
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as scratch:
+        cpp_extension.load(
+            name=NAME, sources=[str(source) for source in sources], build_directory=scratch, with_cuda=cuda,
+            extra_cflags=_HOST_FLAGS, extra_cuda_cflags=DEVICE_FLAGS, is_python_module=False, verbose=True,
+            # A toolkit may keep its runtime in lib/ alone, where torch does not look.
+            extra_ldflags=[f"-L{os.environ['CUDA_HOME']}/lib"] if cuda else [],
+        )
+        kernels = getattr(torch.ops, NAME)
+        for operator in OPERATORS:
+            getattr(kernels, operator)
+        assert kernels.nearest_code(torch.eye(3), torch.eye(3)).tolist() == [0, 1, 2]
+        os.replace(Path(scratch) / f"{NAME}.so", path)
+
+
+if __name__ == "__main__":
+    compile_library(Path(sys.argv[1]), Path(sys.argv[2]), "--cuda" in sys.argv[3:])

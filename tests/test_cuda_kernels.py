@@ -1,0 +1,40 @@
+"""The CUDA kernels compile for every GPU we promise, without spilling registers. No GPU is needed."""
+
+import pytest
+from benchmark_scripts import loaded
+
+from gigatok_ds.errors import InputError
+from gigatok_ds.kernels import build
+
+
+@pytest.fixture(scope="module")
+def resources():
+    with loaded("cuda_resources") as module:
+        yield module
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_kernels_compile_without_spilling(resources, architecture):
+    if build.toolkit() is None:
+        pytest.skip("no CUDA toolkit (nvcc) on this machine")
+    kernels = resources.compiled_kernels(architecture)
+    assert {kernel.dim for kernel in kernels} == {4, 8, 16, 32, 64}
+    assert len(kernels) == 5 * 5 + 1  # five sweeps in five dimensions, and the filter on tensor cores
+    assert [kernel for kernel in kernels if kernel.spilled_bytes and kernel.dim <= 32] == []
+    assert max(kernel.shared_bytes for kernel in kernels) <= 48 * 1024
+
+
+def test_the_report_of_the_assembler_is_read(resources):
+    report = """ptxas info    : Function properties for _ZN7gigatok12sweep_kernelINS_8one_lane6AssignIfLi8ELb1EEEEEvT_
+    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 61 registers, used 1 barriers, 9216 bytes smem
+"""
+    assert list(resources.kernels_in(report)) == [
+        resources.Kernel(name="search and softmax", dim=8, registers=61, shared_bytes=9216, spilled_bytes=32)]
+
+
+def test_without_a_toolkit_the_error_says_so(resources, monkeypatch, capsys):
+    monkeypatch.setattr(build, "toolkit", lambda: None)
+    with pytest.raises(InputError, match="no CUDA toolkit"):
+        resources.compiled_kernels(90)
+    assert resources.main([]) == 2 and "set CUDA_HOME" in capsys.readouterr().err

@@ -1,0 +1,177 @@
+"""Finding and compiling the native kernels, falling back without them, and gigatok-ds doctor, which explains it."""
+
+import argparse
+import functools
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from gigatok_ds.cli import doctor as command
+from gigatok_ds.kernels import build, doctor, native
+from gigatok_ds.kernels.ops import nearest_code
+
+COMPILER, NINJA = build.compiler, build.ninja
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine on which nothing has been compiled, with sources that compile without being looked at."""
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "kernels.cpp").write_text("int sources;")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(build, "_fingerprint", build._fingerprint.__wrapped__)
+    monkeypatch.setattr(native, "load", functools.cache(native.load.__wrapped__))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    for name in ("GIGATOK_KERNELS", "GIGATOK_BUILD_CUDA", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build, "compiler", lambda: "/bin/true")
+    monkeypatch.setattr(build, "ninja", lambda: "/bin/true")
+    return tmp_path
+
+
+def finding(subject):
+    return next(found for found in doctor.examine() if found.subject == subject)
+
+
+def search_works():
+    return nearest_code(torch.eye(4), torch.eye(4)).tolist() == [0, 1, 2, 3]
+
+
+def test_the_command_reports_every_subject(capsys):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([])) == 0
+    printed = capsys.readouterr().out
+    for subject in ("quantizer kernels", "devices", "C++ compiler", "ninja", "CUDA toolkit", "deepspeed",
+                    "megatron-core", "NVIDIA apex"):
+        assert sum(line.startswith(subject + "  ") for line in printed.splitlines()) == 1
+    assert torch.__version__ in printed
+
+
+def test_without_a_compiler_everything_works_silently(machine, monkeypatch, capfd):
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    assert search_works()
+    assert capfd.readouterr().err == ""
+    found = finding("quantizer kernels")
+    assert "no C++ compiler" in found.state and "install" in found.advice
+
+
+def test_a_failure_is_one_line_and_is_not_repeated(machine, monkeypatch, capfd):
+    """With the real compiler, on a source that it refuses."""
+    monkeypatch.setattr(build, "compiler", COMPILER)
+    monkeypatch.setattr(build, "ninja", NINJA)
+    monkeypatch.setenv("GIGATOK_BUILD_CUDA", "0")
+    if missing := build.obstacles():
+        pytest.skip("; ".join(missing))
+    (machine / "csrc" / "kernels.cpp").write_text("#error this will not do\n")
+    for attempt in range(2):
+        monkeypatch.setattr(native, "load", functools.cache(native.load.__wrapped__))
+        start = time.perf_counter()
+        assert search_works()
+        said = capfd.readouterr().err.splitlines()
+        assert len(said) == 2 - attempt and all(line.startswith("gigatok-ds: ") for line in said)
+        assert "gigatok-ds doctor says why" in said[-1]
+    assert time.perf_counter() - start < 1
+    found = finding("quantizer kernels")
+    assert "this will not do" in found.state and str(build.failure_log()) in found.advice
+    assert "this will not do" in build.failure_log().read_text()
+    assert [path.suffix for path in (machine / "cache" / "gigatok_ds").iterdir() if path.is_dir()] == []
+    (machine / "csrc" / "kernels.cpp").write_text("int mended;")
+    assert "to be compiled when first used" in finding("quantizer kernels").state
+
+
+def test_asking_again_tries_again(machine, monkeypatch):
+    monkeypatch.setattr(build, "compile_apart", lambda path, cuda: "error: no space")
+    doctor.examine(build_now=True)
+    assert build.failure_log().read_text() == "error: no space" and not build.library_path().exists()
+    monkeypatch.setattr(build, "compile_apart", lambda path, cuda: path.write_text("library") and "")
+    doctor.examine(build_now=True)
+    assert not build.failure_log().exists() and build.library_path().exists()
+    assert "the library does not load" in finding("quantizer kernels").state  # it is a text
+
+
+def test_of_several_ranks_one_compiles(machine, monkeypatch):
+    compiled, told = [], []
+
+    def compile_slowly(path, cuda):
+        compiled.append(path)
+        time.sleep(0.3)
+        path.write_text("library")
+        return ""
+
+    monkeypatch.setattr(build, "compile_apart", compile_slowly)
+    found = []
+    ranks = [threading.Thread(target=lambda: found.append(build.provide(told.append))) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert found == [build.library_path()] * 4
+    assert len(compiled) == len(told) == 1 and "once (about" in told[0]
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(machine, monkeypatch):
+    (machine / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(machine / "file"))
+    assert search_works()
+    assert "cannot write" in native.load().reason
+
+
+def test_a_library_fits_its_sources_and_devices(machine, monkeypatch):
+    def name():
+        return build.library_path().name
+
+    first = name()
+    (machine / "csrc" / "tile.h").write_text("")
+    second = name()
+    monkeypatch.setenv("GIGATOK_BUILD_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0 10.0+PTX")
+    assert len({first, second, name()}) == 3
+    assert "cuda-9.0-10.0-PTX" in name() and "-cpu" in first
+
+
+def test_a_library_beside_the_package_comes_first(machine, monkeypatch):
+    (machine / "prebuilt").mkdir()
+    (machine / "prebuilt" / build.library_path().name.replace("-cpu", "-cuda-9.0")).write_text("")
+    assert "-cuda-9.0" in build.locate().name
+    (machine / "csrc" / "kernels.cpp").write_text("int changed;")
+    assert build.locate() is None
+
+
+def test_a_toolkit_is_where_its_headers_are(machine, monkeypatch):
+    shim, real = machine / "shim", machine / "real"
+    for home in (shim, real):
+        (home / "bin").mkdir(parents=True)
+        (home / "bin" / "nvcc").write_text("#!/bin/sh\n")
+        (home / "bin" / "nvcc").chmod(0o755)
+    (real / "include").mkdir()
+    (real / "include" / "cuda_runtime.h").write_text("")
+    monkeypatch.setenv("CUDA_HOME", str(shim))
+    assert build.toolkit() != shim
+    monkeypatch.setenv("CUDA_HOME", str(real))
+    assert build.toolkit() == real
+
+
+@pytest.mark.parametrize("content, extensions, expected", [
+    ("raise RuntimeError('a web toolkit')", (), "another apex (RuntimeError: a web toolkit)"),
+    ("", (), "another apex"),
+    ("class FusedLayerNorm: ...\nclass FusedAdam: ...", ("amp_C",), "without fused_layer_norm_cuda"),
+    ("class FusedLayerNorm: ...\nclass FusedAdam: ...", doctor._APEX_EXTENSIONS, "with its CUDA extensions"),
+])
+def test_apex_is_known_by_what_it_defines(tmp_path, monkeypatch, content, extensions, expected):
+    (tmp_path / "apex").mkdir()
+    for name in ("__init__", "normalization", "optimizers"):
+        (tmp_path / "apex" / f"{name}.py").write_text(content)
+    for name in extensions:
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert expected in doctor.apex().state
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        del sys.modules[name]
