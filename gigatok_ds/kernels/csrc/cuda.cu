@@ -69,11 +69,12 @@ Prepared prepare(const Place& place, const Tensor& tensor, bool codes) {
     const float half =
         prepare_row(from + static_cast<int64_t>(i) * dim, dim, padded, to + static_cast<int64_t>(i) * padded);
     const bool finite = half < INFINITY;
-    // Positive floats are ordered like their bits, and a maximum does not depend on the order.
-    if (finite)
-      atomicMax(reinterpret_cast<int*>(summary), __float_as_int(half));
-    else
-      summary[1] = 1.f;
+    // Positive floats are ordered like their bits, and a maximum does not depend on the order. One thread of each warp
+    // speaks for all, since they would queue at the one address.
+    const unsigned together = __activemask();
+    const unsigned largest = __reduce_max_sync(together, finite ? __float_as_uint(half) : 0u);
+    if (threadIdx.x % 32 == __ffs(together) - 1) atomicMax(reinterpret_cast<unsigned*>(summary), largest);
+    if (!finite) summary[1] = 1.f;
     halves[i] = !codes ? half : finite ? -half : -HUGE_DISTANCE;
   });
   return prepared;
