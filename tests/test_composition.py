@@ -1,7 +1,5 @@
 """When each term of the objective is active, and what it weighs."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,9 +190,9 @@ def test_build_objective_names_the_files_that_are_missing(monkeypatch, tmp_path)
 
 def test_build_discriminator_follows_its_configuration():
     config = AdversarialConfig(start_step=1, base_channels=8, layers=2, kernel_size=3)
-    network = build_discriminator(config)
+    network = build_discriminator(config, image_size=8)
     assert isinstance(network, PatchGAN)
     assert network.main[0].weight.shape == (8, 3, 3, 3) and len(network.main) == 9
     assert network(IMAGES, torch.Generator()).shape[:2] == (2, 1)
     with pytest.raises(InputError, match="loss.adversarial.backbone_weights"):
-        build_discriminator(dataclasses.replace(config, discriminator="dino"))
+        build_discriminator(AdversarialConfig(start_step=1, discriminator="dino"), image_size=256)

@@ -37,7 +37,8 @@ def gradients_of_convolutions(tensor_size):
     network = initialise_(Tokenizer(small_tokenizer_config(), topology.layers), seed=0,
                           tensor_rank=topology.tensor_rank, tensor_size=tensor_size)
     torch.manual_seed(0)
-    judge = build_discriminator(AdversarialConfig(start_step=1, base_channels=8, layers=2), topology.layers)
+    judge = build_discriminator(AdversarialConfig(start_step=1, base_channels=8, layers=2), topology.layers,
+                                image_size=16)
     counts = {}
     network.double()  # so that only the order of summation differs, and hardly
     for part in (network, judge):

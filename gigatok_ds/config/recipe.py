@@ -45,24 +45,35 @@ class AdversarialConfig:
 
     `adaptive_weight` scales the generator's side so that its gradient at the last layer is as long as that of the
     image losses. `batch_norm` says whose images the PatchGAN's batch statistics are of: of all ranks (the result then
-    does not depend on their number), or of each data rank (the original's).
+    does not depend on their number), or of each data rank (the original's). `blur_downsampling` makes the PatchGAN
+    halve the side by blurs. `lecam_weight` weighs LeCam regularization (the original's: 0.001; 0: none).
     """
 
     start_step: int
     weight: float = 0.5
     adaptive_weight: bool = False
     batch_norm: Literal["global", "data_rank"] = "global"
-    discriminator: Literal["patchgan", "dino"] = "patchgan"
+    discriminator: Literal["patchgan", "dino", "stylegan"] = "patchgan"
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     generator_loss: Literal["hinge", "non_saturating"] = "hinge"
-    base_channels: int = 64
+    lecam_weight: float = 0.0
+    base_channels: int = 64  # patchgan: of the first layer; stylegan: at 256 pixels
     layers: int = 3
     kernel_size: int = 4
+    blur_downsampling: bool = False
     backbone_weights: str | None = None  # dino only: the DINO ViT-S/16 checkpoint
 
     def __post_init__(self):
         at_least(1, "loss.adversarial", base_channels=self.base_channels, layers=self.layers,
                  kernel_size=self.kernel_size)
+        at_least(0, "loss.adversarial", lecam_weight=self.lecam_weight)
+        users = {"base_channels": ("patchgan", "stylegan")}
+        for name in ("base_channels", "layers", "kernel_size", "batch_norm", "blur_downsampling"):
+            value, default = getattr(self, name), getattr(AdversarialConfig, name)
+            allowed = users.get(name, ("patchgan",))
+            if value != default and self.discriminator not in allowed:
+                raise InputError(f"loss.adversarial.{name} is {value}, but only the discriminator {' or '.join(allowed)} "
+                                 f"has it, not {self.discriminator}; leave it at {default}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +240,10 @@ class TokenizerRecipe:
             _divides(tensor, "the cells of the feature map", model.grid**2)
         if (self.loss.semantic is None) != (self.model.semantic_head is None):
             raise InputError("loss.semantic and model.semantic_head go together: set both, or set both to null")
+        judge, size = self.loss.adversarial and self.loss.adversarial.discriminator, model.image_size
+        if judge == "stylegan" and (size < 32 or size & (size - 1)):
+            raise InputError(f"loss.adversarial.discriminator stylegan judges images whose side is a power of two from 32 "
+                             f"on, but model.image_size is {size}; change it, or use patchgan")
 
 
 @dataclass(frozen=True, kw_only=True)

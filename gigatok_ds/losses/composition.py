@@ -16,11 +16,13 @@ from gigatok_ds.config.recipe import AdversarialConfig, TokenizerLossConfig
 from gigatok_ds.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from gigatok_ds.losses.diffaug import diff_augment
 from gigatok_ds.losses.feature import feature_loss
+from gigatok_ds.losses.lecam import LeCam
 from gigatok_ds.losses.perceptual import load_lpips
 from gigatok_ds.losses.reconstruction import RECONSTRUCTION_LOSSES
 from gigatok_ds.losses.semantic import Teacher, alignment_loss
 from gigatok_ds.models.dino_discriminator import DinoDiscriminator, dino_backbone
 from gigatok_ds.models.patchgan import PatchGAN
+from gigatok_ds.models.stylegan_discriminator import StyleGANDiscriminator
 from gigatok_ds.parallel.layers import PLAIN, Layers
 
 if TYPE_CHECKING:
@@ -108,14 +110,18 @@ class TokenizerObjective(nn.Module):
         return terms
 
     def discriminator_terms(self, real_logits: Tensor, fake_logits: Tensor, direct_fake_logits: Tensor | None,
-                            step: int) -> dict[str, Tensor]:
-        """The discriminator's terms; like the generator's they carry the adversarial weight."""
+                            step: int, lecam: LeCam | None = None) -> dict[str, Tensor]:
+        """The discriminator's terms; like the generator's they carry the adversarial weight, except for LeCam's."""
         assert self.discriminator_active(step), f"the discriminator is not active at step {step}"
         config = self.config.adversarial
         loss = DISCRIMINATOR_LOSSES[config.discriminator_loss]
         terms = {"discriminator": config.weight * loss(real_logits, fake_logits)}
         if direct_fake_logits is not None and self.wants_direct_reconstruction(step):
             terms["direct_discriminator"] = config.weight * loss(real_logits, direct_fake_logits)
+        if lecam is not None:
+            lecam.update(real_logits, fake_logits, step)
+            if step > config.start_step:
+                terms["lecam"] = config.lecam_weight * lecam.penalty(real_logits, fake_logits)
         return terms
 
 
@@ -129,14 +135,24 @@ def build_objective(config: TokenizerLossConfig, *, device: torch.device | str) 
     return TokenizerObjective(config, perceptual=perceptual, teacher=teacher).to(device)
 
 
-def build_discriminator(config: AdversarialConfig, layers: Layers = PLAIN) -> PatchGAN | DinoDiscriminator:
+def build_discriminator(config: AdversarialConfig, layers: Layers = PLAIN, *,
+                        image_size: int) -> PatchGAN | DinoDiscriminator | StyleGANDiscriminator:
     """The discriminator, freshly initialised from torch's own generator: seed it first.
 
-    It is called with this rank's images (B, 3, H, W) in [-1, 1] and, for what it draws, SampleDraws. Raises
-    InputError when the DINO backbone's file is missing.
+    It is called with this rank's images (B, 3, H, W) in [-1, 1] and, for what it draws, SampleDraws. Its attribute
+    `lecam` holds the running means of LeCam regularization, None without. Raises InputError when the DINO backbone's
+    file is missing.
     """
+    network = layers.per_image(_bare_discriminator(config, layers, image_size))
+    network.lecam = LeCam(config.start_step, layers.image_mean(all_data=True)) if config.lecam_weight else None
+    return network
+
+
+def _bare_discriminator(config: AdversarialConfig, layers: Layers, image_size: int) -> nn.Module:
     if config.discriminator == "dino":
-        return layers.per_image(DinoDiscriminator(dino_backbone(config.backbone_weights), augment=diff_augment))
+        return DinoDiscriminator(dino_backbone(config.backbone_weights), augment=diff_augment)
+    if config.discriminator == "stylegan":
+        return StyleGANDiscriminator(image_size, base_channels=config.base_channels)
     average = layers.image_mean(all_data=config.batch_norm == "global")
-    return layers.per_image(PatchGAN(base_channels=config.base_channels, layers=config.layers,
-                                     kernel_size=config.kernel_size, average=average))
+    return PatchGAN(base_channels=config.base_channels, layers=config.layers, kernel_size=config.kernel_size,
+                    average=average, blur=config.blur_downsampling)

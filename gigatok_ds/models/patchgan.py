@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigatok_ds.models.blur import BinomialBlur
 from gigatok_ds.parallel.reduce import RankMean
 from gigatok_ds.streams import SampleDraws
 
@@ -53,16 +54,20 @@ class PatchGAN(nn.Module):
 
     Convolution and norm weights start from N(0, 0.02) and N(1, 0.02), drawn from torch's own generator like
     the biases' defaults: whoever builds a discriminator seeds it. Batch statistics are those of one call, on this
-    rank or, with `average`, on all its ranks.
+    rank or, with `average`, on all its ranks. With `blur`, what halves the side is not the convolution but a blur behind
+    the activation.
     """
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, layers: int = 3, kernel_size: int = 4,
-                 average: RankMean | None = None):
+                 average: RankMean | None = None, blur: bool = False):
         super().__init__()
         widths = [base_channels * min(2**level, MAX_MULTIPLIER) for level in range(layers + 1)]
-        modules = [nn.Conv2d(in_channels, widths[0], kernel_size, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
+        halving = 1 if blur else 2
+        modules = [nn.Conv2d(in_channels, widths[0], kernel_size, stride=halving, padding=1), nn.LeakyReLU(SLOPE)]
         for level, (before, after) in enumerate(pairwise(widths), start=1):
-            stride = 2 if level < layers else 1
+            if blur:
+                modules.append(BinomialBlur(4, stride=2))
+            stride = halving if level < layers else 1
             modules += [
                 nn.Conv2d(before, after, kernel_size, stride=stride, padding=1, bias=False),
                 Float32BatchNorm2d(after, average),

@@ -51,7 +51,8 @@ class TokenizerTask:
         if recipe.loss.adversarial:
             # Its modules draw their initial weights themselves, from torch's generator.
             torch.manual_seed(stream_key(seed, "weights", "discriminator"))
-            build = partial(build_discriminator, recipe.loss.adversarial, topology.layers)
+            build = partial(build_discriminator, recipe.loss.adversarial, topology.layers,
+                            image_size=recipe.model.image_size)
             self.discriminator = Engine(build, recipe.optimizer, settings, topology=topology)
             self.engines["discriminator"] = self.discriminator
         self.objective = build_objective(recipe.loss, device=topology.device)
@@ -159,6 +160,7 @@ class TokenizerTask:
             self.discriminator(output.reconstruction.detach(), draws),
             None if direct is None else self.discriminator(direct.detach(), draws),
             step,
+            lecam=self.discriminator.network.lecam,
         )
         self.discriminator.backward(sum(terms.values()) / self.topology.tensor_size)
         return {f"discriminator/{name}": value for name, value in terms.items()}
