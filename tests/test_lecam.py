@@ -143,9 +143,9 @@ def test_the_term_begins_a_step_after_the_discriminator(runs):
 def test_the_term_changes_what_is_learned(runs):
     _, without, out = runs.run("off", "loss.adversarial.lecam_weight=0")
     assert set(without.values()) == {None}
-    ours = [line["discriminator/discriminator"] for line in read_metrics(runs.run("single")[2])
-            if "discriminator/discriminator" in line]
-    theirs = [line["discriminator/discriminator"] for line in read_metrics(out) if "discriminator/discriminator" in line]
+    name = "discriminator/discriminator"
+    ours, theirs = ([line[name] for line in read_metrics(folder) if name in line]
+                    for folder in (runs.run("single")[2], out))
     assert ours[:2] == theirs[:2] and ours[2] != theirs[2]
 
 

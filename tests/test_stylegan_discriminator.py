@@ -1,4 +1,4 @@
-"""The StyleGAN discriminator and the blurs: sizes, names, arithmetic against a slow form, what DeepSpeed makes of them."""
+"""The StyleGAN discriminator and the blurs: sizes, names, arithmetic against a slow form, half precision."""
 
 import pytest
 import torch

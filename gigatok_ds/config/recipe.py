@@ -66,14 +66,13 @@ class AdversarialConfig:
     def __post_init__(self):
         at_least(1, "loss.adversarial", base_channels=self.base_channels, layers=self.layers,
                  kernel_size=self.kernel_size)
-        at_least(0, "loss.adversarial", lecam_weight=self.lecam_weight)
-        users = {"base_channels": ("patchgan", "stylegan")}
+        at_least(0, "loss.adversarial", start_step=self.start_step, lecam_weight=self.lecam_weight)
         for name in ("base_channels", "layers", "kernel_size", "batch_norm", "blur_downsampling"):
             value, default = getattr(self, name), getattr(AdversarialConfig, name)
-            allowed = users.get(name, ("patchgan",))
-            if value != default and self.discriminator not in allowed:
-                raise InputError(f"loss.adversarial.{name} is {value}, but only the discriminator {' or '.join(allowed)} "
-                                 f"has it, not {self.discriminator}; leave it at {default}")
+            has_it = ("patchgan", "stylegan") if name == "base_channels" else ("patchgan",)
+            if value != default and self.discriminator not in has_it:
+                raise InputError(f"loss.adversarial.{name} is {value}, a setting of {' and '.join(has_it)} only, "
+                                 f"not of {self.discriminator}; leave it at {default}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +241,8 @@ class TokenizerRecipe:
             raise InputError("loss.semantic and model.semantic_head go together: set both, or set both to null")
         judge, size = self.loss.adversarial and self.loss.adversarial.discriminator, model.image_size
         if judge == "stylegan" and (size < 32 or size & (size - 1)):
-            raise InputError(f"loss.adversarial.discriminator stylegan judges images whose side is a power of two from 32 "
-                             f"on, but model.image_size is {size}; change it, or use patchgan")
+            raise InputError("loss.adversarial.discriminator stylegan judges images whose side is a power of two from "
+                             f"32 on, but model.image_size is {size}; change it, or use patchgan")
 
 
 @dataclass(frozen=True, kw_only=True)

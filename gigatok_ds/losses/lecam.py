@@ -44,6 +44,6 @@ class LeCam(nn.Module):
         self.mean_logits.copy_(self._before * decay + torch.stack(self._of_step).mean(0) * (1 - decay))
 
     def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Mean squared excess of real logits over the mean fake one, plus that of the mean real one over fake logits."""
+        """Mean squared excess of real logits over the mean fake one, and of the mean real one over fake logits."""
         mean_real, mean_fake = self.mean_logits
         return F.relu(real.float() - mean_fake).square().mean() + F.relu(mean_real - fake.float()).square().mean()

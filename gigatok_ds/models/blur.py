@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class BinomialBlur(nn.Module):
-    """Each channel of (B, C, H, W) convolved with a `taps` x `taps` binomial kernel of sum 1: (B, C, H/stride, W/stride).
+    """Each channel of (B, C, H, W) convolved with a `taps` x `taps` binomial kernel of sum 1.
 
-    Borders are reflected, so H and W must be at least taps // 2 + 1; sizes are rounded up.
+    Gives (B, C, H/stride, W/stride), rounded up. Borders are reflected, so H and W must exceed taps // 2.
     """
 
     def __init__(self, taps: int, stride: int = 1):

@@ -54,8 +54,8 @@ class PatchGAN(nn.Module):
 
     Convolution and norm weights start from N(0, 0.02) and N(1, 0.02), drawn from torch's own generator like
     the biases' defaults: whoever builds a discriminator seeds it. Batch statistics are those of one call, on this
-    rank or, with `average`, on all its ranks. With `blur`, what halves the side is not the convolution but a blur behind
-    the activation.
+    rank or, with `average`, on all its ranks. With `blur`, what halves the side is not the convolution but a blur
+    behind the activation.
     """
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, layers: int = 3, kernel_size: int = 4,
