@@ -10,7 +10,7 @@ from torch import nn
 
 from gigatok_ds import InputError
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.config.recipe import AdversarialConfig, QuantizerLossConfig, ReconstructionConfig, TokenizerLossConfig
+from gigatok_ds.config.losses import AdversarialConfig, QuantizerLossConfig, ReconstructionConfig, TokenizerLossConfig
 from gigatok_ds.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from gigatok_ds.losses.composition import TokenizerObjective, build_discriminator
 

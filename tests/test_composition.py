@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gigatok_ds.config.recipe import (
+from gigatok_ds.config.losses import (
     AdversarialConfig,
     AuxiliaryConfig,
     PerceptualConfig,

@@ -10,7 +10,7 @@ from training_runs import prepare
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.config.recipe import AdversarialConfig
+from gigatok_ds.config.losses import AdversarialConfig
 from gigatok_ds.losses import lecam
 from gigatok_ds.losses.composition import build_discriminator
 from gigatok_ds.losses.lecam import LeCam

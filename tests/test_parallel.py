@@ -6,7 +6,7 @@ from rank_runs import run_ranks
 from small_models import small_tokenizer_config
 from torch import nn
 
-from gigatok_ds.config.recipe import AdversarialConfig
+from gigatok_ds.config.losses import AdversarialConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.losses.composition import build_discriminator
 from gigatok_ds.models.initialisation import initialise_

@@ -9,7 +9,7 @@ from golden_weights import tensor
 
 from gigatok_ds import InputError
 from gigatok_ds.config.model import QuantizerConfig
-from gigatok_ds.config.recipe import QuantizerLossConfig, TokenizerLossConfig
+from gigatok_ds.config.losses import QuantizerLossConfig, TokenizerLossConfig
 from gigatok_ds.kernels.ops import assignment_entropy, assignment_statistics, entropy_penalty, nearest_code
 from gigatok_ds.losses.composition import TokenizerObjective
 from gigatok_ds.models.quantizer import USAGE_WINDOW, VectorQuantizer

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from gigatok_ds.config import model, recipe
+from gigatok_ds.config import losses, model, recipe
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 
@@ -29,7 +29,7 @@ _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
 _SHOWN = 3  # problems named in one error
 
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.
-for _schema in (*vars(model).values(), *vars(recipe).values()):
+for _schema in (*vars(model).values(), *vars(losses).values(), *vars(recipe).values()):
     if dataclasses.is_dataclass(_schema) and isinstance(_schema, type):
         _schema.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 

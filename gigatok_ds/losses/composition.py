@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from gigatok_ds.config.recipe import AdversarialConfig, TokenizerLossConfig
+from gigatok_ds.config.losses import AdversarialConfig, TokenizerLossConfig
 from gigatok_ds.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from gigatok_ds.losses.diffaug import diff_augment
 from gigatok_ds.losses.feature import feature_loss
