@@ -36,7 +36,7 @@ OPTIONS = {
     "doctor": {"--build"},
     "check-cluster": {"--hostfile", "--out", "--recipe", "--timeout", "--no-allreduce"},
     "train": {"recipe", "overrides", "--out", "--tp", "--zero", "--deepspeed"},
-    "export": {"run_dir", "--out"},
+    "export": {"run_dir", "--out", "--weights"},
     "import-gigatok": {"file", "--recipe", "--out", "--weights"},
     "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--device"},
     "reconstruct": {"tokenizer", "images", "--out", "--device"},

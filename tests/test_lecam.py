@@ -160,7 +160,8 @@ def test_every_layout_has_the_means_of_all_images(runs, name, more, ranks, stage
     assert means[0] == means[1], "bitwise alike on all ranks"
     assert len(alone) == 2 and means[0][-1] == pytest.approx(alone[-1], rel=0, abs=1e-6)  # logits are of order 0.1
     for step, value in expected.items():
-        assert terms[step] == (None if value is None else pytest.approx(value, rel=1e-5)), step
+        # A GAN amplifies rounding: about threefold a step here, over six of them.
+        assert terms[step] == (None if value is None else pytest.approx(value, rel=1e-4)), step
 
 
 @pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (3, "fp32")])

@@ -146,7 +146,7 @@ def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *,
     left = [key for key in _auto_keys(given) if not key.startswith("zero_optimization.")]
     if left:
         raise InputError(f"{source}: {left[0]} cannot be {AUTO!r}; give a value or leave it out")
-    _refuse_harmful(given, source, recipe.parallel.tensor)
+    _refuse_harmful(given, source, recipe)
     return given, _warnings(given, source)
 
 
@@ -249,8 +249,8 @@ def _auto_keys(settings: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _refuse_harmful(settings: dict, source: str, tensor_ranks: int) -> None:
-    zero = settings["zero_optimization"]
+def _refuse_harmful(settings: dict, source: str, recipe: Recipe) -> None:
+    zero, tensor_ranks = settings["zero_optimization"], recipe.parallel.tensor
     if type(zero["stage"]) is not int or zero["stage"] not in range(4):
         raise InputError(f"{source}: zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3")
     hpz = zero.get("zero_hpz_partition_size", 1)
@@ -263,6 +263,9 @@ def _refuse_harmful(settings: dict, source: str, tensor_ranks: int) -> None:
     if zero["stage"] == 0 and half and tensor_ranks > 1:
         raise InputError(f"{source}: ZeRO stage 0 in {half} with tensor parallelism counts cut parameters of one rank only, "
                          f"and so clips by a wrong norm ({tensor_ranks} tensor ranks); use stage 1")
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme" and recipe.training.ema_decay is not None:
+        raise InputError(f"{source}: training.ema_decay is {recipe.training.ema_decay}, but the optimizer's weights are kept on "
+                         "NVMe, where they cannot be averaged; offload to the CPU, or set training.ema_decay=null")
     if zero.get("offload_optimizer") and settings["zero_force_ds_cpu_optimizer"]:
         raise InputError(f"{source}: zero_force_ds_cpu_optimizer must be false: AdamW is torch's here")
 

@@ -12,13 +12,18 @@ from gigatok_ds.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW. `decay` says what weight decay touches: everything, or only tensors with two or more dimensions."""
+    """AdamW, or Adam with the decay in the gradient.
 
+    `decay` says what weight decay touches: everything, only tensors with two or more dimensions, or all but parameters
+    with "norm" in their names.
+    """
+
+    kind: Literal["adamw", "adam"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 1e-4
-    decay: Literal["everything", "matrices"] = "everything"
+    decay: Literal["everything", "matrices", "not_norms"] = "everything"
     max_grad_norm: float = 10.0  # 0: no clipping
 
     def __post_init__(self):
@@ -47,7 +52,8 @@ class ScheduleConfig:
 class TrainingConfig:
     """The loop: how long, how large a batch, in which precision, and how often it reports and saves.
 
-    `micro_batch_size` null puts the whole share of a data-parallel rank in one micro batch.
+    `micro_batch_size` null puts the whole share of a data-parallel rank in one micro batch. `ema_decay` (the original's:
+    0.9999; null: none) keeps a moving average of the trained model's weights, which is what is exported then.
     """
 
     steps: int
@@ -55,6 +61,7 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     seed: int = 0
+    ema_decay: float | None = None
     log_every: int = 100
     validate_every: int = 5000
     checkpoint_every: int = 5000
@@ -64,6 +71,8 @@ class TrainingConfig:
         at_least(1, "training", steps=self.steps, global_batch_size=self.global_batch_size,
                  micro_batch_size=self.micro_batch_size, log_every=self.log_every, validate_every=self.validate_every,
                  checkpoint_every=self.checkpoint_every, keep_checkpoints=self.keep_checkpoints)
+        if self.ema_decay is not None:
+            probability("training", ema_decay=self.ema_decay)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,21 +34,24 @@ from gigatok_ds.parallel.dropout import name_dropouts
 from gigatok_ds.parallel.partial import sum_partial_gradients
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.training.ema import Fragment, ShardedEMA
 
 _TAG = "state"  # DeepSpeed wants a tag below the directory; the directory itself names the step
 _TENSOR_RANK = re.compile(r"mp_rank_\d+_")
 
 
 class Engine:
-    """One network under DeepSpeed, with AdamW whose learning rate the caller sets at every step."""
+    """One network under DeepSpeed, with an optimizer whose learning rate the caller sets at every step."""
 
     def __init__(self, build: Callable[[], nn.Module], optimizer: OptimizerConfig, settings: dict, *,
-                 topology: Topology, seed: int | None = None, recompute: Callable[[nn.Module], object] | None = None):
+                 topology: Topology, seed: int | None = None, recompute: Callable[[nn.Module], object] | None = None,
+                 ema_decay: float | None = None):
         """settings are resolved DeepSpeed settings.
 
         With a seed, `build` leaves the initial weights to us: at stage 3 it runs under `zero.Init`, and no rank ever
         holds the whole network. Without one, `build` returns an initialised network, which should be small.
-        `recompute` switches activation checkpointing on in the network.
+        `recompute` switches activation checkpointing on in the network. With `ema_decay` a moving average of the weights
+        is kept and saved, spread over the data ranks.
         """
         _prepare()
         settings = copy.deepcopy(settings)
@@ -68,14 +71,14 @@ class Engine:
             recompute(network)
         if topology.mpu:
             sum_partial_gradients(network, topology.tensor_group)
-        groups = parameter_groups(network, optimizer)
-        adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
-        self._engine, *_ = deepspeed.initialize(model=network, optimizer=adamw, config=settings, mpu=topology.mpu)
+        adam = build_optimizer(network, optimizer)
+        self._engine, *_ = deepspeed.initialize(model=network, optimizer=adam, config=settings, mpu=topology.mpu)
         self._topology = topology
         # At stage 0 in fp32 DeepSpeed clips by the norm but does not tell it.
         self._tells_norm = self.stage > 0 or settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
         self._norm: float | None = None
         check_spread(network, topology, deepspeed.zero.GatheredParameters)
+        self.ema = None if ema_decay is None else ShardedEMA(ema_decay, self._master_fragments)
 
     @property
     def network(self) -> nn.Module:
@@ -92,9 +95,12 @@ class Engine:
         """Count one micro batch; at the end of an accumulation, clip and update with this learning rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if not self._tells_norm and self._engine.is_gradient_accumulation_boundary():
+        updates = self._engine.is_gradient_accumulation_boundary()
+        if updates and not self._tells_norm:
             self._norm = global_gradient_norm(self.network, self._topology)
         self._engine.step()
+        if updates and self.ema:
+            self.ema.update()
 
     def gradient_norm(self) -> float | None:
         """Global gradient norm of the last update before clipping; None before the first."""
@@ -104,6 +110,8 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write this engine's sharded state below `folder`. Collective: every rank calls it."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        if self.ema:
+            self.ema.save(folder, self._topology)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote. Collective. Raises InputError when the state does not fit."""
@@ -114,6 +122,35 @@ class Engine:
                 raise InputError(f"{folder} does not fit this run: {str(error).splitlines()[0]}") from error
         if loaded is None:
             raise InputError(f"{folder} holds no training state")
+        if self.ema:
+            self.ema.load(folder, self._topology)
+
+    def _master_fragments(self) -> dict[str, Fragment]:
+        """This data rank's part of each trained parameter in float32, by name: views of what the optimizer updates."""
+        optimizer, topology = self._engine.optimizer, self._topology
+        masters = {id(half): full for halves, fulls in zip(getattr(optimizer, "fp16_groups", []),
+                                                           getattr(optimizer, "fp32_groups", []))
+                   for half, full in zip(halves, fulls)}
+        found = {}
+        for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self.stage == 3:
+                group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = topology.data_rank * size
+                size = min(size, parameter.ds_numel - start)  # what is beyond pads the last ranks' partitions
+                part = optimizer.fp32_partitioned_groups_flat[group].narrow(0, offset, max(size, 0))
+            elif self.stage > 0:
+                mapping = parameter._hp_mapping  # None: no element of it is on this rank
+                start, part = (mapping.lp_fragment_address.start, mapping.hp_fragment) if mapping else (0, parameter[:0])
+            else:
+                whole = masters.get(id(parameter), parameter).detach().reshape(-1)
+                size = -(-whole.numel() // topology.data_size)
+                start = topology.data_rank * size
+                part = whole[start : start + size]
+            if part.numel():
+                found[name] = Fragment(start, part)
+        return found
 
 
 def read_weights(folder: Path, network: nn.Module) -> dict[str, Tensor]:
@@ -147,14 +184,21 @@ def _read_tensor_rank(folder: Path, tensor_rank: str, files: list[str]) -> dict[
         return torch.load(path, map_location="cpu", weights_only=True)["module"]
 
 
+def build_optimizer(network: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay or, as "adam", with the decay added to the gradient."""
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer.kind]
+    return kind(parameter_groups(network, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+
+
 def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dict]:
-    """AdamW's groups: weight decay on everything, or only on tensors with two or more dimensions."""
+    """Groups with and without weight decay, as `optimizer.decay` says."""
     decayed, plain = [], []
-    for parameter in network.parameters():
+    for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             # Under ZeRO-3 the parameter itself is an empty shell.
             dims = len(getattr(parameter, "ds_shape", parameter.shape))
-            (decayed if optimizer.decay == "everything" or dims >= 2 else plain).append(parameter)
+            decays = {"everything": True, "matrices": dims >= 2, "not_norms": "norm" not in name}[optimizer.decay]
+            (decayed if decays else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

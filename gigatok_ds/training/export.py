@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.checkpoint.run_directory import newest_checkpoint
@@ -10,14 +11,16 @@ from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.training.ema import has_ema, read_ema
 from gigatok_ds.training.engine import read_weights
 from gigatok_ds.training.run import RECIPE_FILE
 
 
-def export_run(run_dir: Path, out: Path, *, overwrite: bool = False) -> Path:
+def export_run(run_dir: Path, out: Path, *, choice: Literal["ema", "model"] | None = None, overwrite: bool = False) -> Path:
     """Write the newest complete checkpoint of a run as a standalone checkpoint (float32) and return its path.
 
-    Raises InputError when the run has no checkpoint, or one that does not fit its recipe.
+    choice is which weights to write: by default the moving average where the run kept one. Raises InputError when the run
+    has no checkpoint, one that does not fit its recipe, or no average and one is asked for.
     """
     recipe_file = run_dir / RECIPE_FILE
     if not recipe_file.is_file():
@@ -26,11 +29,14 @@ def export_run(run_dir: Path, out: Path, *, overwrite: bool = False) -> Path:
     checkpoint = newest_checkpoint(run_dir)
     part = "generator" if isinstance(recipe, TokenizerRecipe) else "gpt"
     network = build_on_meta(recipe.model)
+    choice = choice or ("ema" if has_ema(checkpoint / part) else "model")
     weights = read_weights(checkpoint / part, network)
+    if choice == "ema":
+        weights |= read_ema(checkpoint / part, network)
     expected = network.state_dict()
     for name, tensor in expected.items():
         if name not in weights or weights[name].shape != tensor.shape:
             raise InputError(f"{checkpoint} does not hold {name} of shape {tuple(tensor.shape)} as recipe.yaml says")
     weights = {name: weights[name].to(tensor.dtype) for name, tensor in expected.items()}
-    provenance = {"recipe": recipe.name, "checkpoint": checkpoint.name}
+    provenance = {"recipe": recipe.name, "checkpoint": checkpoint.name, "weights": choice}
     return save_standalone(out, recipe.model, weights, provenance=provenance, overwrite=overwrite)

@@ -34,6 +34,7 @@ class GPTTask:
         self.engine = Engine(
             lambda: GPT(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology,
             seed=recipe.training.seed, recompute=partial(recompute_, every_block=parallel.recompute_every),
+            ema_decay=recipe.training.ema_decay,
         )
         self.engines = {"gpt": self.engine}
 

@@ -44,6 +44,7 @@ class TokenizerTask:
         self.generator = Engine(
             lambda: Tokenizer(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology, seed=seed,
             recompute=partial(recompute_, every_block=parallel.recompute_every, cnn=parallel.recompute_cnn),
+            ema_decay=recipe.training.ema_decay,
         )
         self.engines = {"generator": self.generator}
         self.last_layer = LastLayer(self.generator.network.cnn_decoder.conv_out)
@@ -81,7 +82,9 @@ class TokenizerTask:
         self.generator.step(lr)
         if self.discriminator and self.objective.discriminator_active(step):
             logged |= self._discriminator_pass(images, output, positions, step)
-            self.discriminator.step(lr)
+            # The original first schedules the discriminator's rate after its first step.
+            starts = step == self.recipe.loss.adversarial.start_step
+            self.discriminator.step(self.recipe.optimizer.lr if starts else lr)
         codes = self.topology.gather_data(output.codes)
         logged["codebook_usage"] = self.generator.network.quantizer.record_usage(codes)
         logged[NOT_FINITE] = (codes < 0).sum()

@@ -1,0 +1,174 @@
+"""The moving average of weights: spread over ranks and stages, it is the one of a single process, and resumes bitwise."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+import torch
+from rank_runs import run_ranks
+from safetensors import safe_open
+from training_runs import prepare
+
+from gigatok_ds.checkpoint.original import build_on_meta
+from gigatok_ds.checkpoint.standalone import read_weights as read_standalone
+from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
+from gigatok_ds.config.load import load_recipe
+from gigatok_ds.errors import InputError
+from gigatok_ds.models.initialisation import initialise_
+from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.training.ema import read_ema
+from gigatok_ds.training.engine import read_weights
+from gigatok_ds.training.export import export_run
+
+DECAY, STEPS = 0.8, 4
+PARTS = {"tokenizer": "generator", "gpt": "gpt"}
+
+
+def train(recipe, out, settings):
+    from gigatok_ds.training.run import run_training
+
+    run_training(recipe, out, settings)
+
+
+class Runs:
+    """Runs of a few steps with a checkpoint after each, on demand, once."""
+
+    def __init__(self, folder):
+        self.folder, self.data = folder, prepare(folder)
+
+    def recipe(self, kind, *more):
+        return load_recipe(self.folder / f"{kind}.yaml", [
+            f"training.steps={STEPS}", "training.checkpoint_every=1", f"training.ema_decay={DECAY}", "optimizer.eps=1e-3",
+            *self.data[kind], *more])
+
+    def run(self, kind, stage, ranks=1, *more):
+        out = self.folder / "-".join([kind, str(stage), str(ranks), *more])
+        if not out.exists():
+            settings = zero_settings(stage)
+            if stage == 3:
+                settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            run_ranks(train, ranks, self.recipe(kind, *more), out, settings)
+        return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("ema"))
+
+
+def engine_folder(out, kind, step=STEPS):
+    return out / "checkpoints" / f"step-{step:07d}" / PARTS[kind]
+
+
+def average(out, kind, step=STEPS):
+    return read_ema(engine_folder(out, kind, step), build_on_meta(load_recipe(out / "recipe.yaml").model))
+
+
+def largest_difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
+
+
+def test_it_is_the_average_of_the_weights_after_each_step(runs):
+    recipe, out = runs.recipe("tokenizer"), runs.run("tokenizer", 1)
+    network = build_on_meta(recipe.model)
+    expected = {name: value.double() for name, value in
+                initialise_(Tokenizer(recipe.model), recipe.training.seed).named_parameters()}
+    for step in range(1, STEPS + 1):
+        weights = read_weights(engine_folder(out, "tokenizer", step), network)
+        expected = {name: DECAY * value + (1 - DECAY) * weights[name].double() for name, value in expected.items()}
+        assert largest_difference(average(out, "tokenizer", step), expected) <= 1e-6
+    moved = largest_difference(average(out, "tokenizer"), {name: weights[name] for name in expected})
+    assert moved > 1e-4, "the average lags behind the weights"
+
+
+@pytest.mark.parametrize("kind, stage, ranks, more", [
+    ("tokenizer", 0, 1, []),
+    ("tokenizer", 3, 1, []),
+    ("gpt", 0, 2, []),
+    ("gpt", 2, 2, []),
+    ("gpt", 3, 2, []),
+    ("gpt", 3, 1, ["training.micro_batch_size=4"]),
+    ("gpt", 1, 2, ["parallel.tensor=2"]),
+])
+def test_every_layout_has_the_average_of_a_single_process(runs, kind, stage, ranks, more):
+    """To 1e-6: float32 rounding of four steps, of weights of order 0.1."""
+    assert largest_difference(average(runs.run(kind, stage, ranks, *more), kind), average(runs.run(kind, 1), kind)) <= 1e-6
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_no_rank_holds_more_than_its_share(runs, stage):
+    folder = engine_folder(runs.run("gpt", stage, 2), "gpt")
+    counts = []
+    for path in sorted((folder / "ema").iterdir()):
+        with safe_open(path, framework="pt") as file:
+            counts.append(sum(file.get_tensor(name).numel() for name in file.keys()))
+    network = build_on_meta(runs.recipe("gpt").model)
+    total, tensors = sum(p.numel() for p in network.parameters()), len(list(network.parameters()))
+    assert len(counts) == 2 and sum(counts) == total
+    assert max(counts) <= total / 2 + tensors, "half, and the rounding of each parameter"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_in_bf16_it_averages_the_float32_weights(runs, stage):
+    out = runs.run("gpt", stage, 1, "training.precision=bf16")
+    network = build_on_meta(runs.recipe("gpt").model)
+    before, after = average(out, "gpt", STEPS - 1), average(out, "gpt")
+    weights = read_weights(engine_folder(out, "gpt"), network)
+    expected = {name: DECAY * before[name] + (1 - DECAY) * weights[name] for name in before}
+    assert largest_difference(after, expected) <= 1e-6
+    rounded = {name: DECAY * before[name] + (1 - DECAY) * weights[name].bfloat16().float() for name in before}
+    assert largest_difference(after, rounded) > 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_resumed_run_continues_its_average_bitwise(runs, stage):
+    out = runs.run("gpt", stage)
+    resumed = runs.folder / f"resumed-{stage}"
+    shutil.copytree(out, resumed)
+    for step in (STEPS - 1, STEPS):
+        shutil.rmtree(resumed / "checkpoints" / f"step-{step:07d}")
+    run_ranks(train, 1, runs.recipe("gpt"), resumed, zero_settings(stage))
+    ours, theirs = average(resumed, "gpt"), average(out, "gpt")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_export_takes_the_average_unless_told_otherwise(runs, tmp_path):
+    out = runs.run("gpt", 3, 2)
+    mean = average(out, "gpt")
+    weights = read_weights(engine_folder(out, "gpt"), build_on_meta(runs.recipe("gpt").model))
+    for choice, expected in ((None, mean), ("ema", mean), ("model", weights)):
+        exported = read_standalone(export_run(out, tmp_path / str(choice), choice=choice))
+        assert all(torch.equal(exported[name], expected[name]) for name in mean)
+
+
+def test_without_an_average_none_can_be_exported(runs, tmp_path):
+    out = runs.run("gpt", 1, 1, "training.ema_decay=null")
+    with pytest.raises(InputError, match="training.ema_decay=null"):
+        export_run(out, tmp_path / "export", choice="ema")
+    assert not (tmp_path / "export").exists()
+    export_run(out, tmp_path / "export")
+
+
+def test_a_missing_or_damaged_part_is_named(runs, tmp_path):
+    folder = tmp_path / "gpt"
+    shutil.copytree(engine_folder(runs.run("gpt", 3, 2), "gpt"), folder)
+    network = build_on_meta(runs.recipe("gpt").model)
+    part = folder / "ema" / "tensor-000-data-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(InputError, match=f"{part.name} is missing or damaged"):
+        read_ema(folder, network)
+    os.remove(part)
+    with pytest.raises(InputError, match="are missing from the averaged weights"):
+        read_ema(folder, network)
+
+
+def test_it_is_refused_where_weights_are_swapped_to_disk(runs):
+    settings = zero_settings(3, offload=True)
+    settings["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": "swap"}
+    recipe = runs.recipe("gpt")
+    with pytest.raises(InputError, match="training.ema_decay"):
+        resolve_deepspeed(settings, recipe, data_parallel_size=1)
+    plain = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, ema_decay=None))
+    resolve_deepspeed(settings, plain, data_parallel_size=1)
