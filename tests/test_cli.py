@@ -35,7 +35,7 @@ OPTIONS = {
     "make-shards": {"directory", "--out", "--prefix", "--samples-per-shard"},
     "doctor": {"--build"},
     "check-cluster": {"--hostfile", "--out", "--recipe", "--timeout", "--no-allreduce"},
-    "train": {"recipe", "overrides", "--out", "--tp", "--zero", "--deepspeed"},
+    "train": {"recipe", "overrides", "--out", "--branch-from", "--tp", "--zero", "--deepspeed"},
     "export": {"run_dir", "--out", "--weights"},
     "import-gigatok": {"file", "--recipe", "--out", "--weights"},
     "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--device"},

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gigatok_ds.checkpoint.original import build_on_meta, original_entry
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import load_recipe, recipe_names, recipe_summary
 
@@ -113,10 +114,30 @@ def test_tokenizer_training_is_the_published_one(name):
     optimizer, schedule = recipe.optimizer, recipe.schedule
     assert optimizer.lr == float(trainer["lr"]) and optimizer.weight_decay == float(trainer["weight_decay"])
     assert optimizer.betas == (trainer["beta1"], trainer["beta2"]) and optimizer.eps == 1e-8
-    assert (optimizer.max_grad_norm, optimizer.decay) == (trainer["max_grad_norm"], "everything")
+    # XL-XXL was trained by the sharded trainer, which decided by names.
+    decay = "not_norms" if name == "VQ_XLXXL256" else "everything"
+    assert trainer["optimizer"] == "AdamW"
+    assert (optimizer.kind, optimizer.max_grad_norm, optimizer.decay) == ("adamw", trainer["max_grad_norm"], decay)
+    assert recipe.training.ema_decay is None, "the original's scripts never switch it on"
     assert (schedule.kind, schedule.end_lr) == (trainer["lr_scheduler"], float(trainer["end_lr"]))
     assert schedule.warmup_steps == trainer["warmup"]
     assert recipe.data.crop_scale == (0.8, 1.0) and recipe.data.flip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_no_published_tokenizer_has_causal_or_dynamic_length_settings(name):
+    """They are in the released files, all switched off: there is nothing of them to train."""
+    settings = manifest(name)["config"]["model"]["causal_settings"]
+    assert settings["causal_type"] is None and settings["dynamic_level_range"] is None
+    assert not settings["dynamic_length_train"] and settings["min_level"] == 0
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_what_is_called_norm_here_is_called_norm_there(name):
+    """optimizer.decay not_norms decides by names, as the original does by its own."""
+    model = load_recipe(name).model
+    for ours, _ in build_on_meta(model).named_parameters():
+        assert ("norm" in ours) == ("norm" in original_entry(model, ours)[0]), ours
 
 
 @pytest.mark.parametrize("name", GPTS)

@@ -5,7 +5,10 @@ Run it plainly for one process, or on every rank through a launcher:
   gigatok-ds train demo_tokenizer --out runs/tok data.train=shards/train data.validation=shards/test
   deepspeed --num_gpus 8 --no_local_rank --module gigatok_ds train VQ_SS256 --out runs/ss --zero 3 data.train=...
 
-The run resumes by itself when the output directory already holds a checkpoint.
+The run resumes by itself when the output directory already holds a checkpoint. One run with a constant learning rate
+serves several cool-downs, each a run of its own:
+
+  gigatok-ds train GPT-B --out runs/gpt-cool-300k --branch-from runs/gpt training.steps=300000 data.train=...
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="name of a recipe (see: gigatok-ds recipes) or path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings, e.g. optimizer.lr=2e-4")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory; resumed if it exists")
+    parser.add_argument("--branch-from", type=Path, metavar="RUN",
+                        help="start from the newest checkpoint of another run's constant learning rate, or from the checkpoint "
+                             "of it that is given (RUN/checkpoints/step-N), for instance to cool down over training.steps")
     engine = parser.add_mutually_exclusive_group()
     engine.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: 1)")
     parser.add_argument("--tp", type=int, metavar="N",
@@ -34,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
 
     tensor = [] if args.tp is None else [f"parallel.tensor={args.tp}"]
     recipe = load_recipe(args.recipe, [*args.overrides, *tensor])
-    check_run(recipe, args.out)
-    run_training(recipe, args.out, args.deepspeed or zero_settings(args.zero))
+    check_run(recipe, args.out, args.branch_from)
+    run_training(recipe, args.out, args.deepspeed or zero_settings(args.zero), args.branch_from)
     return 0

@@ -26,6 +26,7 @@ from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 
 _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
+_REPORTING = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "workers")
 _SHOWN = 3  # problems named in one error
 
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.
@@ -98,6 +99,21 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def recipe_to_dict(recipe: Recipe) -> dict:
     """A recipe as plain dictionaries, lists, numbers and strings."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def differing_keys(one: Recipe, other: Recipe) -> list[str]:
+    """Dotted keys whose values differ, other than those that only say how a run is spread over ranks and how it reports."""
+    ours, theirs = _flat(recipe_to_dict(one)), _flat(recipe_to_dict(other))
+    return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
+            and not key.startswith("parallel.") and key.split(".")[-1] not in _REPORTING]
+
+
+def _flat(data: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

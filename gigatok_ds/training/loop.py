@@ -41,12 +41,13 @@ class Task(Protocol):
         """Outputs on a few fixed inputs, against which an exported model is checked; collective."""
 
 
-def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int) -> None:
-    """Train `task` to recipe.training.steps, resuming from the newest complete checkpoint of `run_dir`.
+def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int,
+          branch: Path | None = None) -> None:
+    """Train `task` to recipe.training.steps, from the newest complete checkpoint of `run_dir` or else from `branch`.
 
     Afterwards `probe.npz` holds the trained model's own outputs on a few inputs.
     """
-    start = _resume(task, run_dir, topology)
+    start = _resume(task, run_dir, topology, branch)
     if start < recipe.training.steps:
         monitor = Monitor(run_dir, enabled=topology.is_first, total_steps=recipe.training.steps, start_step=start,
                           description=recipe.name)
@@ -110,10 +111,10 @@ class Window:
         return dict(zip(names, topology.mean_over_ranks(means).tolist()))
 
 
-def _resume(task: Task, run_dir: Path, topology: Topology) -> int:
-    """Load the newest checkpoint that the first rank sees, on all ranks; 0 when there is none."""
+def _resume(task: Task, run_dir: Path, topology: Topology, branch: Path | None) -> int:
+    """Load the newest checkpoint that the first rank sees, or that of another run, on all ranks; 0 when there is none."""
     found = complete_checkpoints(run_dir)
-    newest = topology.from_first(str(found[-1][1]) if found else None)
+    newest = topology.from_first(str(found[-1][1] if found else branch) if found or branch else None)
     if newest is None:
         return 0
     step = load_checkpoint(Path(newest), task.engines, topology)

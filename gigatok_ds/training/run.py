@@ -7,16 +7,20 @@ import sys
 from pathlib import Path
 
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero3_worth_it
-from gigatok_ds.config.load import load_recipe, recipe_to_dict, save_resolved
+from gigatok_ds.config.load import differing_keys, load_recipe, save_resolved
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.training.branch import check_branch, record_branch
 
 RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 
 
-def check_run(recipe: Recipe, run_dir: Path) -> None:
-    """Refuse what can be refused before any rank starts: missing data, or a run directory of another recipe."""
+def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) -> Path | None:
+    """Refuse what can be refused before any rank starts: missing data, or a run directory of another recipe.
+
+    Returns the checkpoint of another run that this one continues from, if it does.
+    """
     for split in ("train", "validation"):
         path = getattr(recipe.data, split)
         if path is None:
@@ -27,36 +31,25 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
         raise InputError(f"{run_dir} exists and is not a directory")
     earlier = run_dir / RECIPE_FILE
     if earlier.is_file():
-        before, now = _flat(recipe_to_dict(load_recipe(str(earlier)))), _flat(recipe_to_dict(recipe))
         # A run may be spread otherwise or report more often; anything else would be another run.
-        differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-                     and not key.startswith("parallel.")
-                     and key.split(".")[-1] not in ("log_every", "validate_every", "checkpoint_every",
-                                                    "keep_checkpoints", "workers")]
+        differing = differing_keys(load_recipe(str(earlier)), recipe)
         if differing:
             raise InputError(f"{run_dir} was started with another recipe: {', '.join(differing)} differ; "
                              "choose another --out")
+    return check_branch(recipe, run_dir, branch_from)
 
 
-def _flat(data: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict) -> None:
+def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_from: Path | None = None) -> None:
     """Train `recipe` in this process (one rank of however many were launched), into `run_dir`.
 
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
-    holds a checkpoint. Raises InputError for anything the user can mend.
+    holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. Raises InputError for anything the user can mend.
     """
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.training.faults import watch_ranks
     from gigatok_ds.training.loop import train
 
-    check_run(recipe, run_dir)
+    branch = check_run(recipe, run_dir, branch_from)
     parallel = recipe.parallel
     topology = start_process_group(tensor_size=parallel.tensor, sequence_parallel=parallel.sequence)
     try:
@@ -64,9 +57,11 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict) -> None:
             settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
             if topology.is_first:
                 _prepare(recipe, run_dir, settings, warnings)
+                if branch:
+                    record_branch(run_dir, branch)
             topology.barrier()
             task = _task(recipe)(recipe, topology, settings)
-            train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"])
+            train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], branch)
     finally:
         stop_process_group(topology)
 

@@ -1,0 +1,87 @@
+"""Branches of a run: a new run that continues from a checkpoint of another's constant learning rate, on its own schedule.
+
+So one long run with a constant rate (`schedule.kind` const, or wsd before its cool-down) serves cool-downs of several
+lengths. A branch is, from its checkpoint on, what an uninterrupted run of the branch's recipe would have been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+from gigatok_ds.checkpoint.run_directory import complete_checkpoints
+from gigatok_ds.config.load import differing_keys, load_recipe
+from gigatok_ds.config.recipe import Recipe, ScheduleConfig
+from gigatok_ds.errors import InputError
+
+BRANCH_FILE = "branch.json"
+# What a branch may have otherwise than the run it comes from: how long it is and how it cools down.
+OWN_KEYS = ("name", "training.steps", "schedule.kind", "schedule.decay_fraction", "schedule.decay_shape", "schedule.end_lr")
+
+
+def constant_until(schedule: ScheduleConfig, steps: int) -> float:
+    """The last step of a run of that many after which the learning rate has not begun to fall.
+
+    Raises InputError for a schedule without a constant phase.
+    """
+    if schedule.kind == "const":
+        return math.inf
+    if schedule.kind == "wsd":
+        return steps - int(schedule.decay_fraction * steps)
+    raise InputError(f"schedule.kind is {schedule.kind}, which has no phase of constant learning rate to branch from; "
+                     "use wsd or const")
+
+
+def branch_point(recipe: Recipe, source: Path) -> Path:
+    """The checkpoint that a run of `recipe` continues from, given a run directory or one checkpoint of it.
+
+    Of a run directory, the newest that is in the constant phase of both recipes. Raises InputError when there is none, or
+    when the recipes differ in more than a branch may.
+    """
+    is_checkpoint = source.parent.name == "checkpoints"
+    run_dir = source.parent.parent if is_checkpoint else source
+    recipe_file = run_dir / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise InputError(f"{source} is neither a run directory nor one of its checkpoints: there is no {recipe_file}")
+    trunk = load_recipe(str(recipe_file))
+    differing = [key for key in differing_keys(trunk, recipe) if key not in OWN_KEYS]
+    if differing:
+        raise InputError(f"a branch of {run_dir} must share its recipe, but {', '.join(differing)} differ; "
+                         f"only {', '.join(OWN_KEYS)} may")
+    limit = min(constant_until(trunk.schedule, trunk.training.steps), constant_until(recipe.schedule, recipe.training.steps))
+    allowed = [(step, path) for step, path in complete_checkpoints(run_dir)
+               if step <= limit and (not is_checkpoint or path.name == source.name)]
+    if not allowed:
+        raise InputError(f"{source} has no complete checkpoint of step {limit} or earlier, where the learning rate is constant in "
+                         "both recipes; branch from an earlier checkpoint, or make the branch longer (training.steps)")
+    step, path = allowed[-1]
+    if step < recipe.schedule.warmup_steps:
+        raise InputError(f"{path} is from the warm-up ({recipe.schedule.warmup_steps} steps); branch from a later checkpoint")
+    return path
+
+
+def check_branch(recipe: Recipe, run_dir: Path, source: Path | None) -> Path | None:
+    """Where a run into `run_dir` starts from: a checkpoint of another run, or None when it has its own or starts afresh.
+
+    Raises InputError when the directory belongs to a branch whose origin is not given, or to something else.
+    """
+    recorded = run_dir / BRANCH_FILE
+    if complete_checkpoints(run_dir):
+        if source is not None and not recorded.is_file():
+            raise InputError(f"{run_dir} holds a run that is not a branch of {source}; choose another --out")
+        return None
+    if source is None:
+        if recorded.is_file():
+            raise InputError(f"{run_dir} is a branch without a checkpoint of its own yet; give --branch-from again")
+        return None
+    return branch_point(recipe, source)
+
+
+def record_branch(run_dir: Path, checkpoint: Path) -> None:
+    """Write down where a branch comes from."""
+    scratch = run_dir / f".{BRANCH_FILE}.partial"
+    origin = {"run": checkpoint.parent.parent.name, "checkpoint": checkpoint.name}
+    scratch.write_text(json.dumps(origin) + "\n", encoding="utf-8")
+    os.replace(scratch, run_dir / BRANCH_FILE)

@@ -1,0 +1,139 @@
+"""Cool-downs that branch off a run with a constant learning rate, by training steps."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from rank_runs import run_ranks
+from training_runs import prepare
+
+from gigatok_ds.checkpoint.original import build_on_meta
+from gigatok_ds.config.deepspeed import zero_settings
+from gigatok_ds.config.load import load_recipe
+from gigatok_ds.errors import InputError
+from gigatok_ds.training.branch import branch_point, check_branch
+from gigatok_ds.training.engine import read_weights
+from gigatok_ds.training.monitor import read_metrics
+
+PARTS = {"tokenizer": ("generator", "discriminator"), "gpt": ("gpt",)}
+CONSTANT = ["schedule={kind: const, warmup_steps: 2}", "training.steps=6"]
+
+
+def cool_down(steps, hold):
+    return [f"schedule={{kind: wsd, warmup_steps: 2, decay_fraction: {(steps - hold) / steps}}}", f"training.steps={steps}"]
+
+
+def train(recipe, out, branch_from=None, stage=1):
+    from gigatok_ds.training.run import run_training
+
+    run_training(recipe, out, zero_settings(stage), branch_from)
+
+
+class Runs:
+    """Runs on demand, once, with a checkpoint every other step and a moving average."""
+
+    def __init__(self, folder):
+        self.folder, self.data = folder, prepare(folder)
+
+    def recipe(self, kind, more):
+        return load_recipe(self.folder / f"{kind}.yaml", [
+            "training.checkpoint_every=2", "training.ema_decay=0.5", *self.data[kind], *more])
+
+    def run(self, name, kind, more, branch_from=None):
+        out = self.folder / f"{kind}-{name}"
+        if not out.exists():
+            run_ranks(train, 1, self.recipe(kind, more), out, branch_from)
+        return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("branch"))
+
+
+def logged(run, first_step):
+    return [{name: value for name, value in line.items() if name not in ("time", "memory/peak_gb")}
+            for line in read_metrics(run) if line["step"] >= first_step]
+
+
+def weights(run, part, step):
+    recipe = load_recipe(run / "recipe.yaml")
+    folder = run / "checkpoints" / f"step-{step:07d}" / part
+    if part == "discriminator":
+        from gigatok_ds.losses.composition import build_discriminator
+
+        return read_weights(folder, build_discriminator(recipe.loss.adversarial, image_size=recipe.model.image_size))
+    return read_weights(folder, build_on_meta(recipe.model))
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_cool_down_is_bitwise_that_of_an_uninterrupted_run(runs, kind):
+    trunk = runs.run("trunk", kind, CONSTANT)
+    branch = runs.run("branch", kind, cool_down(8, hold=4), branch_from=trunk)
+    whole = runs.run("whole", kind, cool_down(8, hold=4))
+    assert json.loads((branch / "branch.json").read_text()) == {"run": trunk.name, "checkpoint": "step-0000004"}
+    assert logged(branch, 0) == logged(whole, 5), "the branch has the steps from 5 on, and no others"
+    for part in PARTS[kind]:
+        ours, theirs = weights(branch, part, 8), weights(whole, part, 8)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    averages = [(run / "checkpoints" / "step-0000008" / PARTS[kind][0] / "ema").iterdir() for run in (branch, whole)]
+    assert [path.read_bytes() for path in averages[0]] == [path.read_bytes() for path in averages[1]]
+
+
+def test_the_rate_is_constant_before_the_branch_and_falls_after_it(runs):
+    trunk = runs.run("trunk", "gpt", CONSTANT)
+    branch = runs.run("branch", "gpt", cool_down(8, hold=4), branch_from=trunk)
+    rates = {line["step"]: line["lr"] for run in (trunk, branch) for line in read_metrics(run) if "lr" in line}
+    base = runs.recipe("gpt", []).optimizer.lr
+    assert rates[4] == base
+    # Iteration k takes the schedule of k - 1: 1 - sqrt(progress) over the four steps after the fourth.
+    expected = [1.0, 1.0, 1 - 0.25**0.5, 1 - 0.5**0.5]
+    assert [rates[step] for step in (5, 6, 7, 8)] == pytest.approx([base * share for share in expected], rel=1e-12)
+
+
+def test_one_run_serves_cool_downs_of_several_lengths(runs):
+    trunk = runs.run("trunk", "gpt", CONSTANT)
+    short = runs.run("short", "gpt", cool_down(4, hold=2), branch_from=trunk)
+    chosen = runs.run("chosen", "gpt", cool_down(8, hold=4), branch_from=trunk / "checkpoints" / "step-0000002")
+    branch = runs.run("branch", "gpt", cool_down(8, hold=4), branch_from=trunk)
+    assert [line["step"] for line in logged(short, 0) if "loss" in line] == [3, 4]
+    assert [line["step"] for line in logged(chosen, 0) if "loss" in line] == [3, 4, 5, 6, 7, 8]
+    assert logged(chosen, 5) == logged(branch, 5), "the constant phase goes on before the cool-down begins"
+
+
+def test_an_interrupted_branch_continues_from_its_own_checkpoint(runs):
+    branch = runs.run("branch", "gpt", cool_down(8, hold=4), branch_from=runs.run("trunk", "gpt", CONSTANT))
+    resumed = runs.folder / "resumed"
+    shutil.copytree(branch, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-0000008")
+    run_ranks(train, 1, runs.recipe("gpt", cool_down(8, hold=4)), resumed)
+    assert logged(resumed, 0) == logged(branch, 0)
+    ours, theirs = weights(resumed, "gpt", 8), weights(branch, "gpt", 8)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("more, message", [
+    (["schedule={kind: cosine, warmup_steps: 2}"], "schedule.kind is cosine, which has no phase of constant learning rate"),
+    ([*cool_down(8, hold=4), "optimizer.lr=2e-3"], "must share its recipe, but optimizer.lr differ"),
+    (cool_down(4, hold=1), "has no complete checkpoint of step 1 or earlier"),
+    (["schedule={kind: wsd, warmup_steps: 5, decay_fraction: 0.5}", "training.steps=8"], "schedule.warmup_steps differ"),
+])
+def test_what_is_no_branch_is_refused(runs, more, message):
+    with pytest.raises(InputError, match=message):
+        branch_point(runs.recipe("gpt", more), runs.run("trunk", "gpt", CONSTANT))
+
+
+def test_a_directory_is_one_run_or_one_branch(runs, tmp_path):
+    trunk = runs.run("trunk", "gpt", CONSTANT)
+    branch = runs.run("branch", "gpt", cool_down(8, hold=4), branch_from=trunk)
+    recipe = runs.recipe("gpt", cool_down(8, hold=4))
+    with pytest.raises(InputError, match="neither a run directory nor one of its checkpoints"):
+        branch_point(recipe, tmp_path)
+    with pytest.raises(InputError, match="holds a run that is not a branch"):
+        check_branch(recipe, trunk, branch)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(branch / "branch.json", begun)
+    with pytest.raises(InputError, match="give --branch-from again"):
+        check_branch(recipe, begun, None)
