@@ -1,0 +1,87 @@
+"""The optimizers and their groups, and at which rates generator and discriminator step."""
+
+import pytest
+import torch
+from rank_runs import run_ranks
+from torch import nn
+from training_runs import prepare
+
+from gigatok_ds.config.deepspeed import zero_settings
+from gigatok_ds.config.load import load_recipe
+from gigatok_ds.config.recipe import OptimizerConfig
+from gigatok_ds.training.engine import build_optimizer, parameter_groups
+from gigatok_ds.training.schedules import scheduled_lr
+
+
+def small_network():
+    network = nn.ModuleDict({"norm_in": nn.LayerNorm(3), "linear": nn.Linear(3, 2)})
+    network["frozen"] = nn.Linear(2, 2).requires_grad_(False)
+    return network
+
+
+@pytest.mark.parametrize("decay, decayed", [
+    ("everything", {"norm_in.weight", "norm_in.bias", "linear.weight", "linear.bias"}),
+    ("matrices", {"linear.weight"}),
+    ("not_norms", {"linear.weight", "linear.bias"}),
+])
+def test_decay_touches_what_it_says(decay, decayed):
+    network = small_network()
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    groups = parameter_groups(network, OptimizerConfig(decay=decay, weight_decay=0.1))
+    found = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    expected = {name: 0.1 if name in decayed else 0.0 for name in names.values() if not name.startswith("frozen")}
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam"])
+def test_two_steps_are_those_of_the_published_formulas(kind):
+    """Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2; in float64 to 1e-12."""
+    torch.manual_seed(0)
+    config = OptimizerConfig(kind=kind, lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, decay="matrices")
+    network = small_network().double()
+    weight, bias = network["linear"].weight, network["linear"].bias
+    optimizer = build_optimizer(network, config)
+    expected = {"weight": weight.detach().clone(), "bias": bias.detach().clone()}
+    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in expected.items()}
+    for t in (1, 2):
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            x, g, decay = expected[name], torch.randn_like(parameter), 0.1 if name == "weight" else 0.0
+            parameter.grad = g.clone()
+            if kind == "adam":
+                g = g + decay * x
+            else:
+                x = x - 0.01 * decay * x
+            first, second = moments[name]
+            first, second = 0.8 * first + 0.2 * g, 0.9 * second + 0.1 * g.square()
+            moments[name] = first, second
+            expected[name] = x - 0.01 * (first / (1 - 0.8**t)) / ((second / (1 - 0.9**t)).sqrt() + 1e-6)
+        optimizer.step()
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        assert (parameter - expected[name]).abs().max() <= 1e-12
+
+
+def train_and_note_rates(recipe, out):
+    from gigatok_ds.training import tokenizer_task
+    from gigatok_ds.training.run import run_training
+
+    rates = {}
+
+    class NotingEngine(tokenizer_task.Engine):
+        def step(self, lr):
+            rates.setdefault(type(self.network).__name__, []).append(lr)
+            super().step(lr)
+
+    tokenizer_task.Engine = NotingEngine
+    run_training(recipe, out, zero_settings(1))
+    return rates
+
+
+def test_the_discriminator_first_steps_at_the_base_rate_and_then_follows(tmp_path):
+    """Like the original, which schedules its rate only after a step of its own."""
+    data = prepare(tmp_path)
+    recipe = load_recipe(tmp_path / "tokenizer.yaml", ["training.steps=6", "schedule.warmup_steps=10", *data["tokenizer"]])
+    (rates,) = run_ranks(train_and_note_rates, 1, recipe, tmp_path / "run")
+    base = recipe.optimizer.lr
+    scheduled = [scheduled_lr(recipe.schedule, base, 6, step) for step in range(6)]
+    assert recipe.loss.adversarial.start_step == 4
+    assert rates == {"Tokenizer": [base, *scheduled[:5]], "PatchGAN": [base, *scheduled[3:5]]}
