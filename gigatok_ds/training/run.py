@@ -16,7 +16,12 @@ DEEPSPEED_FILE = "deepspeed.json"
 
 
 def check_run(recipe: Recipe, run_dir: Path) -> None:
-    """Refuse what can be refused before any rank starts: missing data, or a run directory of another recipe."""
+    """Refuse what can be refused before any rank starts: missing data or weights, a run directory of another recipe.
+
+    Downloads the weights of frozen networks that the recipe wants downloaded.
+    """
+    from gigatok_ds.training.frozen_weights import check_frozen
+
     for split in ("train", "validation"):
         path = getattr(recipe.data, split)
         if path is None:
@@ -28,14 +33,16 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
     earlier = run_dir / RECIPE_FILE
     if earlier.is_file():
         before, now = _flat(recipe_to_dict(load_recipe(str(earlier)))), _flat(recipe_to_dict(recipe))
-        # A run may be spread otherwise or report more often; anything else would be another run.
+        # A run may be spread otherwise, report more often or find the same frozen weights (their SHA-256 is compared)
+        # elsewhere; anything else would be another run.
         differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
                      and not key.startswith("parallel.")
                      and key.split(".")[-1] not in ("log_every", "validate_every", "checkpoint_every",
-                                                    "keep_checkpoints", "workers")]
+                                                    "keep_checkpoints", "workers", "weights", "backbone_weights")]
         if differing:
             raise InputError(f"{run_dir} was started with another recipe: {', '.join(differing)} differ; "
                              "choose another --out")
+    check_frozen(recipe)
 
 
 def _flat(data: dict, prefix: str = "") -> dict:
@@ -75,12 +82,14 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str])
     """Say what is odd about the settings, and write down what is about to be run."""
     from gigatok_ds.checkpoint.original import build_on_meta
     from gigatok_ds.training.environment import write_environment
+    from gigatok_ds.training.frozen_weights import random_weight_warnings, record_frozen
 
     parameters = sum(parameter.numel() for parameter in build_on_meta(recipe.model).parameters())
     advice = zero3_worth_it(parameters) if settings["zero_optimization"]["stage"] == 3 else None
-    for warning in [*warnings, *([advice] if advice else [])]:
+    for warning in [*warnings, *([advice] if advice else []), *random_weight_warnings(recipe)]:
         print(f"warning: {warning}", file=sys.stderr)
     run_dir.mkdir(parents=True, exist_ok=True)
+    record_frozen(recipe, run_dir)
     save_resolved(recipe, run_dir / RECIPE_FILE)
     _write_json(run_dir / DEEPSPEED_FILE, settings)
     write_environment(run_dir, command=sys.argv)
