@@ -10,6 +10,7 @@ from training_runs import prepare
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.losses.perceptual import PerceptualDistance
 from gigatok_ds.training.engine import read_weights
 from gigatok_ds.training.monitor import read_metrics
 
@@ -59,28 +60,38 @@ class StandInTeacher(nn.Module):
         return self.patches(images).flatten(2).transpose(1, 2)
 
 
-class StandInPerceptual(nn.Module):
+class StandInPerceptual(PerceptualDistance):
     def __init__(self):
         super().__init__()
         self.features = nn.Conv2d(3, 8, 3).requires_grad_(False)
 
-    def forward(self, images, reconstruction):
-        difference = torch.tanh(self.features(images)) - torch.tanh(self.features(reconstruction))
-        return difference.square().mean(dim=(1, 2, 3))
+    def look(self, images):
+        return [torch.tanh(self.features(images))]
+
+    def distance(self, seen, reconstruction):
+        return (seen[0] - torch.tanh(self.features(reconstruction))).square().mean(dim=(1, 2, 3))
 
 
-def stand_in_objective(config, *, device):
+def stand_in_objective(config, *, device, grid, precision):
     from gigatok_ds.losses.composition import TokenizerObjective
 
     torch.manual_seed(0)
     return TokenizerObjective(config, perceptual=StandInPerceptual(), teacher=StandInTeacher()).to(device)
 
 
-def train_on_a_rank(recipe, out, settings):
-    from gigatok_ds.training import tokenizer_task
-    from gigatok_ds.training.run import run_training
+def use_stand_ins():
+    """In this process, frozen networks are stand-ins and need no files."""
+    from gigatok_ds.training import frozen_weights, tokenizer_task
 
     tokenizer_task.build_objective = stand_in_objective
+    frozen_weights.weight_files = lambda config: []
+    frozen_weights.check_teacher = lambda config, model: None
+
+
+def train_on_a_rank(recipe, out, settings):
+    from gigatok_ds.training.run import run_training
+
+    use_stand_ins()
     run_training(recipe, out, settings)
 
 

@@ -16,6 +16,7 @@ from gigatok_ds.config.losses import (
 from gigatok_ds.errors import InputError
 from gigatok_ds.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from gigatok_ds.losses.composition import TokenizerObjective, build_discriminator, build_objective
+from gigatok_ds.losses.perceptual import PerceptualDistance
 from gigatok_ds.models.patchgan import PatchGAN
 from gigatok_ds.models.quantizer import QuantizerLosses
 from gigatok_ds.models.tokenizer import TokenizerOutput
@@ -35,15 +36,20 @@ def full_config(**changes):
     return TokenizerLossConfig(**settings | changes)
 
 
-class Distance(torch.nn.Module):
-    """In LPIPS's place: one number per pair."""
+class Distance(PerceptualDistance):
+    """In LPIPS's place: one number per pair, and how often it has looked at the images."""
 
     def __init__(self):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.looks = 0
 
-    def forward(self, images, reconstruction):
-        return self.scale * (images - reconstruction).abs().mean(dim=(1, 2, 3))
+    def look(self, images):
+        self.looks += 1
+        return [images]
+
+    def distance(self, seen, reconstruction):
+        return self.scale * (seen[0] - reconstruction).abs().mean(dim=(1, 2, 3))
 
 
 class Tokens(torch.nn.Module):
@@ -83,6 +89,7 @@ def test_terms_switch_exactly_at_their_step(step, auxiliary, discriminator):
     assert ours.wants_feature_loss(step) == ours.wants_direct_reconstruction(step) == auxiliary
     assert ours.discriminator_active(step) == discriminator
     image_terms = ours.image_terms(IMAGES, RECONSTRUCTION, DIRECT, discriminate, step)
+    assert ours.perceptual.looks == 1  # for both reconstructions
     expected = {"reconstruction", "perceptual"} | ({"adversarial"} if discriminator else set())
     assert image_terms.keys() == expected | ({f"direct_{name}" for name in expected} if auxiliary else set())
     latent_terms = ours.latent_terms(output(), TARGET, step)

@@ -101,13 +101,14 @@ def test_backbone_is_frozen_apart_from_the_state_and_has_no_key_bias(backbone_fi
 
 
 @pytest.mark.parametrize("case, said", [
-    ("unset", "loss.adversarial.backbone_weights is not set"),
-    ("missing", "there is no file"),
+    ("unset", "there is no file .*/checkpoints/dino_deitsmall16_pretrain.pth; .* from https://dl.fbaipublicfiles.com"),
+    ("missing", "there is no file .*weights.pth"),
     ("text", "cannot be read"),
     ("list", "not a plain state_dict"),
     ("other", "holds another network: blocks.0.attn.proj.bias"),
 ])
-def test_backbone_files_that_are_refused(case, said, tmp_path):
+def test_backbone_files_that_are_refused(case, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = None if case == "unset" else tmp_path / "weights.pth"
     if case == "text":
         path.write_text("not weights")

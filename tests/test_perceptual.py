@@ -10,7 +10,8 @@ from golden_weights import image, tensor
 from torchvision.models.vgg import cfgs
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.losses.perceptual import load_lpips, vgg_cache
+from gigatok_ds.losses.perceptual import load_lpips
+from gigatok_ds.models.published import cache_folder
 
 
 def vgg_shapes():
@@ -75,6 +76,36 @@ def test_frozen_but_differentiable_in_the_image(lpips):
     assert not any(parameter.requires_grad for parameter in lpips.parameters())
 
 
+def test_images_are_looked_at_once_for_several_reconstructions(lpips):
+    first, second = two_images()
+    third = (first + second) / 2
+    seen = lpips.look(first.requires_grad_())
+    assert [len(stage[0]) for stage in seen] == [64, 128, 256, 512, 512]
+    assert not any(stage.requires_grad for stage in seen)
+    with torch.no_grad():
+        for made in (second, third):
+            assert torch.equal(lpips.distance(seen, made), lpips(first, made))
+
+
+@pytest.mark.parametrize("precision, scale, off, cosine", [("bf16", 1.0, 2e-2, 0.99), ("fp16", 4096.0, 2e-3, 0.9999)])
+def test_lower_precision_changes_distances_and_gradients_little(vgg_file, lpips, precision, scale, off, cosine):
+    """VGG16 in bfloat16 (8 bits) or half precision (11 bits, the loss scaled as in training) against float32."""
+    first, second = two_images(64)
+    results = []
+    for network in (lpips, load_lpips(vgg_file, precision=precision)):
+        leaf = second.clone().requires_grad_()
+        distances = network(first, leaf)
+        (gradient,) = torch.autograd.grad(scale * distances.mean(), leaf)
+        results.append((distances, gradient.flatten()))
+    (exact, expected), (ours, gradient) = results
+    assert ours.dtype == gradient.dtype == torch.float32
+    relative = ((ours - exact).abs() / exact).max().item()
+    print(precision, relative, torch.cosine_similarity(gradient, expected, dim=0).item())
+    assert 0 < relative < off
+    assert torch.cosine_similarity(gradient, expected, dim=0) > cosine
+    assert gradient.norm().item() == pytest.approx(expected.norm().item(), rel=off)
+
+
 def test_positions_without_any_feature_do_not_make_the_gradient_nan(vgg_file):
     network = load_lpips(vgg_file)
     network.features[0].bias.fill_(-1e6)  # every ReLU of the first stage is off
@@ -100,13 +131,14 @@ def test_dropout_is_active_only_in_training_and_only_when_asked(vgg_file, lpips)
 
 def test_missing_vgg_names_the_file_its_place_and_the_key(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert vgg_cache().is_relative_to(tmp_path)
+    assert cache_folder().is_relative_to(tmp_path)
     for weights in (None, tmp_path / "elsewhere.pth"):
         with pytest.raises(InputError) as error:
             load_lpips(weights)
         said = str(error.value)
         assert "VGG16_Weights.IMAGENET1K_V1" in said and "vgg16-397923af.pth" in said
-        assert "loss.perceptual.weights" in said and str(weights or vgg_cache()) in said
+        assert "loss.perceptual.weights" in said and str(weights or cache_folder() / "vgg16-397923af.pth") in said
+        assert "https://download.pytorch.org/models/vgg16-397923af.pth" in said
 
 
 def test_another_networks_file_is_refused(tmp_path):

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from gigatok_ds.config.load import load_recipe
+from gigatok_ds.config.losses import SemanticConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.losses.semantic import TEACHERS, Teacher, alignment_loss, preprocess
+from gigatok_ds.losses.semantic import Teacher, alignment_loss, check_teacher, teacher_file
 
 
 def seeded(seed=0):
@@ -78,48 +80,121 @@ def test_timms_files_give_the_same_tokens(teacher, state, published, files, tmp_
     torch.testing.assert_close(ours, Teacher(teacher, files / f"{state}.pth")(pictures()), rtol=0, atol=1e-5)
 
 
-def test_images_are_normalised_before_they_are_resized():
+def by_hand(images, mean, std, size, *, normalise_first):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    x = (images + 1) / 2
+    if normalise_first:
+        return F.interpolate((x - mean) / std, (size, size), mode="bicubic", align_corners=False)
+    return (F.interpolate(x, (size, size), mode="bicubic", align_corners=False) - mean) / std
+
+
+@pytest.mark.parametrize("teacher, grid, size, mean, std, normalise_first", [
+    ("dinov2-vit-s", 16, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True),
+    ("vit_base_patch16_siglip_224", 8, 128, (0.5,) * 3, (0.5,) * 3, False),
+    ("vit_base_patch32_clip_224", 4, 128, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), False),
+])
+def test_images_are_prepared_as_the_teacher_was_trained(teacher, grid, size, mean, std, normalise_first):
+    vit = Teacher(teacher, "random", grid=grid).vit
     images = pictures(256)
-    ours = preprocess(images)
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    expected = F.interpolate(((images + 1) / 2 - mean) / std, (224, 224), mode="bicubic", align_corners=False)
-    assert ours.shape == (2, 3, 224, 224)
-    torch.testing.assert_close(ours, expected)
-    antialiased = F.interpolate(((images + 1) / 2 - mean) / std, (224, 224), mode="bicubic", antialias=True)
+    ours = vit.preprocess(images)
+    assert ours.shape == (2, 3, size, size)
+    # Bit for bit: the two orders differ by rounding only.
+    assert torch.equal(ours, by_hand(images, mean, std, size, normalise_first=normalise_first))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    antialiased = F.interpolate(((images + 1) / 2 - mean) / std, (size, size), mode="bicubic", antialias=True)
     assert (ours - antialiased).abs().max() > 0.1
-    constant = preprocess(torch.ones(1, 3, 8, 8))
-    torch.testing.assert_close(constant, ((1 - mean) / std).expand(1, 3, 224, 224), rtol=0, atol=1e-5)
+    tokens = Teacher(teacher, "random", grid=grid)(images)
+    assert tokens.shape == (2, grid * grid, vit.width)
 
 
-def test_random_teacher_is_frozen_and_stays_in_evaluation_mode():
-    teacher = Teacher("dinov2-vit-s", random_weights=True).train()
-    assert not teacher.training and not teacher.network.training
+def test_random_teacher_is_frozen_seeded_and_stays_in_evaluation_mode():
+    state = torch.get_rng_state()
+    teacher = Teacher("dinov2-vit-s", "random").train()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not teacher.vit.training and not teacher.vit.network.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert not teacher(pictures().requires_grad_()).requires_grad
+    tokens = teacher(pictures().requires_grad_())
+    assert not tokens.requires_grad
+    torch.manual_seed(5)
+    assert torch.equal(Teacher("dinov2-vit-s", "random")(pictures()), tokens)
+
+
+def test_on_a_cpu_the_teacher_follows_the_precision_of_training():
+    exact = Teacher("dinov2-vit-s", "random", grid=4)(pictures())
+    ours = Teacher("dinov2-vit-s", "random", grid=4, precision="bf16")(pictures())
+    assert ours.dtype == torch.float32
+    assert 0 < (1 - F.cosine_similarity(ours, exact, dim=-1)).max() < 1e-3
 
 
 @pytest.mark.parametrize("weights", [None, "nowhere.pth"])
-def test_missing_weights_name_the_key_and_the_file(weights):
-    with pytest.raises(InputError, match="loss.semantic.weights.*dinov2_vitb14_pretrain.pth"):
+def test_missing_weights_name_the_key_the_file_and_where_it_is_published(weights, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(InputError, match="loss.semantic.weights.*dinov2_vitb14_pretrain.pth.* from https://.*") as error:
         Teacher("dinov2-vit-b", weights)
+    assert str(tmp_path / "hub" / "checkpoints" if weights is None else weights) in str(error.value)
 
 
-def test_an_unknown_teacher_and_another_size_are_refused(files):
-    with pytest.raises(InputError, match="loss.semantic.teacher is 'dinov3'; choose one of dinov2-vit-s"):
-        Teacher("dinov3", random_weights=True)
-    with pytest.raises(InputError, match="loss.semantic.weights: .* holds another network"):
-        Teacher("dinov2-vit-b", files / "plain.pth")
-    with pytest.raises(InputError, match="holds another network"):
-        Teacher("dinov2reg-vit-s", files / "plain.pth")
+@pytest.mark.parametrize("name, said", [
+    ("dinov3", "'dinov3', which is not known; .*Choose one of dinov2-vit-s"),
+    ("siglip-sovit-400m", "did you mean siglip-so400m"),
+    ("vit_base_patch14_dino2", "did you mean .*vit_base_patch14_dinov2"),
+    ("resnet18", "a timm model, but not a VisionTransformer"),
+    ("vit_base_patch16_dinov3", "a timm model, but not a VisionTransformer"),
+    ("vit_base_patch16_224.nonsense", "Invalid pretrained tag"),
+])
+def test_an_unknown_teacher_is_refused_with_near_names(name, said):
+    with pytest.raises(InputError, match=f"loss.semantic.teacher is .*{said}") as error:
+        teacher_file(name, "random")
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, width", [("s", 384), ("b", 768), ("l", 1024)])
-def test_every_teacher_has_its_width(name, width):
-    for family, registers in (("dinov2", 0), ("dinov2reg", 4)):
-        with torch.device("meta"):
-            network = timm.create_model(TEACHERS[f"{family}-vit-{name}"][0], num_classes=0)
-        assert (network.embed_dim, network.num_prefix_tokens) == (width, 1 + registers)
+def test_another_networks_file_is_refused(files):
+    for teacher, state in (("dinov2-vit-b", "plain"), ("dinov2reg-vit-s", "plain"), ("siglip-so400m", "plain")):
+        with pytest.raises(InputError, match="loss.semantic.weights: .* holds another network"):
+            Teacher(teacher, files / f"{state}.pth")
+
+
+@pytest.mark.parametrize("name, width, file", [
+    ("dinov2-vit-s", 384, "dinov2_vits14_pretrain.pth"), ("dinov2-vit-b", 768, "dinov2_vitb14_pretrain.pth"),
+    ("dinov2-vit-l", 1024, "dinov2_vitl14_pretrain.pth"), ("dinov2-vit-g", 1536, "dinov2_vitg14_pretrain.pth"),
+    ("dinov2reg-vit-s", 384, "dinov2_vits14_reg4_pretrain.pth"), ("dinov2reg-vit-b", 768, "dinov2_vitb14_reg4_pretrain.pth"),
+    ("dinov2reg-vit-l", 1024, "dinov2_vitl14_reg4_pretrain.pth"), ("dinov2reg-vit-g", 1536, "dinov2_vitg14_reg4_pretrain.pth"),
+    ("siglip-so400m", 1152, "vit_so400m_patch14_siglip_224.webli.safetensors"),
+    ("clip-dfn-vit-l", 1024, "vit_large_patch14_clip_quickgelu_224.dfn2b.safetensors"),
+    ("vit_tiny_patch16_224.augreg_in21k", 192, "vit_tiny_patch16_224.augreg_in21k.safetensors"),
+])
+def test_the_semantic_head_must_be_as_wide_as_the_teacher(name, width, file):
+    assert teacher_file(name, None).names[0] == file
+    model = load_recipe("VQ_SS256", [f"model.semantic_head.teacher_width={width}"]).model
+    check_teacher(SemanticConfig(teacher=name), model)
+    narrow = load_recipe("VQ_SS256", ["model.semantic_head.teacher_width=24"]).model
+    with pytest.raises(InputError, match=f"teacher_width is 24, but .*set model.semantic_head.teacher_width={width}$"):
+        check_teacher(SemanticConfig(teacher=name), narrow)
+
+
+@pytest.mark.parametrize("architecture", [
+    "vit_tiny_patch16_224.augreg_in21k",  # a class token and a classifier
+    "vit_base_patch32_siglip_256.v2_webli",  # no class token, pooled by attention
+    "vit_little_patch16_reg4_gap_256.sbb_in1k",  # registers; the average of tokens is normalised, not the tokens
+    "deit_tiny_distilled_patch16_224.fb_in1k",  # two tokens before the patches
+])
+def test_timms_published_files_give_their_normalised_patch_tokens(architecture, tmp_path):
+    """Whole models as timm saves them, other grids, and what the network says of images of the published size."""
+    torch.manual_seed(1)
+    whole = timm.create_model(architecture).eval()
+    for norm in (whole.norm, whole.fc_norm):
+        if isinstance(norm, torch.nn.LayerNorm):
+            torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "model.safetensors")
+    size, patch = whole.patch_embed.img_size[0], whole.patch_embed.patch_size[0]
+    teacher = Teacher(architecture, tmp_path, grid=size // patch)
+    images = pictures(size)
+    with torch.no_grad():
+        tokens = whole.forward_features(teacher.vit.preprocess(images))[:, whole.num_prefix_tokens :]
+        if isinstance(whole.norm, torch.nn.Identity):
+            tokens = whole.fc_norm(tokens)
+    torch.testing.assert_close(teacher(images), tokens, rtol=0, atol=1e-5)
+    assert Teacher(architecture, tmp_path, grid=5)(images).shape == (2, 25, whole.embed_dim)
 
 
 def test_alignment_is_minus_the_mean_cosine():
@@ -128,5 +203,3 @@ def test_alignment_is_minus_the_mean_cosine():
     torch.testing.assert_close(alignment_loss(student, target), expected)
     assert alignment_loss(3 * target, target).item() == pytest.approx(-1, abs=1e-6)
     assert alignment_loss(-target, 2 * target).item() == pytest.approx(1, abs=1e-6)
-    with pytest.raises(InputError, match="64 tokens of width 24, the teacher 256 of width 384.*_width"):
-        alignment_loss(torch.zeros(1, 64, 24), torch.zeros(1, 256, 384))

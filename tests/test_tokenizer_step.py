@@ -8,7 +8,7 @@ gradients are held to the original's by the golden tests); everything between th
 import pytest
 import torch
 import torch.nn.functional as F
-from layout_runs import StandInPerceptual, StandInTeacher, stand_in_objective
+from layout_runs import StandInPerceptual, StandInTeacher, use_stand_ins
 from rank_runs import run_ranks
 from timm.models.vision_transformer import VisionTransformer
 from training_runs import prepare
@@ -43,10 +43,9 @@ def small_backbone(weights):
 
 
 def train_one_step(recipe, out, settings):
-    from gigatok_ds.training import tokenizer_task
     from gigatok_ds.training.run import run_training
 
-    tokenizer_task.build_objective = stand_in_objective
+    use_stand_ins()
     composition.dino_backbone = small_backbone
     run_training(recipe, out, settings)
 

@@ -26,7 +26,9 @@ from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 
 _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
-_REPORTING = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "workers")
+# Settings of a run that may change when it is resumed: how often it reports, and where the same frozen weights (their
+# SHA-256 is compared) are found.
+_CHANGEABLE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "workers", "weights", "backbone_weights")
 _SHOWN = 3  # problems named in one error
 
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.
@@ -102,10 +104,10 @@ def recipe_to_dict(recipe: Recipe) -> dict:
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """Dotted keys whose values differ, other than those that only say how a run is spread over ranks and how it reports."""
+    """Dotted keys whose values differ, other than those that may change in the middle of a run."""
     ours, theirs = _flat(recipe_to_dict(one)), _flat(recipe_to_dict(other))
     return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
-            and not key.startswith("parallel.") and key.split(".")[-1] not in _REPORTING]
+            and not key.startswith("parallel.") and key.split(".")[-1] not in _CHANGEABLE]
 
 
 def _flat(data: dict, prefix: str = "") -> dict:

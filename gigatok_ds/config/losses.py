@@ -17,11 +17,21 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualConfig:
-    """LPIPS on VGG16; `weights` is torchvision's VGG16 file (null: torch's cache), `dropout` the original's quirk."""
+    """Distance of images in a frozen network: LPIPS on VGG16, or the squared difference of what `model` gives.
 
+    `weights` is the path of the network's published file or of a directory that holds it, null (the usual caches),
+    `download` (into torch's cache) or `random`. `dropout` is the original's quirk in LPIPS.
+    """
+
+    model: Literal["vgg", "dinov2-s", "resnet50"] = "vgg"
     weight: float = 1.0
     weights: str | None = None
     dropout: bool = False
+
+    def __post_init__(self):
+        if self.dropout and self.model != "vgg":
+            raise InputError(f"loss.perceptual.dropout is true, a setting of vgg only, not of {self.model}; leave it at "
+                             "false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +71,15 @@ class AdversarialConfig:
     layers: int = 3
     kernel_size: int = 4
     blur_downsampling: bool = False
-    backbone_weights: str | None = None  # dino only: the DINO ViT-S/16 checkpoint
+    backbone_weights: str | None = None  # dino only: its ViT-S/16, as for the perceptual loss
 
     def __post_init__(self):
         at_least(1, "loss.adversarial", base_channels=self.base_channels, layers=self.layers,
                  kernel_size=self.kernel_size)
         at_least(0, "loss.adversarial", start_step=self.start_step, lecam_weight=self.lecam_weight)
-        for name in ("base_channels", "layers", "kernel_size", "batch_norm", "blur_downsampling"):
+        for name in ("base_channels", "layers", "kernel_size", "batch_norm", "blur_downsampling", "backbone_weights"):
             value, default = getattr(self, name), getattr(AdversarialConfig, name)
-            has_it = ("patchgan", "stylegan") if name == "base_channels" else ("patchgan",)
+            has_it = {"base_channels": ("patchgan", "stylegan"), "backbone_weights": ("dino",)}.get(name, ("patchgan",))
             if value != default and self.discriminator not in has_it:
                 raise InputError(f"loss.adversarial.{name} is {value}, a setting of {' and '.join(has_it)} only, "
                                  f"not of {self.discriminator}; leave it at {default}")
@@ -87,7 +97,10 @@ class AuxiliaryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticConfig:
-    """Cosine alignment of the decoder's semantic head with a frozen teacher; `weights` is the teacher's file."""
+    """Cosine alignment of the decoder's semantic head with a frozen teacher, whose tokens it predicts.
+
+    `teacher` is a name of models.frozen_vit or a VisionTransformer of timm's; `weights` as for the perceptual loss.
+    """
 
     teacher: str = "dinov2-vit-b"
     weight: float = 0.5

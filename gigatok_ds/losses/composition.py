@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from gigatok_ds.config.losses import AdversarialConfig, TokenizerLossConfig
+from gigatok_ds.config.losses import AdversarialConfig, PerceptualConfig, TokenizerLossConfig
 from gigatok_ds.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from gigatok_ds.losses.diffaug import diff_augment
 from gigatok_ds.losses.feature import feature_loss
+from gigatok_ds.losses.feature_distance import load_feature_distance
 from gigatok_ds.losses.lecam import LeCam
-from gigatok_ds.losses.perceptual import load_lpips
+from gigatok_ds.losses.perceptual import PerceptualDistance, load_lpips
 from gigatok_ds.losses.reconstruction import RECONSTRUCTION_LOSSES
 from gigatok_ds.losses.semantic import Teacher, alignment_loss
 from gigatok_ds.models.dino_discriminator import DinoDiscriminator, dino_backbone
@@ -35,9 +36,9 @@ Discriminate = Callable[[Tensor], Tensor]
 class TokenizerObjective(nn.Module):
     """Holds the frozen networks that losses look through; it has no trainable parameters."""
 
-    def __init__(self, config: TokenizerLossConfig, *, perceptual: nn.Module | None,
+    def __init__(self, config: TokenizerLossConfig, *, perceptual: PerceptualDistance | None,
                  teacher: nn.Module | None):
-        """perceptual: (images, reconstructions) to (B,) distances; teacher: images to (B, T, width)."""
+        """teacher: images to (B, T, width)."""
         super().__init__()
         assert (perceptual is None) == (config.perceptual is None), "perceptual network and config disagree"
         assert (teacher is None) == (config.semantic is None), "teacher and config disagree"
@@ -69,19 +70,21 @@ class TokenizerObjective(nn.Module):
         same terms as the reconstruction while it is wanted. discriminate may be None while the discriminator
         is inactive.
         """
-        terms = self._terms_of(images, reconstruction, discriminate, step)
+        seen = self.perceptual.look(images) if self.perceptual else None
+        terms = self._terms_of(images, seen, reconstruction, discriminate, step)
         if direct_reconstruction is not None and self.wants_direct_reconstruction(step):
-            direct = self._terms_of(images, direct_reconstruction, discriminate, step)
+            direct = self._terms_of(images, seen, direct_reconstruction, discriminate, step)
             terms |= {f"direct_{name}": value for name, value in direct.items()}
         return terms
 
-    def _terms_of(self, images: Tensor, reconstruction: Tensor, discriminate: Discriminate | None,
-                  step: int) -> dict[str, Tensor]:
+    def _terms_of(self, images: Tensor, seen: list[Tensor] | None, reconstruction: Tensor,
+                  discriminate: Discriminate | None, step: int) -> dict[str, Tensor]:
+        """`seen` is what the perceptual distance made of the images."""
         config = self.config
         pixel_loss = RECONSTRUCTION_LOSSES[config.reconstruction.kind](reconstruction.float(), images.float())
         terms = {"reconstruction": config.reconstruction.weight * pixel_loss}
         if config.perceptual:
-            terms["perceptual"] = config.perceptual.weight * self.perceptual(images, reconstruction).mean()
+            terms["perceptual"] = config.perceptual.weight * self.perceptual.distance(seen, reconstruction).mean()
         if self.discriminator_active(step):
             assert discriminate is not None, "the discriminator is active but was not given"
             adversarial_loss = GENERATOR_LOSSES[config.adversarial.generator_loss]
@@ -91,8 +94,7 @@ class TokenizerObjective(nn.Module):
     def latent_terms(self, output: TokenizerOutput, semantic_target: Tensor | None, step: int) -> dict[str, Tensor]:
         """The generator's terms that depend on the quantizer and on features of the images.
 
-        semantic_target (B, T, width) is what the teacher gives for the images, where there is a teacher. Raises
-        InputError when the semantic head does not fit the teacher.
+        semantic_target (B, T, width) is what the teacher gives for the images, where there is a teacher.
         """
         config, quantizer = self.config, output.quantizer_losses
         terms = {
@@ -125,14 +127,24 @@ class TokenizerObjective(nn.Module):
         return terms
 
 
-def build_objective(config: TokenizerLossConfig, *, device: torch.device | str) -> TokenizerObjective:
-    """The objective with its frozen networks. Raises InputError naming the key of a file that is missing."""
+def build_objective(config: TokenizerLossConfig, *, device: torch.device | str, grid: int = 16,
+                    precision: str = "fp32") -> TokenizerObjective:
+    """The objective with its frozen networks, for a tokenizer with `grid` x `grid` cells and training's precision.
+
+    Raises InputError naming the key of a file that is missing.
+    """
     perceptual = teacher = None
     if config.perceptual:
-        perceptual = load_lpips(config.perceptual.weights, dropout=config.perceptual.dropout)
+        perceptual = build_perceptual(config.perceptual, precision=precision)
     if config.semantic:
-        teacher = Teacher(config.semantic.teacher, config.semantic.weights)
+        teacher = Teacher(config.semantic.teacher, config.semantic.weights, grid=grid, precision=precision)
     return TokenizerObjective(config, perceptual=perceptual, teacher=teacher).to(device)
+
+
+def build_perceptual(config: PerceptualConfig, *, precision: str = "fp32") -> PerceptualDistance:
+    if config.model == "vgg":
+        return load_lpips(config.weights, dropout=config.dropout, precision=precision)
+    return load_feature_distance(config.model, config.weights, precision=precision)
 
 
 def build_discriminator(config: AdversarialConfig, layers: Layers = PLAIN, *,

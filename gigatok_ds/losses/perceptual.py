@@ -10,24 +10,49 @@ import torch
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
+from gigatok_ds.models.pretrained import autocast, build_frozen, fill_frozen, read_frozen_weights
+from gigatok_ds.models.published import WeightFile
 
 SETTING = "loss.perceptual.weights"
-VGG_FILE = "vgg16-397923af.pth"
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 # The last layer of each of VGG16's five stages, and its channels.
 READOUTS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
 
 
-class LPIPS(nn.Module):
-    """Frozen; images are (B, 3, H, W) in [-1, 1] with sides of 16 or more; the gradient flows to them."""
+class PerceptualDistance(nn.Module):
+    """Distances between images (B, 3, H, W) in [-1, 1] in what a frozen network makes of them.
 
-    def __init__(self, features: nn.Sequential, heads: dict[str, Tensor], *, dropout: bool = False):
+    The images are looked at once, and then any number of reconstructions is compared with that.
+    """
+
+    def look(self, images: Tensor) -> list[Tensor]:
+        """What `distance` compares with; no gradient flows to the images."""
+        raise NotImplementedError
+
+    def distance(self, seen: list[Tensor], reconstruction: Tensor) -> Tensor:
+        """One float32 distance per image, (B,); the gradient flows to the reconstruction."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Both together: (B,) float32."""
+        return self.distance(self.look(images), reconstruction)
+
+
+class LPIPS(PerceptualDistance):
+    """Frozen, for images with sides of 16 or more.
+
+    VGG16 computes in the training's precision, what follows in float32.
+    """
+
+    def __init__(self, features: nn.Sequential, heads: dict[str, Tensor], *, dropout: bool = False,
+                 precision: str = "fp32"):
         """features: VGG16's first 30 layers; heads: the `lin{0..4}.model.1.weight` of the lpips package.
 
         `dropout` drops half of the values in front of the heads while training, which the original does by an
         oversight; it draws from torch's own generator.
         """
         super().__init__()
+        self.precision = precision
         self.features = features
         self.scaling_layer = _Scaling()
         for index, channels in enumerate(READOUTS.values()):
@@ -36,19 +61,23 @@ class LPIPS(nn.Module):
         fill_frozen(self, rest | heads, "the lpips package")
         self.requires_grad_(False)
 
-    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """One distance per pair of images, (B,) float32."""
-        total = images.new_zeros(len(images), dtype=torch.float32)
-        stages = zip(self._stages(images), self._stages(reconstruction))
-        for index, (ours, theirs) in enumerate(stages):
-            difference = (_unit_channels(ours) - _unit_channels(theirs)).square()
+    @torch.no_grad()
+    def look(self, images: Tensor) -> list[Tensor]:
+        return list(self._stages(images))
+
+    def distance(self, seen: list[Tensor], reconstruction: Tensor) -> Tensor:
+        total = reconstruction.new_zeros(len(reconstruction), dtype=torch.float32)
+        for index, (theirs, ours) in enumerate(zip(seen, self._stages(reconstruction), strict=True)):
+            difference = (_unit_channels(theirs) - _unit_channels(ours)).square()
             total = total + self.get_submodule(f"lin{index}")(difference).mean(dim=(1, 2, 3))
         return total
 
     def _stages(self, images: Tensor) -> Iterator[Tensor]:
         x = self.scaling_layer(images.float())
         for index, layer in enumerate(self.features):
-            x = layer(x)
+            # Layer by layer, because what the caller does between two stages is not in this precision.
+            with autocast(images.device, self.precision):
+                x = layer(x)
             if index in READOUTS:
                 yield x
 
@@ -77,40 +106,47 @@ class _Head(nn.Module):
 
 
 def _unit_channels(feature: Tensor) -> Tensor:
+    feature = feature.float()
     # vector_norm, because the gradient of sqrt(sum(x^2)) is NaN where all channels are zero.
     return feature / (torch.linalg.vector_norm(feature, dim=1, keepdim=True) + 1e-10)
 
 
-def load_lpips(weights: str | Path | None = None, *, dropout: bool = False) -> LPIPS:
-    """LPIPS with torchvision's VGG16 from `weights` (None: torch's cache) and the lpips package's heads.
+def load_lpips(weights: str | Path | None = None, *, dropout: bool = False, precision: str = "fp32") -> LPIPS:
+    """LPIPS with torchvision's VGG16 (`weights` as in `WeightFile.value`) and the lpips package's heads.
 
     Raises InputError when either is missing.
     """
-    path = vgg_cache() if weights is None else Path(weights)
-    what = f"torchvision's VGG16_Weights.IMAGENET1K_V1, {VGG_FILE}"
-    if not path.is_file():
-        raise InputError(f"LPIPS needs {what}: there is no file {path}; download it there, "
-                         f"or give its path as {SETTING}")
-    state = read_frozen_weights(path, SETTING, what)
-    from torchvision.models import vgg16
-
-    with torch.device("meta"):
-        features = vgg16().features[: max(READOUTS) + 1]
-    wanted = {f"features.{name}": name for name in features.state_dict()}
-    fill_frozen(features, {wanted[name]: value for name, value in state.items() if name in wanted},
-                f"{SETTING}: {path}")
-    return LPIPS(features, _published_heads(), dropout=dropout)
+    features = build_frozen(_vgg_features, vgg_file(weights), _of_features)
+    return LPIPS(features, read_frozen_weights(heads_file()), dropout=dropout, precision=precision)
 
 
-def vgg_cache() -> Path:
-    """Where torch and torchvision keep the downloaded VGG16."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
+def vgg_file(weights: str | Path | None) -> WeightFile:
+    name = VGG_URL.rpartition("/")[2]
+    return WeightFile(setting=SETTING, value=weights, names=(name,), url=VGG_URL,
+                      what=f"torchvision's VGG16_Weights.IMAGENET1K_V1, {name}")
 
 
-def _published_heads() -> dict[str, Tensor]:
-    # Found without importing the package, which would load much more than a file of 7 kB.
+def heads_file() -> WeightFile:
+    """The heads in the lpips package, a file of 7 kB. Raises InputError when that is not installed."""
+    # Found without importing the package, which would load much more.
     spec = importlib.util.find_spec("lpips")
     if spec is None:
         raise InputError("LPIPS needs the package lpips for its weights; pip install lpips")
     path = Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth"
-    return read_frozen_weights(path, "lpips", "the weights in the package lpips; reinstall it")
+    return WeightFile(setting="the lpips package", value=path, names=(path.name,), what="its weights; reinstall it")
+
+
+def _vgg_features() -> nn.Sequential:
+    from torchvision.models.vgg import cfgs, make_layers
+
+    features = make_layers(cfgs["D"])[: max(READOUTS) + 1]
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):  # torch's default would let the features of random weights die away
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return features
+
+
+def _of_features(state: dict[str, Tensor], features: nn.Sequential) -> dict[str, Tensor]:
+    """Of torchvision's state_dict, which has a classifier, what belongs to the first layers."""
+    wanted = {f"features.{name}": name for name in features.state_dict()}
+    return {wanted[name]: value for name, value in state.items() if name in wanted}

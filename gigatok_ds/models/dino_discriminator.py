@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
+from gigatok_ds.models.pretrained import build_frozen
+from gigatok_ds.models.published import WeightFile
 from gigatok_ds.streams import SampleDraws
 
+BACKBONE_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
 INPUT_SIZE = 224
 CROP_PROBABILITY = 0.5
 # Tokens are read before the first block and after each of these.
@@ -174,22 +176,28 @@ class BatchNormLocal(nn.Module):
         return (normalized * self.weight[:, None] + self.bias[:, None]).to(x.dtype)
 
 
+def dino_file(weights: str | Path | None) -> WeightFile:
+    name = BACKBONE_URL.rpartition("/")[2]
+    return WeightFile(setting="loss.adversarial.backbone_weights", value=weights, names=(name,), url=BACKBONE_URL,
+                      what=f"{name} of facebookresearch/dino")
+
+
 def dino_backbone(weights: str | Path | None) -> nn.Module:
     """DINO's ViT-S/16 as the original uses it: tanh GELU, and no bias on the attention's keys.
 
-    Raises InputError when `weights` is missing or is another network's file.
+    weights as in `WeightFile.value`. Raises InputError when the file is missing or another network's.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
-    setting = "loss.adversarial.backbone_weights"
-    state = read_frozen_weights(weights, setting, "dino_deitsmall16_pretrain.pth of facebookresearch/dino")
-    with torch.device("meta"):
-        backbone = VisionTransformer(
-            img_size=INPUT_SIZE, patch_size=16, embed_dim=384, depth=12, num_heads=6, num_classes=0,
-            act_layer=partial(nn.GELU, approximate="tanh"), norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        )
-    fill_frozen(backbone, state, f"{setting}: {weights}")
+    backbone = build_frozen(_vit_small, dino_file(weights))
     with torch.no_grad():
         for block in backbone.blocks:
             block.attn.qkv.bias.chunk(3)[1].zero_()
     return backbone
+
+
+def _vit_small() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=INPUT_SIZE, patch_size=16, embed_dim=384, depth=12, num_heads=6, num_classes=0,
+        act_layer=partial(nn.GELU, approximate="tanh"), norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from safetensors import SafetensorError
@@ -11,28 +11,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.models.published import WeightFile
+from gigatok_ds.streams import stream_key
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def read_frozen_weights(path: str | Path | None, setting: str, what: str) -> dict[str, Tensor]:
+def read_frozen_weights(file: WeightFile) -> dict[str, Tensor]:
     """The state_dict in a file of published weights (`.safetensors`, or torch's format read as plain data).
 
-    setting is the recipe key that names the file, `what` says which file it should be. Raises InputError
-    naming both when the file is not given, missing or unreadable.
+    Raises InputError naming the setting and the file when it is missing or unreadable.
     """
-    if path is None:
-        raise InputError(f"{setting} is not set; give it the path of {what}")
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{setting}: there is no file {path}; it should be {what}")
+    path = file.find()
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise InputError(f"{setting}: {path} cannot be read ({reason}); it should be {what}") from None
+        raise InputError(f"{file.setting}: {path} cannot be read ({reason}); it should be {file.what}") from None
     if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise InputError(f"{setting}: {path} is not a plain state_dict; it should be {what}")
+        raise InputError(f"{file.setting}: {path} is not a plain state_dict; it should be {file.what}")
     return state
 
 
@@ -47,4 +46,28 @@ def fill_frozen(network: nn.Module, state: dict[str, Tensor], source: str) -> No
     if wrong:
         raise InputError(f"{source} holds another network: {wrong[0]} is missing, surplus or of another "
                          f"shape (and {len(wrong) - 1} more)")
-    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    network.load_state_dict({name: value.float() if value.is_floating_point() else value
+                             for name, value in state.items()}, assign=True)
+
+
+def build_frozen(build: Callable[[], nn.Module], file: WeightFile,
+                 fitted: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None) -> nn.Module:
+    """The network of `build` with the weights in `file`, or with random ones that depend on its setting's name only.
+
+    `fitted` makes of the file's state_dict the one that the network (without storage) takes. Raises InputError for a
+    missing file and for another network's.
+    """
+    if file.is_random:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_key(0, "frozen", file.setting))
+            return build()
+    state = read_frozen_weights(file)
+    with torch.device("meta"):
+        network = build()
+    fill_frozen(network, fitted(state, network) if fitted else state, f"{file.setting}: {file.find()}")
+    return network
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A frozen network with float32 weights computes in the training's precision (fp32, bf16 or fp16) within."""
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32")

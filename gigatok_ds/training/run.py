@@ -17,10 +17,13 @@ DEEPSPEED_FILE = "deepspeed.json"
 
 
 def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) -> Path | None:
-    """Refuse what can be refused before any rank starts: missing data, or a run directory of another recipe.
+    """Refuse what can be refused before any rank starts: missing data or weights, a run directory of another recipe.
 
-    Returns the checkpoint of another run that this one continues from, if it does.
+    Downloads the weights of frozen networks that the recipe wants downloaded. Returns the checkpoint of another run that
+    this one continues from, if it does.
     """
+    from gigatok_ds.training.frozen_weights import check_frozen
+
     for split in ("train", "validation"):
         path = getattr(recipe.data, split)
         if path is None:
@@ -31,11 +34,11 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
         raise InputError(f"{run_dir} exists and is not a directory")
     earlier = run_dir / RECIPE_FILE
     if earlier.is_file():
-        # A run may be spread otherwise or report more often; anything else would be another run.
         differing = differing_keys(load_recipe(str(earlier)), recipe)
         if differing:
             raise InputError(f"{run_dir} was started with another recipe: {', '.join(differing)} differ; "
                              "choose another --out")
+    check_frozen(recipe)
     return check_branch(recipe, run_dir, branch_from)
 
 
@@ -70,12 +73,14 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str])
     """Say what is odd about the settings, and write down what is about to be run."""
     from gigatok_ds.checkpoint.original import build_on_meta
     from gigatok_ds.training.environment import write_environment
+    from gigatok_ds.training.frozen_weights import random_weight_warnings, record_frozen
 
     parameters = sum(parameter.numel() for parameter in build_on_meta(recipe.model).parameters())
     advice = zero3_worth_it(parameters) if settings["zero_optimization"]["stage"] == 3 else None
-    for warning in [*warnings, *([advice] if advice else [])]:
+    for warning in [*warnings, *([advice] if advice else []), *random_weight_warnings(recipe)]:
         print(f"warning: {warning}", file=sys.stderr)
     run_dir.mkdir(parents=True, exist_ok=True)
+    record_frozen(recipe, run_dir)
     save_resolved(recipe, run_dir / RECIPE_FILE)
     _write_json(run_dir / DEEPSPEED_FILE, settings)
     write_environment(run_dir, command=sys.argv)

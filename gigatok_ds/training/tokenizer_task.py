@@ -56,7 +56,8 @@ class TokenizerTask:
                             image_size=recipe.model.image_size)
             self.discriminator = Engine(build, recipe.optimizer, settings, topology=topology)
             self.engines["discriminator"] = self.discriminator
-        self.objective = build_objective(recipe.loss, device=topology.device)
+        self.objective = build_objective(recipe.loss, device=topology.device, grid=recipe.model.grid,
+                                         precision=recipe.training.precision)
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology

@@ -1,0 +1,63 @@
+"""The frozen networks' files of a run: there before any rank starts, and the same ones whenever it is resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.errors import InputError
+from gigatok_ds.losses.frozen import weight_files
+from gigatok_ds.losses.semantic import check_teacher
+
+FROZEN_FILE = "frozen_weights.json"
+
+
+def check_frozen(recipe: Recipe) -> None:
+    """InputError when a frozen network is unknown or has no file, or the tokenizer does not fit the teacher.
+
+    What the recipe wants downloaded is, by the first rank of each host; its other ranks find it later.
+    """
+    if not isinstance(recipe, TokenizerRecipe):
+        return
+    if recipe.loss.semantic:
+        check_teacher(recipe.loss.semantic, recipe.model)
+    for file in weight_files(recipe.loss):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            file.fetch()
+        if not (file.is_random or file.wants_download):
+            file.find()
+
+
+def random_weight_warnings(recipe: Recipe) -> list[str]:
+    """One line per frozen network with random weights."""
+    files = weight_files(recipe.loss) if isinstance(recipe, TokenizerRecipe) else []
+    return [f"{file.setting} is random: a loss looks through an untrained network (instead of {file.what}), which is good "
+            "for tests and dry runs only" for file in files if file.is_random]
+
+
+def record_frozen(recipe: Recipe, run_dir: Path) -> None:
+    """Write frozen_weights.json: by setting, each file's name and SHA-256 (null for random weights).
+
+    Raises InputError, and writes nothing, when the run was started with other files.
+    """
+    files = weight_files(recipe.loss) if isinstance(recipe, TokenizerRecipe) else []
+    if not files:
+        return
+    now = {file.setting: {"file": None if file.is_random else file.find().name, "sha256": file.sha256()}
+           for file in files}
+    path = run_dir / FROZEN_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
+    for setting, entry in now.items():
+        earlier = before.get(setting, entry)["sha256"]
+        if earlier != entry["sha256"]:
+            raise InputError(f"{setting}: the run in {run_dir} was started with {_named(earlier)}, but this is "
+                             f"{_named(entry['sha256'])}; give it the same weights, or choose another --out")
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _named(digest: str | None) -> str:
+    return f"a file of SHA-256 {digest[:16]}..." if digest else "random weights"
