@@ -37,23 +37,24 @@ def random_weight_warnings(recipe: Recipe) -> list[str]:
             "for tests and dry runs only" for file in files if file.is_random]
 
 
-def record_frozen(recipe: Recipe, run_dir: Path) -> None:
+def record_frozen(recipe: Recipe, run_dir: Path, *, since: Path) -> None:
     """Write frozen_weights.json: by setting, each file's name and SHA-256 (null for random weights).
 
-    Raises InputError, and writes nothing, when the run was started with other files.
+    Raises InputError, and writes nothing, when the run that began in the directory `since` did so with other files.
     """
     files = weight_files(recipe.loss) if isinstance(recipe, TokenizerRecipe) else []
     if not files:
         return
     now = {file.setting: {"file": None if file.is_random else file.find().name, "sha256": file.sha256()}
            for file in files}
-    path = run_dir / FROZEN_FILE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
+    earlier_file = since / FROZEN_FILE
+    before = json.loads(earlier_file.read_text(encoding="utf-8")) if earlier_file.is_file() else now
     for setting, entry in now.items():
         earlier = before.get(setting, entry)["sha256"]
         if earlier != entry["sha256"]:
-            raise InputError(f"{setting}: the run in {run_dir} was started with {_named(earlier)}, but this is "
+            raise InputError(f"{setting}: the run in {since} was started with {_named(earlier)}, but this is "
                              f"{_named(entry['sha256'])}; give it the same weights, or choose another --out")
+    path = run_dir / FROZEN_FILE
     scratch = path.with_suffix(".partial")
     scratch.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
     os.replace(scratch, path)

@@ -59,9 +59,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
         with watch_ranks(topology):
             settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
             if topology.is_first:
-                _prepare(recipe, run_dir, settings, warnings)
-                if branch:
-                    record_branch(run_dir, branch)
+                _prepare(recipe, run_dir, settings, warnings, branch)
             topology.barrier()
             task = _task(recipe)(recipe, topology, settings)
             train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], branch)
@@ -69,7 +67,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
         stop_process_group(topology)
 
 
-def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str]) -> None:
+def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], branch: Path | None) -> None:
     """Say what is odd about the settings, and write down what is about to be run."""
     from gigatok_ds.checkpoint.original import build_on_meta
     from gigatok_ds.training.environment import write_environment
@@ -80,7 +78,9 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str])
     for warning in [*warnings, *([advice] if advice else []), *random_weight_warnings(recipe)]:
         print(f"warning: {warning}", file=sys.stderr)
     run_dir.mkdir(parents=True, exist_ok=True)
-    record_frozen(recipe, run_dir)
+    record_frozen(recipe, run_dir, since=branch.parent.parent if branch else run_dir)
+    if branch:
+        record_branch(run_dir, branch)
     save_resolved(recipe, run_dir / RECIPE_FILE)
     _write_json(run_dir / DEEPSPEED_FILE, settings)
     write_environment(run_dir, command=sys.argv)
