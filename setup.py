@@ -74,7 +74,7 @@ TRAIN = [
     "lpips>=0.1.4",
     "tensorboard",
 ]
-EVAL = ["scikit-learn>=1.5", "matplotlib>=3.8", "jinja2"]
+EVAL = ["scikit-learn>=1.5", "matplotlib>=3.8", "jinja2", "torch-fidelity>=0.4"]
 
 setup(
     name="gigatok_ds",

@@ -1,4 +1,4 @@
-"""Means and covariances against NumPy's, Frechet distances against closed forms and the evaluators' matrix square root."""
+"""Means and covariances against NumPy's; Frechet distances against closed forms and the evaluators' matrix root."""
 
 import warnings
 
@@ -28,7 +28,8 @@ def statistics(vectors, *sizes):
 
 
 def numpy_gaussian(vectors):
-    return Gaussian(torch.as_tensor(np.mean(vectors.numpy(), axis=0)), torch.as_tensor(np.cov(vectors.numpy(), rowvar=False)))
+    vectors = vectors.numpy()
+    return Gaussian(torch.as_tensor(np.mean(vectors, axis=0)), torch.as_tensor(np.cov(vectors, rowvar=False)))
 
 
 def evaluators_distance(ours, theirs):

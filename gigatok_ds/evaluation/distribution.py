@@ -83,7 +83,7 @@ class FeatureStatistics:
 
 
 def frechet_distance(ours: Gaussian, theirs: Gaussian) -> float:
-    """The distance above: 0 for equal Gaussians, but for rounding (1e-9 of their traces), which never shows as below 0."""
+    """The distance above; 0 for equal Gaussians but for rounding, at most 1e-9 of their traces, and never below 0."""
     overlap = torch.linalg.svdvals(_root(ours.covariance).T @ _root(theirs.covariance)).sum()
     apart = (ours.mean - theirs.mean).square().sum()
     distance = apart + ours.covariance.trace() + theirs.covariance.trace() - 2 * overlap
