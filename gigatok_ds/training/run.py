@@ -23,6 +23,10 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
             raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
         if not Path(path).is_dir():
             raise InputError(f"data.{split} is {path}, which is not a directory")
+    if isinstance(recipe, TokenizerRecipe) and recipe.validation.inception is not None:
+        from gigatok_ds.evaluation.inception import load_inception
+
+        load_inception(recipe.validation.inception, "validation.inception")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} exists and is not a directory")
     earlier = run_dir / RECIPE_FILE
@@ -30,7 +34,7 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
         before, now = _flat(recipe_to_dict(load_recipe(str(earlier)))), _flat(recipe_to_dict(recipe))
         # A run may be spread otherwise or report more often; anything else would be another run.
         differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-                     and not key.startswith("parallel.")
+                     and not key.startswith(("parallel.", "validation."))
                      and key.split(".")[-1] not in ("log_every", "validate_every", "checkpoint_every",
                                                     "keep_checkpoints", "workers")]
         if differing:
