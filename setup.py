@@ -93,7 +93,7 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "demo": TRAIN + EVAL,
-        "test": TRAIN + EVAL + ["pytest>=8"],
+        "test": TRAIN + EVAL + ["pytest>=8", "scikit-image>=0.22"],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
 )
