@@ -45,6 +45,15 @@ def evaluators_distance(ours, theirs):
     return (m1 - m2) @ (m1 - m2) + np.trace(c1) + np.trace(c2) - 2 * np.trace(root).real
 
 
+def distance_of_few(ours, theirs):
+    """Of two sets of N vectors, without matrices of their dimension: with centred rows X / (N - 1)^(1/2) as R^T in
+    C = R R^T, the roots' overlap is the sum of the singular values of X1 X2^T / (N - 1)."""
+    means = [side.mean(dim=0) for side in (ours, theirs)]
+    ours, theirs = ((side - mean) / (len(side) - 1) ** 0.5 for side, mean in zip((ours, theirs), means))
+    apart = (means[0] - means[1]).square().sum() + ours.square().sum() + theirs.square().sum()
+    return (apart - 2 * torch.linalg.matrix_norm(ours @ theirs.T, "nuc")).item()
+
+
 def assert_same(found, vectors, tolerance=1e-12):
     expected = numpy_gaussian(vectors)
     assert found.count == len(vectors)
@@ -108,6 +117,15 @@ def test_distances_are_the_evaluators(count, width, rank):
     ours, theirs = (statistics(features(seed, count, width, rank=rank)).gaussian() for seed in (3, 4))
     assert frechet_distance(ours, theirs) == pytest.approx(evaluators_distance(ours, theirs), rel=1e-4)
     assert frechet_distance(theirs, ours) == pytest.approx(frechet_distance(ours, theirs), rel=1e-9)
+    expected = distance_of_few(*(features(seed, count, width, rank=rank) for seed in (3, 4)))
+    assert frechet_distance(ours, theirs) == pytest.approx(expected, rel=1e-10)
+
+
+def test_few_vectors_against_many_leave_no_rounding_behind():
+    """Roots of eigenvalues that are rounding (1e-16) would be 1e-8 in each of 61 dimensions that only one set fills."""
+    few, many = features(3, 4, 64), features(4, 300, 64)
+    distance = frechet_distance(statistics(few).gaussian(), statistics(many).gaussian())
+    assert distance == pytest.approx(distance_of_few(few, many), rel=1e-10)
 
 
 @pytest.mark.parametrize("count, width, rank", CASES)

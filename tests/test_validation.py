@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from rank_runs import run_ranks
+from test_distribution import distance_of_few
 from torchvision.models import vgg16
 from training_runs import prepare
 
@@ -77,15 +78,6 @@ def whole_set(recipe):
     with torch.no_grad():
         output = tokenizer(recipe).eval()(batch["images"])
     return batch["images"], output.reconstruction, output.codes
-
-
-def distance_of_few(ours, theirs):
-    """Of two sets of N vectors, without matrices of their dimension: with centred rows X / (N - 1)^(1/2) as R^T in
-    C = R R^T, the roots' overlap is the sum of the singular values of X1 X2^T / (N - 1)."""
-    means = [side.mean(dim=0) for side in (ours, theirs)]
-    ours, theirs = ((side - mean) / (len(side) - 1) ** 0.5 for side, mean in zip((ours, theirs), means))
-    apart = (means[0] - means[1]).square().sum() + ours.square().sum() + theirs.square().sum()
-    return (apart - 2 * torch.linalg.matrix_norm(ours @ theirs.T, "nuc")).item()
 
 
 @pytest.fixture(scope="module")
