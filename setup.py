@@ -74,7 +74,7 @@ TRAIN = [
     "lpips>=0.1.4",
     "tensorboard",
 ]
-EVAL = ["scikit-learn>=1.5", "matplotlib>=3.8", "jinja2"]
+EVAL = ["scikit-learn>=1.5", "matplotlib>=3.8", "jinja2", "torch-fidelity>=0.4"]
 
 setup(
     name="gigatok_ds",
@@ -93,7 +93,7 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "demo": TRAIN + EVAL,
-        "test": TRAIN + EVAL + ["pytest>=8"],
+        "test": TRAIN + EVAL + ["pytest>=8", "scikit-image>=0.22"],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from golden_weights import image
+from skimage.metrics import structural_similarity
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.classifier import ImageClassifier
@@ -14,7 +15,7 @@ from gigatok_ds.evaluation.code_metrics import (
     perplexity,
     unigram_entropy,
 )
-from gigatok_ds.evaluation.image_metrics import make_grid, psnr, to_uint8
+from gigatok_ds.evaluation.image_metrics import make_grid, psnr, ssim, to_uint8
 
 
 def images(name, shape=(3, 3, 20, 24)):
@@ -50,6 +51,24 @@ def test_psnr_of_known_errors():
     assert psnr(black, 25 * white).item() == pytest.approx(0, abs=1e-12), "images are clamped"
     one_level = black + 2 / 255
     assert psnr(black, one_level).item() == pytest.approx(20 * math.log10(255), abs=1e-9)
+
+
+def test_ssim_is_that_of_scikit_image():
+    truth, noise = images("truth"), images("noise")
+    restored = truth + torch.tensor([0.3, 0.02, 1.5])[:, None, None, None] * noise
+    values = ssim(truth, restored)
+    assert values.shape == (3,) and values.dtype == torch.float64
+    for value, y, x in zip(values.tolist(), to_uint8(restored).double() / 255, (truth.double() + 1) / 2):
+        expected = structural_similarity(y.numpy(), x.numpy(), channel_axis=0, data_range=2.0)
+        assert value == pytest.approx(expected, abs=1e-9)
+
+
+def test_ssim_of_known_images():
+    black, white = -torch.ones(1, 3, 9, 8), torch.ones(1, 3, 9, 8)
+    assert ssim(black, black).item() == pytest.approx(1, abs=1e-12)
+    assert ssim(black, white).item() == pytest.approx(0.02**2 / (1 + 0.02**2), abs=1e-12)
+    with pytest.raises(InputError, match=r"SSIM needs images of 7 x 7 pixels or more, not \(9, 6\)"):
+        ssim(black[..., :6], white[..., :6])
 
 
 def test_grids_place_images_by_row_and_column():

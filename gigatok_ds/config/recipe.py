@@ -7,6 +7,7 @@ from typing import Literal
 
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
+from gigatok_ds.config.validation import ValidationConfig
 from gigatok_ds.errors import InputError
 
 
@@ -142,6 +143,7 @@ class TokenizerRecipe:
     schedule: ScheduleConfig = ScheduleConfig()
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     parallel: TokenizerParallelConfig = TokenizerParallelConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self):
         model, tensor = self.model, self.parallel.tensor
@@ -152,6 +154,10 @@ class TokenizerRecipe:
             _divides(tensor, "the cells of the feature map", model.grid**2)
         if (self.loss.semantic is None) != (self.model.semantic_head is None):
             raise InputError("loss.semantic and model.semantic_head go together: set both, or set both to null")
+        fid_every, every = self.validation.fid_every, self.training.validate_every
+        if fid_every is not None and fid_every % every:
+            raise InputError(f"validation.fid_every is {fid_every}; it must be a multiple of training.validate_every, "
+                             f"which is {every}")
         judge, size = self.loss.adversarial and self.loss.adversarial.discriminator, model.image_size
         if judge == "stylegan" and (size < 32 or size & (size - 1)):
             raise InputError("loss.adversarial.discriminator stylegan judges images whose side is a power of two from "

@@ -134,27 +134,28 @@ class ImageBatches(TrainingBatches):
 
 
 class _EvaluationImages(Dataset):
-    def __init__(self, index: ShardIndex, size: int):
-        self.index = index
+    def __init__(self, index: ShardIndex, size: int, images: int):
+        self.index, self.images = index, images
         self.transform = evaluation_transform(size)
 
     def __getitem__(self, position: int) -> dict:
-        sample = min(position, len(self.index) - 1)
+        sample = min(position, self.images - 1) * len(self.index) // self.images
         image = _decode(self.index, sample, self.index.read(sample))
         return {"images": self.transform(image, None), "labels": self.index.label(sample), "sample": sample,
-                "valid": position < len(self.index)}
+                "valid": position < self.images}
 
 
 def evaluation_batches(index: ShardIndex, size: int, batch_size: int, data_rank: int = 0, data_size: int = 1,
-                       *, workers: int = 0, pin_memory: bool = False) -> BatchLoader:
+                       *, images: int | None = None, workers: int = 0, pin_memory: bool = False) -> BatchLoader:
     """Center-cropped images in the order of the index; `len` is the number of batches, equal on all ranks.
 
-    Batch b of rank r holds the samples (b * data_size + r) * batch_size onwards. Yields `images` float32
+    `images` takes so many of them, evenly spaced, since data is often sorted by class; None takes all. Batch b of rank
+    r holds the taken images (b * data_size + r) * batch_size onwards. Yields `images` float32
     (batch_size, 3, size, size) in [-1, 1], `labels` and `sample` int64 (batch_size,), and `valid` bool
-    (batch_size,), False for the copies of the last sample that fill up the end. Raises InputError for an
+    (batch_size,), False for the copies of the last one that fill up the end. Raises InputError for an
     undecodable image: leaving it out would falsify the result.
     """
-    per_round = batch_size * data_size
-    starts = range(data_rank * batch_size, -(-len(index) // per_round) * per_round, per_round)
+    images, per_round = len(index) if images is None else images, batch_size * data_size
+    starts = range(data_rank * batch_size, -(-images // per_round) * per_round, per_round)
     positions = [list(range(start, start + batch_size)) for start in starts]
-    return BatchLoader(_EvaluationImages(index, size), positions, workers=workers, pin_memory=pin_memory)
+    return BatchLoader(_EvaluationImages(index, size, images), positions, workers=workers, pin_memory=pin_memory)

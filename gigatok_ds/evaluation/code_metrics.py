@@ -29,7 +29,12 @@ def code_counts(codes: Tensor, codebook_size: int) -> Tensor:
 
 def codebook_usage(codes: Tensor, codebook_size: int) -> float:
     """Fraction of the codebook that occurs at all: |{k : n_k > 0}| / K."""
-    return int(code_counts(codes, codebook_size).count_nonzero()) / codebook_size
+    return usage_of_counts(code_counts(codes, codebook_size))
+
+
+def usage_of_counts(counts: Tensor) -> float:
+    """The same from n_k, (K,)."""
+    return int(counts.count_nonzero()) / len(counts)
 
 
 def unigram_entropy(codes: Tensor, codebook_size: int) -> float:
@@ -37,9 +42,12 @@ def unigram_entropy(codes: Tensor, codebook_size: int) -> float:
 
     What the best model would pay that knows how frequent codes are, but neither position, class nor context.
     """
-    probabilities = code_counts(codes, codebook_size)
-    probabilities /= probabilities.sum()
-    return float(torch.special.entr(probabilities).sum())
+    return entropy_of_counts(code_counts(codes, codebook_size))
+
+
+def entropy_of_counts(counts: Tensor) -> float:
+    """The same from n_k, (K,)."""
+    return float(torch.special.entr(counts.double() / counts.sum()).sum())
 
 
 def perplexity(codes: Tensor, codebook_size: int) -> float:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from gigatok_ds.errors import InputError
+
+SSIM_WINDOW = 7
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -18,8 +23,36 @@ def psnr(images: Tensor, restored: Tensor) -> Tensor:
     images, restored: (B, 3, H, W) floats in [-1, 1]. The restored image is measured as a file would hold it,
     in 8 bits; the original is not rounded. Returns (B,) float64, infinite where nothing differs.
     """
-    difference = to_uint8(restored).double() / 255 - (images.double() + 1) / 2
+    ours, theirs = _in_unit_range(images, restored)
+    difference = theirs - ours
     return -10 * torch.log10(difference.square().flatten(1).mean(dim=1))
+
+
+def ssim(images: Tensor, restored: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of each image, of the same two as `psnr`; (B,) float64, 1 at best.
+
+    The mean over colours and all whole windows of 7 x 7 equally weighted pixels, with sample variances, k1 = 0.01 and
+    k2 = 0.03. Its range of data is 2, as in the original, although pixels are compared in [0, 1]: that makes the figure
+    larger than usual. Raises InputError for images smaller than a window.
+    """
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise InputError(f"SSIM needs images of {SSIM_WINDOW} x {SSIM_WINDOW} pixels or more, "
+                         f"not {tuple(images.shape[-2:])}")
+    x, y = _in_unit_range(images, restored)
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = (
+        F.avg_pool2d(values, SSIM_WINDOW, stride=1) for values in (x, y, x * x, y * y, x * y))
+    per_sample = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
+    variances = per_sample * (mean_xx - mean_x.square() + mean_yy - mean_y.square())
+    covariance = per_sample * (mean_xy - mean_x * mean_y)
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    structure = (2 * covariance + c2) / (variances + c2)
+    return (luminance * structure).flatten(1).mean(dim=1)
+
+
+def _in_unit_range(images: Tensor, restored: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float64 in [0, 1], the restored ones as a file of 8 bits holds them."""
+    return (images.double() + 1) / 2, to_uint8(restored).double() / 255
 
 
 def make_grid(images: Tensor, *, gap: int = 0, background: int = 255) -> np.ndarray:

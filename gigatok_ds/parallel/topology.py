@@ -69,6 +69,12 @@ class Topology:
             tensor /= self.world_size
         return tensor
 
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def max_over_ranks(self, value: float) -> float:
         if self.world_size == 1:
             return value

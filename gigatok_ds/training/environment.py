@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 ENVIRONMENT_FILE = "environment.json"
-PACKAGES = ("gigatok_ds", "torch", "deepspeed", "megatron-core", "numpy", "timm", "lpips", "webdataset")
+PACKAGES = ("gigatok_ds", "torch", "deepspeed", "megatron-core", "numpy", "timm", "lpips", "webdataset",
+            "torch-fidelity")
 _SOURCE = Path(__file__).resolve().parents[1]
 
 

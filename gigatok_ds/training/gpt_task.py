@@ -81,7 +81,7 @@ class GPTTask:
         return torch.where(dropped.to(classes.device), self.recipe.model.num_classes, classes)
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self, step: int) -> dict[str, float]:
         """Mean cross-entropy, in nats per code, of the first augmentation of every validation sequence."""
         network = self.engine.network.eval()
         codes, labels = self.validation_codes.codes[:, 0], self.validation_codes.labels

@@ -34,8 +34,8 @@ class Task(Protocol):
     def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
         """Forward, backward and engine steps for a micro batch of `step` (1-based); scalars to log."""
 
-    def validate(self) -> dict[str, float]:
-        """Figures on the validation data; collective."""
+    def validate(self, step: int) -> dict[str, float]:
+        """Figures on the validation data after `step`; collective."""
 
     def probe(self) -> dict[str, np.ndarray]:
         """Outputs on a few fixed inputs, against which an exported model is checked; collective."""
@@ -84,7 +84,7 @@ def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, ac
                 monitor.note(memory_line(peak, next(iter(task.engines.values())).stage, recipe))
                 told_memory = True
         if step % settings.validate_every == 0 or last:
-            figures = task.validate()
+            figures = task.validate(step)
             monitor.log(step, {f"validation/{name}": value for name, value in figures.items()})
         if step % settings.checkpoint_every == 0 or last:
             save_checkpoint(run_dir, step, task.engines, topology, keep=settings.keep_checkpoints)

@@ -30,6 +30,10 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
             raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
         if not Path(path).is_dir():
             raise InputError(f"data.{split} is {path}, which is not a directory")
+    if isinstance(recipe, TokenizerRecipe) and recipe.validation.inception is not None:
+        from gigatok_ds.evaluation.inception import load_inception
+
+        load_inception(recipe.validation.inception, "validation.inception")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} exists and is not a directory")
     earlier = run_dir / RECIPE_FILE

@@ -13,8 +13,6 @@ from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.transforms import training_transform
-from gigatok_ds.evaluation.code_metrics import codebook_usage, perplexity
-from gigatok_ds.evaluation.image_metrics import psnr
 from gigatok_ds.losses.adaptive import adaptive_weight, kernel_gradient
 from gigatok_ds.losses.composition import build_discriminator, build_objective
 from gigatok_ds.models.tokenizer import Tokenizer
@@ -24,6 +22,7 @@ from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, stream_key, torch_stream
 from gigatok_ds.training.engine import Engine
 from gigatok_ds.training.monitor import NOT_FINITE
+from gigatok_ds.training.validation import TokenizerValidation
 
 PROBE_IMAGES = 16
 # Gradients of a mean over many logits would underflow on their way through a discriminator in fp16.
@@ -58,6 +57,8 @@ class TokenizerTask:
             self.engines["discriminator"] = self.discriminator
         self.objective = build_objective(recipe.loss, device=topology.device, grid=recipe.model.grid,
                                          precision=recipe.training.precision)
+        self.validation = TokenizerValidation(recipe, self.validation_index, self.objective.perceptual, topology,
+                                              self.own_images)
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology
@@ -174,29 +175,8 @@ class TokenizerTask:
         stream = torch_stream(training.seed, "discriminator-augmentation", side, step)
         return SampleDraws(stream, training.global_batch_size, positions % training.global_batch_size)
 
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Mean PSNR of the validation images, and how the codebook serves them."""
-        network = self.generator.network.eval()
-        size = self.recipe.model.quantizer.codebook_size
-        total, images, codes = torch.zeros(2), 0, []
-        for batch in evaluation_batches(self.validation_index, self.recipe.model.image_size, self.own_images,
-                                        self.topology.rank, self.topology.world_size):
-            pixels = batch["images"].to(self.topology.device)
-            output = network(pixels)
-            valid = batch["valid"]
-            values = psnr(pixels, output.reconstruction.float()).cpu()
-            total += torch.tensor([values[valid].sum(), valid.sum()])
-            valid = self.topology.gather_images(valid.to(self.topology.device))
-            codes.append(torch.where(valid[:, None], output.codes, -1))
-        total = self.topology.mean_over_ranks(total.to(self.topology.device)).cpu()
-        everything = self.topology.gather_data(torch.cat(codes)).cpu()
-        everything = everything[everything[:, 0] >= 0]
-        return {
-            "psnr": float(total[0] / total[1]),
-            "codebook_usage": codebook_usage(everything, size),
-            "codebook_perplexity": perplexity(everything, size),
-        }
+    def validate(self, step: int) -> dict[str, float]:
+        return self.validation.measure(self.generator.network, step)
 
     @torch.no_grad()
     def probe(self) -> dict[str, np.ndarray]:

@@ -1,0 +1,103 @@
+"""The Inception network of FID: torch-fidelity's port of the TensorFlow graph that the published evaluators use."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gigatok_ds.errors import InputError
+from gigatok_ds.evaluation.image_metrics import to_uint8
+from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
+from gigatok_ds.streams import torch_stream
+
+FEATURES = 2048
+RANDOM = "random"  # instead of a path: seeded weights, whose distances mean nothing outside of tests
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_WHAT = f"torch-fidelity's Inception v3, {FILE} of its release v0.2.0"
+
+
+class InceptionFeatures(nn.Module):
+    """Frozen, in float32; images are (B, 3, H, W) floats in [-1, 1], features float32 (B, 2048).
+
+    An image is taken as a file would hold it, in 8 bits, and resized to 299 pixels as TensorFlow 1 did.
+    """
+
+    def __init__(self, network: nn.Module):
+        """network: uint8 images (B, 3, H, W) to a tuple that holds their features."""
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        # TensorFloat-32, which convolutions use unless told not to, would round features to three digits.
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            return self.network(to_uint8(images))[0]
+
+
+def load_inception(weights: str | Path, setting: str) -> InceptionFeatures:
+    """The network with the weights of a file, read as plain data, or with seeded ones for `random`.
+
+    setting is the recipe key that names the file. Raises InputError naming it when torch-fidelity is not installed, or
+    the file is missing, unreadable or of another network.
+    """
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise InputError(f"{setting} needs the package torch-fidelity; pip install 'gigatok_ds[eval]'")
+    if str(weights) == RANDOM:
+        network = _empty_network()
+        fill_frozen(network, _random_weights(network), setting)
+        return InceptionFeatures(network)
+    state = read_frozen_weights(weights, setting, _WHAT)
+    network = _empty_network()
+    # Older files lack these counters of training steps, and evaluation ignores them.
+    counters = {name: torch.zeros(()) for name in network.state_dict() if name.endswith("num_batches_tracked")}
+    fill_frozen(network, counters | state, f"{setting}: {weights} should be {_WHAT}, but")
+    return InceptionFeatures(network)
+
+
+def origin_of(weights: str | Path) -> str:
+    """A line that says which weights these are: the SHA-256 of the file, and whether it is the published one."""
+    if str(weights) == RANDOM:
+        return "warning: the Inception network has random weights: its distances compare with nothing published"
+    with open(weights, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found == SHA256:
+        return f"Inception weights: {weights}, SHA-256 {found}, the published file"
+    return (f"warning: Inception weights: {weights}, SHA-256 {found}, which is not {FILE} ({SHA256}): "
+            "distances may not compare with published ones")
+
+
+def _empty_network() -> nn.Module:
+    """torch-fidelity's network without weights or storage."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Empty(FeatureExtractorInceptionV3):
+        """Its constructor downloads weights, or reads a file that may run code: it is given an empty one instead."""
+
+        def load_state_dict(self, state, *arguments, **options):
+            return super().load_state_dict(state, *arguments, **options) if state else None
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    with torch.device("meta"):
+        return Empty("inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=nothing)
+
+
+def _random_weights(network: nn.Module) -> dict[str, Tensor]:
+    """He-normal kernels, so that features neither vanish nor grow with depth, and normalisations that do nothing."""
+    state = {}
+    for name, value in network.state_dict().items():
+        if value.dim() > 1:
+            noise = torch.randn(value.shape, generator=torch_stream(0, "inception", name))
+            state[name] = noise * math.sqrt(2 / value[0].numel())
+        else:
+            scale = name.endswith(("bn.weight", "running_var"))
+            state[name] = torch.ones(value.shape) if scale else torch.zeros(value.shape)
+    return state
