@@ -129,7 +129,7 @@ def largest_differences(ours, theirs):
         assert mine.keys() == other.keys()
         for name in mine.keys() - {"time", "step"}:
             difference = abs(mine[name] - other[name])
-            if name.startswith("grad_norm"):
+            if name.startswith(("grad_norm", "term_grad")):
                 norms = max(norms, difference / other[name])
             elif not name.startswith("memory"):
                 losses = max(losses, difference / max(abs(other[name]), 0.1))

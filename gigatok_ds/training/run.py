@@ -30,7 +30,7 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
         before, now = _flat(recipe_to_dict(load_recipe(str(earlier)))), _flat(recipe_to_dict(recipe))
         # A run may be spread otherwise or report more often; anything else would be another run.
         differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-                     and not key.startswith("parallel.")
+                     and not key.startswith(("parallel.", "monitor."))
                      and key.split(".")[-1] not in ("log_every", "validate_every", "checkpoint_every",
                                                     "keep_checkpoints", "workers")]
         if differing:
