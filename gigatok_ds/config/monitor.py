@@ -25,9 +25,9 @@ class MonitorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerMonitorConfig(MonitorConfig):
-    """A term whose gradient stays below a millionth of the others' for `dead_term_steps` steps in a row is warned about,
-    and so is a codebook of which less than `collapse_usage` is in use (0: never). `preview_images` reconstructions are
-    shown with every validation (0: none)."""
+    """A term whose gradient stays below a millionth of the largest other's for `dead_term_steps` steps in a row is
+    warned about, and so is a codebook of which less than `collapse_usage` is in use (0: never). `preview_images`
+    reconstructions are shown with every validation (0: none)."""
 
     dead_term_steps: int = 1000
     collapse_usage: float = 0.05

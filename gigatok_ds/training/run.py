@@ -10,13 +10,15 @@ from gigatok_ds.config.deepspeed import resolve_deepspeed, zero3_worth_it
 from gigatok_ds.config.load import load_recipe, recipe_to_dict, save_resolved
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.training.wandb_log import check_wandb
 
 RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 
 
 def check_run(recipe: Recipe, run_dir: Path) -> None:
-    """Refuse what can be refused before any rank starts: missing data, or a run directory of another recipe."""
+    """Refuse what can be refused before any rank starts: missing data or packages, or another recipe's directory."""
+    check_wandb(recipe.monitor.wandb_project)
     for split in ("train", "validation"):
         path = getattr(recipe.data, split)
         if path is None:

@@ -5,7 +5,8 @@ global batch, so that the norm depends neither on ranks nor on micro batches:
 
 - reconstruction, perceptual, adversarial and direct_*: at the CNN decoder's output, (images, 3, S, S). An adversarial
   term counts with the adaptive weight, where there is one.
-- feature: at the transformer decoder's output (images, z, G, G); semantic: at the semantic head's, (images, G * G, width).
+- feature: at the transformer decoder's output (images, z, G, G); semantic: at the semantic head's (images, G * G,
+  width).
 - commitment and entropy: at the latents as they are compared, normalised if codes are, (images * T, D); codebook: at
   the code that each latent chose, (images * T, D).
 

@@ -17,13 +17,16 @@ from gigatok_ds.evaluation.code_metrics import codebook_usage, perplexity
 from gigatok_ds.evaluation.image_metrics import psnr
 from gigatok_ds.losses.adaptive import adaptive_weight, kernel_gradient
 from gigatok_ds.losses.composition import build_discriminator, build_objective
+from gigatok_ds.models.quantizer import USAGE_WINDOW
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.dropout import dropout_at
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, stream_key, torch_stream
 from gigatok_ds.training.engine import Engine
+from gigatok_ds.training.flops import TokenizerFlops
 from gigatok_ds.training.monitor import NOT_FINITE
+from gigatok_ds.training.previews import preview_grid
 from gigatok_ds.training.term_gradients import TermGradients
 
 PROBE_IMAGES = 16
@@ -59,6 +62,7 @@ class TokenizerTask:
             self.discriminator = Engine(build, recipe.optimizer, settings, topology=topology)
             self.engines["discriminator"] = self.discriminator
         self.objective = build_objective(recipe.loss, device=topology.device)
+        self.flops = TokenizerFlops(recipe, self.objective, self.own_images, topology.device)
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology
@@ -206,16 +210,32 @@ class TokenizerTask:
         }
 
     @torch.no_grad()
+    def figures(self, step: int) -> dict[str, float]:
+        """Perplexity of the usage window; codes that have not passed yet do not count."""
+        quantizer, training = self.generator.network.quantizer, self.recipe.training
+        passed = step * training.global_batch_size * self.recipe.model.latent_tokens
+        codes = quantizer.codebook_used[-min(passed, USAGE_WINDOW):]
+        return {"codebook_perplexity": perplexity(codes, quantizer.config.codebook_size)}
+
+    def preview(self) -> np.ndarray | None:
+        """The first monitor.preview_images validation images above their reconstructions."""
+        count = min(self.recipe.monitor.preview_images, len(self.validation_index))
+        return preview_grid(*self._reconstructed(count)[:2]) if count else None
+
     def probe(self) -> dict[str, np.ndarray]:
+        images, reconstruction, codes = self._reconstructed(PROBE_IMAGES)
+        return {"images": images.numpy(), "codes": codes.cpu().numpy(),
+                "reconstruction": reconstruction.float().cpu().numpy()}
+
+    @torch.no_grad()
+    def _reconstructed(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `count` validation images (the last one repeated, if there are fewer), what becomes of them, and
+        their codes; alike on all ranks."""
         topology = self.topology
-        size = -(-PROBE_IMAGES // topology.tensor_size) * topology.tensor_size
+        size = -(-count // topology.tensor_size) * topology.tensor_size
         batch = next(iter(evaluation_batches(self.validation_index, self.recipe.model.image_size, size)))
         output = self.generator.network.eval()(topology.own_images(batch["images"]).to(topology.device))
-        return {
-            "images": batch["images"][:PROBE_IMAGES].numpy(),
-            "codes": output.codes[:PROBE_IMAGES].cpu().numpy(),
-            "reconstruction": topology.gather_images(output.reconstruction)[:PROBE_IMAGES].float().cpu().numpy(),
-        }
+        return batch["images"][:count], topology.gather_images(output.reconstruction)[:count], output.codes[:count]
 
 
 class LastLayer:
