@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from rank_runs import run_ranks
 from torch import nn
-from training_runs import prepare
+from training_runs import of_the_machine, prepare
 
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.config.deepspeed import zero_settings
@@ -138,11 +138,11 @@ def largest_differences(ours, theirs):
     losses = norms = 0.0
     for mine, other in zip(ours[0], theirs[0], strict=True):
         assert mine.keys() == other.keys()
-        for name in mine.keys() - {"time", "step"}:
+        for name in mine.keys() - {"step"}:
             difference = abs(mine[name] - other[name])
-            if name.startswith("grad_norm"):
+            if name.startswith(("grad_norm", "term_grad")):
                 norms = max(norms, difference / other[name])
-            elif not name.startswith("memory"):
+            elif not of_the_machine(name):
                 losses = max(losses, difference / max(abs(other[name]), 0.1))
     weights = max(((value - theirs[1][name]).abs().max() / theirs[1][name].abs().max().clamp(min=0.01)).item()
                   for name, value in ours[1].items() if value.is_floating_point())

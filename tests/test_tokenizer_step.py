@@ -75,7 +75,7 @@ def first_batch(recipe):
 
 
 class PlainStep:
-    """The first step of a recipe. Attributes: generator, discriminator (after the step), losses, norms."""
+    """The first step of a recipe. Attributes: generator, discriminator (after the step), losses, norms, term_norms."""
 
     def __init__(self, recipe):
         seed = recipe.training.seed
@@ -97,7 +97,7 @@ class PlainStep:
             return SampleDraws(stream, recipe.training.global_batch_size, positions)
 
         self.draws = draws
-        self.losses, self.norms = {}, {}
+        self.losses, self.norms, self.term_norms = {}, {}, {}
         output = self.step_generator()
         self.step_discriminator(output)
 
@@ -126,6 +126,14 @@ class PlainStep:
             "feature": 0.7 * (output.decoded_feature - output.cnn_feature.detach()).square().mean(),
             "semantic": -0.4 * F.cosine_similarity(student, target, dim=2).mean(),
         }
+        compared = {
+            "codebook": nearest, "commitment": latent, "entropy": latent, "feature": output.decoded_feature,
+            "semantic": student, **dict.fromkeys(("reconstruction", "perceptual", "adversarial"), output.reconstruction),
+        }
+        for name, value in terms.items():
+            at = output.direct_reconstruction if name.startswith("direct_") else compared[name]
+            norm = torch.autograd.grad(value, at, retain_graph=True)[0].norm()
+            self.term_norms[name] = (norm * (weight if name.endswith("adversarial") else 1.0)).item()
         self.losses = {name: value.item() for name, value in terms.items()}
         if self.adaptive:
             self.losses["adaptive_weight"] = weight.item()
@@ -183,6 +191,9 @@ def test_a_step_is_that_of_plain_float64_torch(data, double, adversarial):
         assert logged[key] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     for name, value in plain.norms.items():
         assert logged[f"grad_norm/{name}"] == pytest.approx(value, rel=1e-5), name
+    assert {name for name in logged if name.startswith("term_grad/")} == {f"term_grad/{name}" for name in plain.term_norms}
+    for name, value in plain.term_norms.items():
+        assert logged[f"term_grad/{name}"] == pytest.approx(value, rel=2e-5), name
     checkpoint = out / "checkpoints" / "step-0000001"
     found = {"generator": read_weights(checkpoint / "generator", build_on_meta(recipe.model)),
              "discriminator": read_weights(checkpoint / "discriminator", plain.discriminator)}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import LAUNCHER, free_port, prepare
+from training_runs import LAUNCHER, free_port, of_the_machine, prepare
 
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.config.deepspeed import zero_settings
@@ -119,5 +119,4 @@ def test_two_nodes_train_what_one_node_trains(prepared, kind):
 
 def figures(run_dir):
     """The lines of metrics.jsonl without what the machine says of itself."""
-    return [{name: value for name, value in line.items() if name != "time" and not name.startswith("memory/")}
-            for line in read_metrics(run_dir)]
+    return [{name: value for name, value in line.items() if not of_the_machine(name)} for line in read_metrics(run_dir)]

@@ -70,6 +70,11 @@ def code_shards(folder, count, seed):
     write_code_shards(samples, folder, codebook_size=64, latent_tokens=8, provenance={})
 
 
+def of_the_machine(name):
+    """Whether a logged figure of this name depends on the machine, not only on the run."""
+    return name in ("time", "mfu", "hfu") or name.startswith(("memory/", "throughput/"))
+
+
 def prepare(folder):
     """Recipes and data of both kinds below `folder`; returns the arguments that name the data."""
     (folder / "tokenizer.yaml").write_text(TOKENIZER)

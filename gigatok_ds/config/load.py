@@ -107,7 +107,7 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """Dotted keys whose values differ, other than those that may change in the middle of a run."""
     ours, theirs = _flat(recipe_to_dict(one)), _flat(recipe_to_dict(other))
     return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
-            and not key.startswith(("parallel.", "validation.")) and key.split(".")[-1] not in _CHANGEABLE]
+            and not key.startswith(("parallel.", "validation.", "monitor.")) and key.split(".")[-1] not in _CHANGEABLE]
 
 
 def _flat(data: dict, prefix: str = "") -> dict:

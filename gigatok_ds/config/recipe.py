@@ -7,6 +7,7 @@ from typing import Literal
 
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
+from gigatok_ds.config.monitor import MonitorConfig, TokenizerMonitorConfig
 from gigatok_ds.config.validation import ValidationConfig
 from gigatok_ds.errors import InputError
 
@@ -144,6 +145,7 @@ class TokenizerRecipe:
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     parallel: TokenizerParallelConfig = TokenizerParallelConfig()
     validation: ValidationConfig = ValidationConfig()
+    monitor: TokenizerMonitorConfig = TokenizerMonitorConfig()
 
     def __post_init__(self):
         model, tensor = self.model, self.parallel.tensor
@@ -174,6 +176,7 @@ class GPTRecipe:
     schedule: ScheduleConfig = ScheduleConfig(kind="wsd")
     data: CodeDataConfig = field(default_factory=CodeDataConfig)
     parallel: ParallelConfig = ParallelConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     def __post_init__(self):
         model, tensor = self.model, self.parallel.tensor

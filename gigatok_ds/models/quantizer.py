@@ -42,6 +42,8 @@ class VectorQuantizer(nn.Module):
         self.config = config
         self.mean_over_data = layers.mean_over_data
         self.embedding = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
+        # The latents as the entropy term sees them: a place to watch that term's gradient at.
+        self.entropy_latent = nn.Identity()
         # Integers, so that casting the model to bfloat16 cannot round a code index.
         self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW, dtype=torch.int32))
 
@@ -73,7 +75,7 @@ class VectorQuantizer(nn.Module):
         codebook = self.codebook()
         strict = not self.training
         if entropy:
-            assignment = assignment_statistics(z, codebook, strict=strict)
+            assignment = assignment_statistics(self.entropy_latent(z), codebook, strict=strict)
             average = self.mean_over_data if entropy == "global" else None
             codes, entropy_loss = assignment.codes, entropy_penalty(assignment, average)
         else:

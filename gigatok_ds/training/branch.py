@@ -54,8 +54,8 @@ def branch_point(recipe: Recipe, source: Path) -> Path:
     allowed = [(step, path) for step, path in complete_checkpoints(run_dir)
                if step <= limit and (not is_checkpoint or path.name == source.name)]
     if not allowed:
-        raise InputError(f"{source} has no complete checkpoint of step {limit} or earlier, where the learning rate is constant in "
-                         "both recipes; branch from an earlier checkpoint, or make the branch longer (training.steps)")
+        raise InputError(f"{source} has no complete checkpoint of step {limit} or earlier, where the learning rate is "
+                         "constant in both recipes; branch from an earlier checkpoint, or make the branch longer (training.steps)")
     step, path = allowed[-1]
     if step < recipe.schedule.warmup_steps:
         raise InputError(f"{path} is from the warm-up ({recipe.schedule.warmup_steps} steps); branch from a later checkpoint")

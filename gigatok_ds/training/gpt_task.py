@@ -18,6 +18,7 @@ from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, torch_stream
 from gigatok_ds.training.engine import Engine
+from gigatok_ds.training.flops import GPTFlops
 
 PROBE_SEQUENCES = 16
 
@@ -37,6 +38,7 @@ class GPTTask:
             ema_decay=recipe.training.ema_decay,
         )
         self.engines = {"gpt": self.engine}
+        self.flops = GPTFlops(recipe)
 
     def _open(self, path: str) -> CodeDataset:
         """Code shards that fit this GPT; InputError naming what differs."""
@@ -97,6 +99,12 @@ class GPTTask:
             total += torch.stack([losses.cpu()[valid].double().sum(), valid.sum() * batch.shape[1]])
         total = self.topology.mean_over_ranks(total.to(self.topology.device)).cpu()
         return {"loss": float(total[0] / total[1])}
+
+    def figures(self, step: int) -> dict[str, float]:
+        return {}
+
+    def preview(self) -> None:
+        return None
 
     @torch.no_grad()
     def probe(self) -> dict[str, np.ndarray]:

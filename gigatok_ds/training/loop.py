@@ -21,9 +21,11 @@ from gigatok_ds.training.engine import Engine
 from gigatok_ds.training.memory import memory_line, peak_memory
 from gigatok_ds.training.monitor import NOT_FINITE, Monitor
 from gigatok_ds.training.schedules import lr_of_iteration
+from gigatok_ds.training.term_gradients import PREFIX, norms
+from gigatok_ds.training.watch import Watch, Watched, wandb_of
 
 
-class Task(Protocol):
+class Task(Watched, Protocol):
     """What is trained: its engines, its data, and one micro batch's forward and backward passes."""
 
     engines: dict[str, Engine]
@@ -50,7 +52,7 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
     start = _resume(task, run_dir, topology, branch)
     if start < recipe.training.steps:
         monitor = Monitor(run_dir, enabled=topology.is_first, total_steps=recipe.training.steps, start_step=start,
-                          description=recipe.name)
+                          description=recipe.name, wandb=wandb_of(recipe, run_dir, topology))
         with monitor:
             _run_steps(recipe, task, run_dir, topology, accumulation, start, monitor)
     probe = task.probe()
@@ -65,29 +67,33 @@ def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, ac
     settings = recipe.training
     batches = task.micro_batches(start)
     window, told_memory = Window(), False
+    watch = Watch(recipe, task, run_dir, topology, monitor, start)
     for step in range(start + 1, settings.steps + 1):
         last = step == settings.steps
         lr = lr_of_iteration(recipe.schedule, recipe.optimizer.lr, settings.steps, step - 1)
         for micro in range(accumulation):
             # For what draws from torch's own generator: a resumed run draws what the uninterrupted one would have.
             torch.manual_seed(stream_key(settings.seed, "torch", step, micro, topology.rank))
-            window.add(task.train_micro_batch(next(batches), step, lr))
+            window.add(task.train_micro_batch(watch.next(batches), step, lr))
         if step % settings.log_every == 0 or last:
-            values = window.mean(topology)
+            values = norms(window.mean(topology))
             _refuse_non_finite(values, step)
-            norms = {f"grad_norm/{name}": norm for name, engine in task.engines.items()
-                     if (norm := engine.gradient_norm()) is not None}
+            of_engines = {f"grad_norm/{name}": norm for name, engine in task.engines.items()
+                          if (norm := engine.gradient_norm()) is not None}
             peak = topology.max_over_ranks(peak_memory(topology.device))
-            monitor.log(step, values | norms | {"lr": lr, "memory/peak_gb": peak})
+            watch.log(step, values | of_engines | {"lr": lr, "memory/peak_gb": peak})
             monitor.progress(step, {"loss": values["loss"]})
             if not told_memory:
                 monitor.note(memory_line(peak, next(iter(task.engines.values())).stage, recipe))
                 told_memory = True
         if step % settings.validate_every == 0 or last:
-            figures = task.validate(step)
-            monitor.log(step, {f"validation/{name}": value for name, value in figures.items()})
+            with watch.paused():
+                figures = task.validate(step)
+                monitor.log(step, {f"validation/{name}": value for name, value in figures.items()})
+                watch.show(step)
         if step % settings.checkpoint_every == 0 or last:
-            save_checkpoint(run_dir, step, task.engines, topology, keep=settings.keep_checkpoints)
+            with watch.paused():
+                save_checkpoint(run_dir, step, task.engines, topology, keep=settings.keep_checkpoints)
 
 
 class Window:
@@ -124,7 +130,8 @@ def _resume(task: Task, run_dir: Path, topology: Topology, branch: Path | None) 
 
 
 def _refuse_non_finite(values: dict[str, float], step: int) -> None:
-    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    # A term's gradient may overflow in fp16, and the step be left out, while training is fine.
+    bad = [name for name, value in values.items() if not np.isfinite(value) and not name.startswith(PREFIX)]
     if bad:
         raise InputError(
             f"step {step}: {', '.join(bad)} is not finite; lower optimizer.lr, or continue from the last checkpoint "

@@ -8,12 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.training.wandb_log import WandbRun, as_wandb_image
 
 METRICS_FILE = "metrics.jsonl"
 NOT_FINITE = "not_finite_latents"  # of a micro batch, on average; the tokenizer counts them
@@ -25,13 +26,15 @@ class Monitor:
     """Logs one run, as a context manager; with `enabled` false it does nothing and touches nothing.
 
     Entering continues a run after `start_step`: what was logged for later steps is dropped, and so is a last
-    line that a killed run left half-written. Raises InputError when metrics.jsonl is damaged elsewhere.
+    line that a killed run left half-written. `wandb` opens a run of Weights & Biases, which is shown the same. Raises
+    InputError when metrics.jsonl is damaged elsewhere.
     """
 
     def __init__(self, run_dir: str | Path, *, enabled: bool, total_steps: int, start_step: int = 0,
-                 description: str):
+                 description: str, wandb: AbstractContextManager[WandbRun] | None = None):
         self.run_dir, self.enabled = Path(run_dir), enabled
         self.total_steps, self.start_step, self.description = total_steps, start_step, description
+        self._wandb = wandb
         self._resources = ExitStack()
 
     def __enter__(self) -> Monitor:
@@ -52,11 +55,12 @@ class Monitor:
                 tqdm(total=self.total_steps, initial=self.start_step, desc=self.description, unit="step",
                      file=sys.stderr, dynamic_ncols=True, mininterval=refresh,
                      maxinterval=max(refresh, 10.0)))
+            self._wandb_run = stack.enter_context(self._wandb) if self._wandb else None
             self._resources = stack.pop_all()
         return self
 
     def __exit__(self, *error) -> None:
-        self._resources.close()
+        self._resources.__exit__(*error)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line, {"step", "time" (Unix seconds), the values}, and the same scalars to TensorBoard.
@@ -69,19 +73,37 @@ class Monitor:
         numbers = {name: float(value) for name, value in values.items()}
         line = {"step": step, "time": round(time.time(), 3)}
         line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._write(line)
         for name, number in numbers.items():
             self._events.add_scalar(name, number, step)
         self._events.flush()
+        if self._wandb_run:
+            self._wandb_run.log({"step": step, **numbers})
+
+    def warn(self, step: int, text: str) -> None:
+        """Print a warning above the bar, and append the line {"step", "time", "warning"}; also to TensorBoard."""
+        if not self.enabled:
+            return
+        self.note(f"warning: step {step}: {text}")
+        self._write({"step": step, "time": round(time.time(), 3), "warning": text})
+        self._events.add_text("warning", text, step)
+        self._events.flush()
+        if self._wandb_run:
+            self._wandb_run.log({"step": step, "warning": text})
+
+    def _write(self, line: dict) -> None:
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.flush()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Show an image, uint8 (H, W, 3), in TensorBoard."""
+        """Show an image, uint8 (H, W, 3), in TensorBoard (and Weights & Biases)."""
         if not self.enabled:
             return
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
         self._events.add_image(name, image, step, dataformats="HWC")
         self._events.flush()
+        if self._wandb_run:
+            self._wandb_run.log({"step": step, name: as_wandb_image(image)})
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
@@ -97,7 +119,7 @@ class Monitor:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, oldest first; a value that was not finite is NaN.
+    """The lines of a run's metrics.jsonl, oldest first; a value that was not finite is NaN, a warning is text.
 
     Calls of `Monitor.log` for one step are lines of their own. A last line still being written is left out.
     Raises FileNotFoundError when the run has logged nothing, InputError when the file is damaged.

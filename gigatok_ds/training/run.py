@@ -11,19 +11,21 @@ from gigatok_ds.config.load import differing_keys, load_recipe, save_resolved
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.training.branch import check_branch, record_branch
+from gigatok_ds.training.wandb_log import check_wandb
 
 RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 
 
 def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) -> Path | None:
-    """Refuse what can be refused before any rank starts: missing data or weights, a run directory of another recipe.
+    """Refuse what can be refused before any rank starts: missing data, weights or packages, or another recipe's directory.
 
     Downloads the weights of frozen networks that the recipe wants downloaded. Returns the checkpoint of another run that
     this one continues from, if it does.
     """
     from gigatok_ds.training.frozen_weights import check_frozen
 
+    check_wandb(recipe.monitor.wandb_project)
     for split in ("train", "validation"):
         path = getattr(recipe.data, split)
         if path is None:
@@ -50,7 +52,8 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     """Train `recipe` in this process (one rank of however many were launched), into `run_dir`.
 
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
-    holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. Raises InputError for anything the user can mend.
+    holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. Raises InputError for anything the
+    user can mend.
     """
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.training.faults import watch_ranks

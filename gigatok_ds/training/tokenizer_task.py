@@ -13,15 +13,20 @@ from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.transforms import training_transform
+from gigatok_ds.evaluation.code_metrics import perplexity
 from gigatok_ds.losses.adaptive import adaptive_weight, kernel_gradient
 from gigatok_ds.losses.composition import build_discriminator, build_objective
+from gigatok_ds.models.quantizer import USAGE_WINDOW
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.dropout import dropout_at
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, stream_key, torch_stream
 from gigatok_ds.training.engine import Engine
+from gigatok_ds.training.flops import TokenizerFlops
 from gigatok_ds.training.monitor import NOT_FINITE
+from gigatok_ds.training.previews import preview_grid
+from gigatok_ds.training.term_gradients import TermGradients
 from gigatok_ds.training.validation import TokenizerValidation
 
 PROBE_IMAGES = 16
@@ -47,6 +52,8 @@ class TokenizerTask:
         )
         self.engines = {"generator": self.generator}
         self.last_layer = LastLayer(self.generator.network.cnn_decoder.conv_out)
+        self.term_gradients = TermGradients(self.generator.network.quantizer, recipe.loss.quantizer, topology,
+                                            settings["gradient_accumulation_steps"])
         self.discriminator = None
         if recipe.loss.adversarial:
             # Its modules draw their initial weights themselves, from torch's generator.
@@ -59,6 +66,7 @@ class TokenizerTask:
                                          precision=recipe.training.precision)
         self.validation = TokenizerValidation(recipe, self.validation_index, self.objective.perceptual, topology,
                                               self.own_images)
+        self.flops = TokenizerFlops(recipe, self.objective, self.own_images, topology.device)
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology
@@ -114,32 +122,40 @@ class TokenizerTask:
         gradients, extra = self._image_gradients(image_terms, leaves)
         surrogates = [(image.float() * gradient).sum() for image, gradient in zip(outputs, gradients)]
         target = self.topology.gather_images(self.objective.teacher(images)) if self.objective.teacher else None
-        latent_terms = self.objective.latent_terms(output, target, step)
-        self.generator.backward(sum(surrogates) / self.topology.tensor_size + sum(latent_terms.values()))
+        latent_terms = self.objective.latent_terms(self.term_gradients.watch(output), target, step)
+        self.generator.backward(sum(surrogates) / self.topology.tensor_size + sum(latent_terms.values())
+                                + self.term_gradients.scale_probe)
+        extra |= self.term_gradients.take(latent_terms, output.codes.numel())
         terms = {f"loss/{name}": value for name, value in (image_terms | latent_terms).items()}
         return output, {"loss": sum(value.detach() for value in terms.values())} | terms | extra
 
     def _image_gradients(self, terms: dict[str, Tensor], leaves: list[Tensor]):
         """Gradients of the image losses at the leaves, and what there is to log about them.
 
-        With an adaptive weight the adversarial terms count by the ratio of gradient lengths at the last layer.
+        Each term is differentiated by itself, which costs nothing more: their graphs meet only in the leaves. With an
+        adaptive weight the adversarial terms count by the ratio of gradient lengths at the last layer.
         """
-        adversarial = sum(value for name, value in terms.items() if name.endswith("adversarial"))
-        plain = sum(value for name, value in terms.items() if not name.endswith("adversarial"))
-        passes = self.last_layer.take_inputs()
-        config = self.recipe.loss.adversarial
-        if not isinstance(adversarial, Tensor) or not config.adaptive_weight:
-            return self._gradients(plain + adversarial, leaves), {}
-        by_side = [self._gradients(side, leaves) for side in (plain, adversarial)]
-        of_kernel = [self.topology.mean_over_ranks(kernel_gradient(self.last_layer.layer, zip(passes, gradients)))
-                     for gradients in by_side]
-        # The weight compares the losses themselves, so the fixed weight is taken out of the adversarial side.
-        weight = adaptive_weight(of_kernel[0], of_kernel[1] / config.weight)
-        return [ours + weight * theirs for ours, theirs in zip(*by_side)], {"adaptive_weight": weight}
+        by_term = {name: self._gradient(value, leaves[name.startswith("direct_")]) for name, value in terms.items()}
+        plain, adversarial = (
+            [sum(gradient for name, gradient in by_term.items()
+                 if (name.endswith("adversarial"), name.startswith("direct_")) == (side, direct))
+             for direct in (False, True)[: len(leaves)]]
+            for side in (False, True)
+        )
+        passes, config = self.last_layer.take_inputs(), self.recipe.loss.adversarial
+        weight, extra = 1.0, {}
+        if "adversarial" in terms and config.adaptive_weight:
+            of_kernel = [self.topology.mean_over_ranks(kernel_gradient(self.last_layer.layer, zip(passes, gradients)))
+                         for gradients in (plain, adversarial)]
+            # The weight compares the losses themselves, so the fixed weight is taken out of the adversarial side.
+            weight = adaptive_weight(of_kernel[0], of_kernel[1] / config.weight)
+            extra["adaptive_weight"] = weight
+        for name, gradient in by_term.items():
+            self.term_gradients.add_images(name, gradient, weight if name.endswith("adversarial") else 1.0)
+        return [ours + weight * theirs for ours, theirs in zip(plain, adversarial)], extra
 
-    def _gradients(self, loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-        gradients = torch.autograd.grad(self.image_scale * loss, leaves)
-        return [gradient / self.image_scale for gradient in gradients]
+    def _gradient(self, term: Tensor, leaf: Tensor) -> Tensor:
+        return torch.autograd.grad(self.image_scale * term, leaf)[0] / self.image_scale
 
     def _frozen_judge(self, positions: Tensor, step: int):
         """The discriminator for the generator's step: its parameters take no gradient."""
@@ -179,16 +195,32 @@ class TokenizerTask:
         return self.validation.measure(self.generator.network, step)
 
     @torch.no_grad()
+    def figures(self, step: int) -> dict[str, float]:
+        """Perplexity of the usage window; codes that have not passed yet do not count."""
+        quantizer, training = self.generator.network.quantizer, self.recipe.training
+        passed = step * training.global_batch_size * self.recipe.model.latent_tokens
+        codes = quantizer.codebook_used[-min(passed, USAGE_WINDOW):]
+        return {"codebook_perplexity": perplexity(codes, quantizer.config.codebook_size)}
+
+    def preview(self) -> np.ndarray | None:
+        """The first monitor.preview_images validation images above their reconstructions."""
+        count = min(self.recipe.monitor.preview_images, len(self.validation_index))
+        return preview_grid(*self._reconstructed(count)[:2]) if count else None
+
     def probe(self) -> dict[str, np.ndarray]:
+        images, reconstruction, codes = self._reconstructed(PROBE_IMAGES)
+        return {"images": images.numpy(), "codes": codes.cpu().numpy(),
+                "reconstruction": reconstruction.float().cpu().numpy()}
+
+    @torch.no_grad()
+    def _reconstructed(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `count` validation images (the last one repeated, if there are fewer), what becomes of them, and
+        their codes; alike on all ranks."""
         topology = self.topology
-        size = -(-PROBE_IMAGES // topology.tensor_size) * topology.tensor_size
+        size = -(-count // topology.tensor_size) * topology.tensor_size
         batch = next(iter(evaluation_batches(self.validation_index, self.recipe.model.image_size, size)))
         output = self.generator.network.eval()(topology.own_images(batch["images"]).to(topology.device))
-        return {
-            "images": batch["images"][:PROBE_IMAGES].numpy(),
-            "codes": output.codes[:PROBE_IMAGES].cpu().numpy(),
-            "reconstruction": topology.gather_images(output.reconstruction)[:PROBE_IMAGES].float().cpu().numpy(),
-        }
+        return batch["images"][:count], topology.gather_images(output.reconstruction)[:count], output.codes[:count]
 
 
 class LastLayer:

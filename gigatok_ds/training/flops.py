@@ -1,0 +1,149 @@
+"""Floating-point operations of a training step, counted by running its networks without storage.
+
+What is counted are the products and sums of matrix products, convolutions and attention (2 for each pair, as torch's
+own FlopCounterMode counts), and the quantizer's distances; nothing element by element. Attention counts as its two
+matrix products forward and four backward, whatever a fused kernel computes again. The count is of one process that
+holds whole layers: how a step is spread over ranks does not change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from gigatok_ds.checkpoint.original import build_on_meta
+from gigatok_ds.config.recipe import GPTRecipe, TokenizerRecipe
+from gigatok_ds.losses.adaptive import kernel_gradient
+from gigatok_ds.losses.composition import TokenizerObjective, build_discriminator
+from gigatok_ds.parallel.recompute import recompute_
+from gigatok_ds.streams import SampleDraws, torch_stream
+
+
+class StepFlops(NamedTuple):
+    """Operations of one optimizer step, all ranks together.
+
+    model: of the trained networks (a discriminator's frozen backbone included), forward and backward; hardware: also of
+    frozen networks, and of what the backward pass computes again.
+    """
+
+    model: int
+    hardware: int
+
+
+def counted(run: Callable[[], object], *, again: bool = False) -> int:
+    """Operations of `run`; `again` also counts distances that the entropy term's backward pass computes again."""
+
+    def distances(latents: torch.Size, codebook: torch.Size, *more, out_shape) -> int:
+        return 2 * latents[0] * codebook[0] * latents[1]
+
+    def gradients(latents: torch.Size, codebook: torch.Size, *more, out_shape) -> int:
+        return (3 if again else 2) * distances(latents, codebook, out_shape=out_shape)
+
+    ours = torch.ops.gigatok
+    formulas = {ours.nearest_code: distances, ours.assignment_statistics: distances,
+                ours.assignment_gradients: gradients}
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+class TokenizerFlops:
+    """A tokenizer's steps, with whatever is active in them; counted once for each phase of the recipe."""
+
+    def __init__(self, recipe: TokenizerRecipe, objective: TokenizerObjective, images: int, device: torch.device):
+        """images: of one micro batch of one rank, for which the passes are counted."""
+        self.recipe, self.objective, self.images, self.device = recipe, objective, images, device
+        self._known: dict[tuple, StepFlops] = {}
+
+    def of_step(self, step: int) -> StepFlops:
+        """Of the 1-based step."""
+        wants = self.objective
+        phase = (wants.wants_entropy(step), wants.wants_direct_reconstruction(step), wants.discriminator_active(step))
+        if phase not in self._known:
+            self._known[phase] = self._count(*phase, step)
+        return self._known[phase]
+
+    def _count(self, entropy: str | None, direct: bool, judged: bool, step: int) -> StepFlops:
+        sides, parallel = 1 + direct, self.recipe.parallel
+        tokenizer = again = counted(lambda: self._generator(entropy, direct))
+        if entropy or parallel.recompute_every or parallel.recompute_cnn:
+            again = counted(lambda: self._generator(entropy, direct, recompute=True), again=True)
+        judge = self._judge(sides) if judged else 0
+        frozen = self._frozen(direct, step)
+        if judged and self.recipe.loss.adversarial.adaptive_weight:
+            frozen += 2 * sides * self._last_layer()
+        passes = self.recipe.training.global_batch_size / self.images
+        return StepFlops(model=round(passes * (tokenizer + judge)), hardware=round(passes * (again + judge + frozen)))
+
+    def _generator(self, entropy: str | None, direct: bool, *, recompute: bool = False) -> None:
+        network, parallel = build_on_meta(self.recipe.model).train(), self.recipe.parallel
+        if recompute:
+            recompute_(network, every_block=parallel.recompute_every, cnn=parallel.recompute_cnn)
+        output = network(self._batch(), entropy=entropy, semantic=self.recipe.loss.semantic is not None, direct=direct)
+        parts = [output.reconstruction, output.direct_reconstruction, output.semantic_feature, output.decoded_feature]
+        sum([part.sum() for part in parts if part is not None], sum(output.quantizer_losses)).backward()
+
+    def _judge(self, sides: int) -> int:
+        """The discriminator as a judge of reconstructions, and its own pass over these and the images."""
+        adversarial = self.recipe.loss.adversarial
+        with torch.device("meta"):
+            network = build_discriminator(adversarial, image_size=self.recipe.model.image_size).train()
+        draws = SampleDraws(torch_stream(0, "flops"), self.images, torch.arange(self.images))
+        own = counted(lambda: network(self._batch(), draws).sum().backward())
+        network.requires_grad_(False)
+        return sides * counted(lambda: network(self._batch(gradient=True), draws).sum().backward()) + (1 + sides) * own
+
+    def _frozen(self, direct: bool, step: int) -> int:
+        """What the image losses and the teacher look through: the networks of this run, shown stand-ins for images."""
+
+        def run() -> None:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                images, *made = (self._batch(self.device, gradient=number > 0) for number in range(2 + direct))
+                terms = self.objective.image_terms(images, made[0], made[1] if direct else None, lambda x: x, step)
+                sum(terms.values()).backward()
+                if self.objective.teacher:
+                    self.objective.teacher(images)
+
+        return counted(run)
+
+    def _last_layer(self) -> int:
+        """The weight gradient of the CNN decoder's last layer, for the adaptive weight."""
+        layer = build_on_meta(self.recipe.model).cnn_decoder.conv_out
+        gradient = self._batch()
+        inputs = gradient.new_empty((self.images, layer.in_channels, *gradient.shape[2:]))
+        return counted(lambda: kernel_gradient(layer, [(inputs, gradient)]))
+
+    def _batch(self, device: torch.device | str = "meta", *, gradient: bool = False) -> Tensor:
+        size = self.recipe.model.image_size
+        return torch.empty((self.images, 3, size, size), device=device, requires_grad=gradient)
+
+
+class GPTFlops:
+    """A GPT's steps, all of which are alike."""
+
+    def __init__(self, recipe: GPTRecipe):
+        self.recipe = recipe
+        self._known: StepFlops | None = None
+
+    def of_step(self, step: int) -> StepFlops:
+        self._known = self._known or self._count()
+        return self._known
+
+    def _count(self) -> StepFlops:
+        model, again = (counted(lambda: self._pass(recompute)) for recompute in (False, True))
+        sequences = self.recipe.training.global_batch_size
+        return StepFlops(model=sequences * model, hardware=sequences * again)
+
+    def _pass(self, recompute: bool) -> None:
+        network, config = build_on_meta(self.recipe.model).train(), self.recipe.model
+        if recompute:
+            recompute_(network, every_block=self.recipe.parallel.recompute_every)
+        codes = torch.empty((1, config.sequence_length), dtype=torch.int64, device="meta")
+        network(codes[:, :-1], codes[:, 0], codes).sum().backward()
