@@ -93,7 +93,8 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "demo": TRAIN + EVAL,
-        "test": TRAIN + EVAL + ["pytest>=8"],
+        # scikit-image ships most of the photographs of benchmarks/photographs.py.
+        "test": TRAIN + EVAL + ["pytest>=8", "scikit-image>=0.22"],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
 )
