@@ -16,7 +16,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.streams import numpy_stream
 
 # Photographs in colour only: no drawings, no text, no phantoms. Of the stereo pair one half, because the other shows
-# in its training part what the first shows in its validation part.
+# in its training part what the first shows in its validation part; not retina, whose right part is black.
 PHOTOGRAPHS = {
     "astronaut": "skimage/data/astronaut.png",
     "chelsea": "skimage/data/chelsea.png",
@@ -27,13 +27,13 @@ PHOTOGRAPHS = {
     "hubble_deep_field": "skimage/data/hubble_deep_field.jpg",
     "ihc": "skimage/data/ihc.png",
     "motorcycle": "skimage/data/motorcycle_left.png",
-    "retina": "skimage/data/retina.jpg",
     "rocket": "skimage/data/rocket.jpg",
 }
 PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-CREDIT = ("astronaut, chelsea, coffee, hubble_deep_field, ihc, motorcycle, retina and rocket are those of scikit-image "
-          "(`skimage.data` names their authors), grace_hopper that of matplotlib; china (danielbuechele) and flower "
-          "(vultilion) are those of scikit-learn, both CC BY 2.0, here cropped and reconstructed")
+CREDIT = """\
+Those of scikit-image: astronaut, chelsea, coffee, hubble_deep_field, ihc, motorcycle and rocket (`skimage.data` names
+their authors); of matplotlib: grace_hopper; of scikit-learn: china (danielbuechele) and flower (vultilion), both
+CC BY 2.0, here cropped and reconstructed."""
 SIZE = 96  # pixels of a stored crop; training crops windows of it once more
 LEAST_SIDE = 64  # pixels of the photograph in the smallest crop
 HELD_OUT = 0.2  # share of each photograph's width, at the right, that only validation sees

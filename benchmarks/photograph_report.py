@@ -12,11 +12,14 @@ import numpy as np
 
 from gigatok_ds.config.recipe import TokenizerRecipe
 
-SHARE = 0.05  # of the run's steps, over which "after the warm-up" and "at the end" are means
+SHARE = 0.05  # of the run's steps, over which all but the first value are means
+SETTLED = 0.9  # of its peak, at most, where a term that has to rise first comes to rest
 LOGIT_BOUND = 10.0  # the generator's adversarial term over its weight is a mean logit; a lost game goes to hundreds
 EXPECTED = {
     "falls": "below its first value and its value after the warm-up",
     "rises": "above its first value",
+    # Latents start out alike, next to a few codes: these terms rise while the latents spread out, then the codes adapt.
+    "settles": f"at most {SETTLED:g} x its peak",
     "balanced": "between 0 and its first value",
     "bounded": f"never over {LOGIT_BOUND:g} x its weight, either sign",
 }
@@ -44,7 +47,7 @@ def terms_of(recipe: TokenizerRecipe) -> list[Term]:
     def term(name: str, expected: str = "falls", first: int = 1, end: int | None = None, weight: float = 1.0) -> Term:
         return Term(key=name, expected=expected, first=first, last=min(steps, (end or steps + 1) - 1), weight=weight)
 
-    terms = [term("loss/reconstruction"), term("loss/codebook"), term("loss/commitment")]
+    terms = [term("loss/reconstruction"), term("loss/codebook", "settles"), term("loss/commitment", "settles")]
     perceptual = ["perceptual"] if loss.perceptual else []
     terms += [term(f"loss/{name}") for name in perceptual]
     if loss.quantizer.entropy:
@@ -80,6 +83,7 @@ class Verdict:
     points: np.ndarray  # (n, 2): steps and values
     start: float
     warmed_up: float
+    peak: float
     end: float
     failure: str | None
 
@@ -88,30 +92,39 @@ def judge(term: Term, metrics: Sequence[Mapping[str, float]], recipe: TokenizerR
     """Whether `term` was there in its phase, and only then, and went where it should."""
     points = np.array([(line["step"], line[term.key]) for line in metrics if term.key in line], float).reshape(-1, 2)
     if not len(points):
-        return Verdict(term=term, points=points, start=math.nan, warmed_up=math.nan, end=math.nan, failure="never logged")
+        return Verdict(term=term, points=points, **dict.fromkeys(("start", "warmed_up", "peak", "end"), math.nan),
+                       failure="never logged")
     steps, values = points.T
-    width = max(1, round(SHARE * recipe.training.steps))
-    after = (steps > steps[0] + recipe.schedule.warmup_steps) & (steps <= steps[0] + recipe.schedule.warmup_steps + width)
+    width, warm_up = max(1, round(SHARE * recipe.training.steps)), recipe.schedule.warmup_steps
+    after = (steps > steps[0] + warm_up) & (steps <= steps[0] + warm_up + width)
     start, end = values[0], values[steps > steps[-1] - width].mean()
     warmed_up = values[after].mean() if after.any() else math.nan
+    peak = max(running_mean(values, width))
     if term.first is not None and (steps[0] != term.first or steps[-1] != term.last):
         failure = f"active in steps {steps[0]:.0f} to {steps[-1]:.0f}"
     else:
-        met = {"falls": end < start and not end >= warmed_up, "rises": end > start, "balanced": 0 < end < start,
-               "bounded": np.abs(values).max() <= LOGIT_BOUND * term.weight}[term.expected]
+        met = {"falls": end < start and not end >= warmed_up, "rises": end > start, "settles": end <= SETTLED * peak,
+               "balanced": 0 < end < start, "bounded": np.abs(values).max() <= LOGIT_BOUND * term.weight}[term.expected]
         failure = None if met else "missed"
-    return Verdict(term=term, points=points, start=start, warmed_up=warmed_up, end=end, failure=failure)
+    return Verdict(term=term, points=points, start=start, warmed_up=warmed_up, peak=peak, end=end, failure=failure)
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Means over each `width` values in a row (over all of them where there are fewer)."""
+    width = min(width, len(values))
+    return np.convolve(values, np.full(width, 1 / width), mode="valid")
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
     """The verdicts as a Markdown table."""
-    lines = ["| term | steps | first | after the warm-up | at the end | expected at the end | met |", "| --- " * 7 + "|"]
+    lines = ["| term | steps | first | after the warm-up | peak | at the end | expected at the end | met |",
+             "| --- " * 8 + "|"]
     for verdict in verdicts:
         first, last = verdict.points[[0, -1], 0] if len(verdict.points) else (math.nan, math.nan)
-        values = (verdict.start, verdict.warmed_up, verdict.end)
+        values = (verdict.start, verdict.warmed_up, verdict.peak, verdict.end)
         figures = " | ".join("" if math.isnan(value) else f"{value:.4g}" for value in values)
-        lines.append(f"| {verdict.term.key} | {first:.0f} to {last:.0f} | {figures} | {EXPECTED[verdict.term.expected]} | "
-                     f"{verdict.failure or 'yes'} |")
+        lines.append(f"| {verdict.term.key} | {first:.0f} to {last:.0f} | {figures} | "
+                     f"{EXPECTED[verdict.term.expected]} | {verdict.failure or 'yes'} |")
     return "\n".join(lines)
 
 
@@ -142,7 +155,7 @@ def _draw_term(axes, verdict: Verdict, width: int) -> None:
     few = len(steps) <= 4 * width
     axes.plot(steps, values, color="#0072b2" if few else "#c9ced8", linewidth=1.5 if few else 0.6)
     if not few:
-        mean = np.convolve(values, np.full(width, 1 / width), mode="valid")
+        mean = running_mean(values, width)
         axes.plot(steps[width // 2 : width // 2 + len(mean)], mean, color="#0072b2", linewidth=1.5)
     if values.min() > 0 and values.max() > 20 * np.median(values):
         axes.set_yscale("log")

@@ -3,9 +3,9 @@
     python benchmarks/photographs.py [--minutes 30 | --steps N] [--out runs/photographs] [--docs docs] [key=value ...]
 
 Cuts crops of the photographs that scikit-image, scikit-learn and matplotlib ship, writes shards of them, and runs
-`gigatok-ds train` on photographs.yaml, a shrunk recipe with all of the published recipe's terms. VGG16 and the teacher have
-random weights: what is shown is that the training works, not how good a tokenizer becomes. With --minutes the number of
-steps comes from a short run of the same recipe, and the phases keep their places as fractions of it.
+`gigatok-ds train` on photographs.yaml, a shrunk recipe with all of the published recipe's terms. VGG16 and the teacher
+have random weights: what is shown is that the training works, not how good a tokenizer becomes. With --minutes the
+number of steps comes from a short run of the same recipe, and the phases keep their places as fractions of it.
 
 Writes photographs.md, photographs.png (a panel for each term) and photographs-reconstructions.png into --docs. The same
 command again continues, or only writes these anew. Exit code 1: a term did not go where it should.
@@ -87,7 +87,9 @@ class Run:
             started = time.monotonic()
             train(Path(folder), [*self.settings(TRIAL_STEPS), f"training.validate_every={TRIAL_STEPS}"])
             seconds = time.monotonic() - started
-            *trained, validated = [line["time"] for line in read_metrics(folder)]
+            metrics = read_metrics(folder)
+        trained = [line["time"] for line in metrics if "loss" in line]
+        validated = max(line["time"] for line in metrics if "validation/psnr" in line)
         per_step = (trained[-1] - trained[COMPILING - 1]) / (TRIAL_STEPS - COMPILING)
         besides = seconds - (validated - trained[COMPILING - 1]) + VALIDATIONS * (validated - trained[-1])
         left = 60 * minutes - (time.monotonic() - self.started) - besides
@@ -121,28 +123,29 @@ def write_report(folder: Path, docs: Path, command: str) -> list[Verdict]:
 
 def page(recipe: TokenizerRecipe, verdicts: list[Verdict], environment: dict, seconds: float, command: str) -> str:
     model, training, packages = recipe.model, recipe.training, environment["packages"]
+    pace = f"{seconds / 60:.1f} minutes, {seconds / training.steps:.2f} seconds a step"
+    shape = f"{model.image_size} px, {model.latent_tokens} codes of a codebook of {model.quantizer.codebook_size}"
     missed = [verdict.term.key for verdict in verdicts if verdict.failure]
     changed = " with changes" if environment["git_modified"] else ""
     phases = "\n".join(f"- {name}: step {step}" for name, step in phases_of(recipe).items())
     return f"""# {training.steps} steps on photographs
 
 Written by `{command}`, {environment["time"][:10]}, commit {environment["git_commit"] or "unknown"}{changed}.
-{processor()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, deepspeed {packages["deepspeed"]}, timm
-{packages["timm"]}, python {environment["python"]}. The training took {seconds / 60:.1f} minutes,
-{seconds / training.steps:.2f} seconds a step with its validations.
+{processor()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, deepspeed {packages["deepspeed"]},
+timm {packages["timm"]}, python {environment["python"]}. The training took {pace} with its validations.
 
 **{f"Not as it should be: {', '.join(missed)}." if missed else "Every term went where it should."}**
 
-Trained was `benchmarks/photographs.yaml`: {model.image_size} px, {model.latent_tokens} codes of a codebook of
-{model.quantizer.codebook_size}, batch {training.global_batch_size}, {training.precision}, with every term of the published recipes' loss.
-{random_networks(recipe)}
+Trained was `benchmarks/photographs.yaml`: {shape}, batch {training.global_batch_size},
+{training.precision}. {random_networks(recipe)}
 
-The data: crops of {SIZE} px at random scales of {len(PHOTOGRAPHS)} photographs that packages ship. The right
-{HELD_OUT:.0%} of each is seen by validation only. {CREDIT}.
+The data: crops of {SIZE} px, at random scales, of {len(PHOTOGRAPHS)} photographs that packages ship; the right
+{HELD_OUT:.0%} of each is seen by validation only. {CREDIT}
 
 ## Where each term went
 
-Values are as logged, with their weights. "after the warm-up" and "at the end" are means over a twentieth of the run.
+Values are as logged, with their weights. "first" is the first step's, the others are means over a twentieth of the run:
+after as many steps as the learning rate warms up, at the end of the term's steps, and where that mean was highest.
 
 {table(verdicts)}
 
@@ -165,8 +168,8 @@ def random_networks(recipe: TokenizerRecipe) -> str:
     names = [name for name, config in frozen.items() if config and config.weights == "random"]
     if not names:
         return "No frozen network had random weights."
-    return (f"Random weights: {' and '.join(names)}. So these figures say that the terms are trained\n"
-            "as they should be, and nothing about what a tokenizer gains from them.")
+    return (f"Random weights: {' and '.join(names)}.\nSo these figures say that the terms are trained as they "
+            "should be, and nothing about what a tokenizer gains from them.")
 
 
 def processor() -> str:
@@ -182,7 +185,8 @@ def main() -> int:
     length.add_argument("--minutes", type=float, default=30, help="how long all of it may take, about (default: 30)")
     length.add_argument("--steps", type=int, help="train so many steps, however long that takes")
     parser.add_argument("--crops", type=int, default=TRAINING_CROPS, help="of each photograph (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/photographs"), help="data and run (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/photographs"),
+                        help="where data and run go (default: %(default)s)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the report goes (default: docs)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings")
     options = parser.parse_args()
