@@ -93,6 +93,7 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "demo": TRAIN + EVAL,
+        # scikit-image: the reference of SSIM, and most of the photographs of benchmarks/photographs.py.
         "test": TRAIN + EVAL + ["pytest>=8", "scikit-image>=0.22"],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
