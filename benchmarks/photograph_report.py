@@ -21,6 +21,7 @@ EXPECTED = {
     # Latents start out alike, next to a few codes: these terms rise while the latents spread out, then the codes adapt.
     "settles": f"at most {SETTLED:g} x its peak",
     "balanced": "between 0 and its first value",
+    "used": "above a half: where all latents share a code, many terms fall for nothing",
     "bounded": f"never over {LOGIT_BOUND:g} x its weight, either sign",
 }
 _PHASE_COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00")
@@ -41,7 +42,7 @@ class Term:
 
 
 def terms_of(recipe: TokenizerRecipe) -> list[Term]:
-    """Every term of the recipe's loss with its phase, and the PSNR."""
+    """Every term of the recipe's loss with its phase, PSNR and codebook usage."""
     loss, steps = recipe.loss, recipe.training.steps
 
     def term(name: str, expected: str = "falls", first: int = 1, end: int | None = None, weight: float = 1.0) -> Term:
@@ -62,7 +63,8 @@ def terms_of(recipe: TokenizerRecipe) -> list[Term]:
         start = max(1, loss.adversarial.start_step)
         terms.append(term("loss/adversarial", "bounded", start, weight=loss.adversarial.weight))
         terms.append(term("discriminator/discriminator", "balanced", start))
-    return [each for each in terms if each.first <= each.last] + [Term(key="validation/psnr", expected="rises")]
+    figures = [Term(key="validation/psnr", expected="rises"), Term(key="validation/codebook_usage", expected="used")]
+    return [each for each in terms if each.first <= each.last] + figures
 
 
 def phases_of(recipe: TokenizerRecipe) -> dict[str, int]:
@@ -104,7 +106,8 @@ def judge(term: Term, metrics: Sequence[Mapping[str, float]], recipe: TokenizerR
         failure = f"active in steps {steps[0]:.0f} to {steps[-1]:.0f}"
     else:
         met = {"falls": end < start and not end >= warmed_up, "rises": end > start, "settles": end <= SETTLED * peak,
-               "balanced": 0 < end < start, "bounded": np.abs(values).max() <= LOGIT_BOUND * term.weight}[term.expected]
+               "used": end > 0.5, "balanced": 0 < end < start,
+               "bounded": np.abs(values).max() <= LOGIT_BOUND * term.weight}[term.expected]
         failure = None if met else "missed"
     return Verdict(term=term, points=points, start=start, warmed_up=warmed_up, peak=peak, end=end, failure=failure)
 

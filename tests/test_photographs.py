@@ -92,6 +92,7 @@ def test_every_term_of_the_recipe_has_an_expectation_and_its_phase(report, recip
         "loss/feature": ("falls", 1, auxiliary), "loss/direct_reconstruction": ("falls", 1, auxiliary),
         "loss/direct_perceptual": ("falls", 1, auxiliary), "loss/adversarial": ("bounded", start, steps),
         "discriminator/discriminator": ("balanced", start, steps), "validation/psnr": ("rises", None, None),
+        "validation/codebook_usage": ("used", None, None),
     }
     assert recipe.schedule.warmup_steps < auxiliary < start < loss.quantizer.entropy_end_step < steps
 
@@ -108,6 +109,8 @@ def test_every_term_of_the_recipe_has_an_expectation_and_its_phase(report, recip
     ("balanced", lambda x: 1 - x / 2, None),
     ("balanced", lambda x: 1 + x, "missed"),
     ("balanced", lambda x: np.maximum(0, 1 - 2 * x), "missed"),
+    ("used", lambda x: x, None),
+    ("used", lambda x: x / 3, "missed"),
     ("bounded", lambda x: 9 * np.sin(20 * x), None),
     ("bounded", lambda x: -21 * x, "missed"),
 ])
