@@ -92,8 +92,9 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "wandb": ["wandb"],
         "demo": TRAIN + EVAL,
-        "test": TRAIN + EVAL + ["pytest>=8"],
+        "test": TRAIN + EVAL + ["pytest>=8", "wandb"],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
 )
