@@ -92,9 +92,10 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "wandb": ["wandb"],
         "demo": TRAIN + EVAL,
         # scikit-image: the reference of SSIM, and most of the photographs of benchmarks/photographs.py.
-        "test": TRAIN + EVAL + ["pytest>=8", "scikit-image>=0.22"],
+        "test": TRAIN + EVAL + ["pytest>=8", "scikit-image>=0.22", "wandb"],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
 )

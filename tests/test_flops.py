@@ -3,6 +3,7 @@
 import pytest
 import torch
 from layout_runs import stand_in_objective
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from training_runs import GPT, TOKENIZER
 
@@ -113,8 +114,11 @@ def test_counting_touches_nothing_and_happens_once_a_phase(tmp_path, monkeypatch
     assert [flops.of_step(step) for step in range(1, 9)] == first
 
 
-@pytest.mark.parametrize("name", ["patchgan", "stylegan"])
-def test_each_discriminator_can_be_counted(tmp_path, name):
-    flops = tokenizer_flops(tmp_path, "model.image_size=32", "loss.adversarial=null",
-                            f"loss.adversarial={{start_step: 1, base_channels: 8, discriminator: {name}}}")
-    assert flops._judge(1) > 0
+@pytest.mark.parametrize("name, size", [("patchgan", 32), ("stylegan", 32), ("dino", 32), ("dino", 256)])
+def test_each_discriminator_can_be_counted(tmp_path, monkeypatch, name, size):
+    """That of DINO also crops, by draws of its own."""
+    monkeypatch.setattr(composition, "dino_backbone", lambda weights: VisionTransformer(
+        patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0))
+    flops = tokenizer_flops(tmp_path, f"model.image_size={size}", "loss.adversarial=null",
+                            f"loss.adversarial={{start_step: 1, discriminator: {name}}}")
+    assert flops.of_step(4).model > flops._judge(1) > 0

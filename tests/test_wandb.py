@@ -17,7 +17,8 @@ from gigatok_ds.training.run import check_run
 def test_a_missing_package_is_refused_before_anything_starts(tmp_path, monkeypatch):
     data = prepare(tmp_path)["gpt"]
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else found(name, *more))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *more: None if name == "wandb" else found(name, *more))
     check_run(load_recipe(tmp_path / "gpt.yaml", data), tmp_path / "run")
     with pytest.raises(InputError, match="monitor.wandb_project is codes, but .* pip install wandb"):
         check_run(load_recipe(tmp_path / "gpt.yaml", [*data, "monitor.wandb_project=codes"]), tmp_path / "run")
