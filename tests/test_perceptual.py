@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_models import arrays, manifest
 from golden_weights import image, tensor
 from torchvision.models.vgg import cfgs
@@ -87,22 +88,29 @@ def test_images_are_looked_at_once_for_several_reconstructions(lpips):
             assert torch.equal(lpips.distance(seen, made), lpips(first, made))
 
 
-@pytest.mark.parametrize("precision, scale, off, cosine", [("bf16", 1.0, 2e-2, 0.99), ("fp16", 4096.0, 2e-3, 0.9999)])
-def test_lower_precision_changes_distances_and_gradients_little(vgg_file, lpips, precision, scale, off, cosine):
-    """VGG16 in bfloat16 (8 bits) or half precision (11 bits, the loss scaled as in training) against float32."""
+@pytest.mark.parametrize("precision, scale, off, pixel_cosine, patch_cosine",
+                         [("bf16", 1.0, 5e-3, 0.98, 0.995), ("fp16", 4096.0, 1e-3, 0.995, 0.999)])
+def test_lower_precision_changes_distances_and_gradients_little(vgg_file, lpips, precision, scale, off, pixel_cosine,
+                                                                patch_cosine):
+    """VGG16 in bfloat16 (8 bits) or half precision (11 bits, the loss scaled as in training) against float32.
+
+    Measured: distances off by 1.0e-3 and 5e-5, relative. Rounding flips ReLUs and maxima, which is noise in the gradient
+    from pixel to pixel (cosine 0.984 and 0.9975) that averages out over 8 x 8 of them (0.998 and 0.9998).
+    """
     first, second = two_images(64)
     results = []
     for network in (lpips, load_lpips(vgg_file, precision=precision)):
         leaf = second.clone().requires_grad_()
         distances = network(first, leaf)
         (gradient,) = torch.autograd.grad(scale * distances.mean(), leaf)
-        results.append((distances, gradient.flatten()))
+        results.append((distances, gradient))
     (exact, expected), (ours, gradient) = results
     assert ours.dtype == gradient.dtype == torch.float32
     relative = ((ours - exact).abs() / exact).max().item()
-    print(precision, relative, torch.cosine_similarity(gradient, expected, dim=0).item())
     assert 0 < relative < off
-    assert torch.cosine_similarity(gradient, expected, dim=0) > cosine
+    assert torch.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > pixel_cosine
+    patches = [F.avg_pool2d(each, 8).flatten() for each in (gradient, expected)]
+    assert torch.cosine_similarity(*patches, dim=0) > patch_cosine
     assert gradient.norm().item() == pytest.approx(expected.norm().item(), rel=off)
 
 
