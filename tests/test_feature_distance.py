@@ -1,4 +1,4 @@
-"""Perceptual distances in DINOv2's tokens and ResNet-50's logits, against their formulas on plain torchvision and timm."""
+"""Perceptual distances in DINOv2's tokens and ResNet-50's logits, against their formulas on plain networks."""
 
 import pytest
 import torch

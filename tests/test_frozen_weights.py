@@ -47,8 +47,8 @@ def test_a_path_is_a_file_or_a_directory_with_one_of_its_names(published, tmp_pa
     assert weight_file(published, published.parent).find() == published
     (tmp_path / "other.pth").write_bytes(CONTENT)
     assert weight_file(published, tmp_path).find() == tmp_path / "other.pth"
-    for value, said in ((tmp_path / "nowhere", "there is no file .*nowhere"), (cache_folder(), "there is no file .*checkpoints")):
-        with pytest.raises(InputError, match=f"loss.some.weights: {said}; it should be the network from file://"):
+    for value in (tmp_path / "nowhere", cache_folder()):
+        with pytest.raises(InputError, match=f"weights: there is no file {value}; it should be the network from "):
             weight_file(published, value).find()
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=f"empty holds none of {published.name}, other.pth"):
@@ -57,7 +57,7 @@ def test_a_path_is_a_file_or_a_directory_with_one_of_its_names(published, tmp_pa
 
 def test_without_a_path_the_caches_are_searched(published, tmp_path):
     file = weight_file(published, None, hub="timm/some_vit.tag")
-    with pytest.raises(InputError, match=f"no file {cache_folder() / published.name}, nor timm/some_vit.tag in the Hugging"):
+    with pytest.raises(InputError, match=f"{published.name}, nor timm/some_vit.tag in the Hugging Face"):
         file.find()
     snapshot = tmp_path / "hub" / "models--timm--some_vit.tag" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -174,7 +174,7 @@ def test_a_run_keeps_to_the_files_it_was_started_with(tmp_path):
     record_frozen(recipe(*RANDOM[1:], f"loss.perceptual.weights={moved}"), tmp_path)
     torch.save({"any": torch.ones(1)}, moved)
     for weights, said in ((moved, "this is a file of SHA-256"), ("random", "this is random weights")):
-        with pytest.raises(InputError, match=f"loss.perceptual.weights: .* started with a file of .*{digest[:16]}.*{said}"):
+        with pytest.raises(InputError, match=f"loss.perceptual.weights: .*with a file of .*{digest[:16]}.*{said}"):
             record_frozen(recipe(*RANDOM[1:], f"loss.perceptual.weights={weights}"), tmp_path)
     assert "moved.pth" in (tmp_path / "frozen_weights.json").read_text()
 

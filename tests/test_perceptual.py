@@ -94,8 +94,8 @@ def test_lower_precision_changes_distances_and_gradients_little(vgg_file, lpips,
                                                                 patch_cosine):
     """VGG16 in bfloat16 (8 bits) or half precision (11 bits, the loss scaled as in training) against float32.
 
-    Measured: distances off by 1.0e-3 and 5e-5, relative. Rounding flips ReLUs and maxima, which is noise in the gradient
-    from pixel to pixel (cosine 0.984 and 0.9975) that averages out over 8 x 8 of them (0.998 and 0.9998).
+    Measured: distances off by 1.0e-3 and 5e-5, relative. Rounding flips ReLUs and maxima, which is noise in the
+    gradient from pixel to pixel (cosine 0.984 and 0.9975) that averages out over 8 x 8 of them (0.998 and 0.9998).
     """
     first, second = two_images(64)
     results = []

@@ -30,8 +30,8 @@ class PerceptualConfig:
 
     def __post_init__(self):
         if self.dropout and self.model != "vgg":
-            raise InputError(f"loss.perceptual.dropout is true, a setting of vgg only, not of {self.model}; leave it at "
-                             "false")
+            raise InputError("loss.perceptual.dropout is true, a setting of vgg only, not of "
+                             f"{self.model}; leave it at false")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class FrozenViT(nn.Module):
         return self.network.forward_features(images)[:, self.network.num_prefix_tokens :].float()
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1], normalised as the network was trained, and resized to its input (bicubic, not antialiased).
+        """Images in [-1, 1], normalised as for the network's training, and resized to its input (plain bicubic).
 
         GigaTok normalises first for DINOv2 and resizes first for the others; both give the same up to rounding.
         """
@@ -99,8 +99,8 @@ def vit_file(name: str, weights: str | Path | None, *, asked_by: str, setting: s
     if published.architecture.endswith("_dinov2"):
         url = published.url
         names, what = (Path(url).name, *names), f"{Path(url).name} of facebookresearch/dinov2, or {what}"
-    return WeightFile(setting=setting, value=weights, what=f"{name}: {what}", names=(*names, "model.safetensors"), url=url,
-                      hub=published.hf_hub_id)
+    return WeightFile(setting=setting, value=weights, what=f"{name}: {what}", names=(*names, "model.safetensors"),
+                      url=url, hub=published.hf_hub_id)
 
 
 def _published(architecture: str):

@@ -51,9 +51,10 @@ class WeightFile:
             looked = f"there is no file {place}" + (f", nor {self.hub} in the Hugging Face cache" if self.hub else "")
         else:
             path = Path(self.value)
-            found = next((path / name for name in self.names if (path / name).is_file()), None) if path.is_dir() else path
-            looked = f"{path} holds none of {', '.join(self.names)}" if path.is_dir() else f"there is no file {path}"
-            place = "there"
+            found, looked, place = path, f"there is no file {path}", "there"
+            if path.is_dir():
+                found = next((path / name for name in self.names if (path / name).is_file()), None)
+                looked = f"{path} holds none of {', '.join(self.names)}"
         if found is None or not found.is_file():
             raise InputError(f"{self.setting}: {looked}; it should be {self.what}{self._origin()}; put it {place}, "
                              f"set {self.setting} to its path"
@@ -76,8 +77,9 @@ class WeightFile:
             target.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(self.url, str(target), hash_prefix=digits and digits[1], progress=False)
         except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{self.setting}: {self.url} cannot be downloaded to {target} "
-                             f"({' '.join(str(error).split())[:160]}); fetch it by other means and put it there") from None
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"{self.setting}: {self.url} cannot be downloaded to {target} ({reason}); fetch it by "
+                             "other means and put it there") from None
 
     def sha256(self) -> str | None:
         """The file's SHA-256 in hexadecimal, None for random weights.

@@ -33,8 +33,8 @@ def check_frozen(recipe: Recipe) -> None:
 def random_weight_warnings(recipe: Recipe) -> list[str]:
     """One line per frozen network with random weights."""
     files = weight_files(recipe.loss) if isinstance(recipe, TokenizerRecipe) else []
-    return [f"{file.setting} is random: a loss looks through an untrained network (instead of {file.what}), which is good "
-            "for tests and dry runs only" for file in files if file.is_random]
+    return [f"{file.setting} is random: a loss looks through an untrained network (instead of {file.what}), which is "
+            "good for tests and dry runs only" for file in files if file.is_random]
 
 
 def record_frozen(recipe: Recipe, run_dir: Path, *, since: Path) -> None:
