@@ -40,7 +40,12 @@ def gradients_of_convolutions(tensor_size):
     judge = build_discriminator(AdversarialConfig(start_step=1, base_channels=8, layers=2), topology.layers,
                                 image_size=16)
     counts = {}
-    network.double()  # so that only the order of summation differs, and hardly
+    # In float64 throughout, also what networks compute in float32 whatever they are cast to: only the order of summation
+    # differs, and hardly.
+    single = torch.Tensor.float
+    torch.Tensor.float = lambda x, *more: x if x.dtype == torch.float64 else single(x, *more)
+    network.double()
+    judge.double()
     for part in (network, judge):
         count_images(part, counts)
         if tensor_size > 1:
