@@ -110,11 +110,11 @@ class GPT(nn.Module):
         self.cls_embedding = ClassEmbedding(config.num_classes, width)
         self.tok_embeddings = layers.vocab_embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.sequence_length + 1, width))
-        self.cut, self.whole_vocabulary, self.cross_entropy = layers.tokens, layers.whole_features, layers.cross_entropy
+        self.cut, self.whole_vocabulary = layers.tokens, layers.whole_features
         self.token_dropout = layers.dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config, layers) for _ in range(config.transformer.layers))
         self.norm = layers.per_token(RMSNorm(width, config.norm_eps))
-        self.output = layers.column(width, config.vocab_size, bias=False)
+        self.output = layers.vocab_head(width, config.vocab_size)
 
     def initial_fill(self, name: str) -> Fill | None:
         """N(0, 0.02) for weights, N(0, 1/width) for positions, and a zero head: the first loss is ln(vocab)."""
@@ -140,12 +140,12 @@ class GPT(nn.Module):
         """Teacher forcing: codes (B, t) and classes (B,) to float32 logits (B, t + 1, vocab).
 
         Feed all codes but the last to predict every code. With targets (B, t + 1) the result is the cross-entropy of
-        each, float32 (B, t + 1), in nats.
+        each, float32 (B, t + 1), in nats, and the logits are never all held.
         """
-        logits = self.output(self.norm(self._blocks(codes, classes)))
+        x = self.norm(self._blocks(codes, classes))
         if targets is not None:
-            return self.cross_entropy(logits, targets.t()).t()
-        return self.whole_vocabulary(logits).transpose(0, 1).float()
+            return self.output(x, targets.t()).t()
+        return self.whole_vocabulary(self.output(x)).transpose(0, 1).float()
 
     def hidden_states(self, codes: Tensor, classes: Tensor, *, depth: int | None = None) -> Tensor:
         """The residual stream (t + 1, B, width) after block `depth` (counted from 1; None: after the last)."""
