@@ -64,8 +64,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         x, weight, targets, totals = ctx.saved_tensors
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        # In float32: in half precision, adding up chunks would lose what the later ones contribute.
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for rows in _chunks(x, weight):
             columns, owned = _columns(targets[rows], weight)
             of_logits = _logits(x[rows], weight).sub_(totals[rows, None]).exp_()
@@ -74,7 +74,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             if of_x is not None:
                 torch.mm(of_logits, weight, out=of_x[rows])
             if of_weight is not None:
-                of_weight += of_logits.t() @ x[rows]
+                _add_product_(of_weight, of_logits.t(), x[rows])
         return of_x, None if of_weight is None else of_weight.to(weight.dtype), None, None
 
 
@@ -85,6 +85,16 @@ def _chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
     return (x @ weight.t()).float()
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to `total`, which is float32 for half-precision a and b: rounding each chunk's would add up."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:  # the CPU's products have no other type than their factors
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _columns(targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
