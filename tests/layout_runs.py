@@ -106,7 +106,7 @@ class LayoutRuns:
         key = (kind, str(layout), *more)
         if key not in self.finished:
             recipe = self.recipe(kind, layout, *more)
-            out = self.folder / "-".join([kind, str(layout), *map(str, more)])
+            out = self.folder / f"run-{len(self.finished)}"
             settings = zero_settings(layout.stage)
             if layout.stage == 3:
                 # Otherwise parameters as small as these stay whole, and nothing of ZeRO-3 is tested.
