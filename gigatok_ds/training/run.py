@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero3_worth_it
 from gigatok_ds.config.load import differing_keys, load_recipe, save_resolved
-from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.training.branch import check_branch, record_branch
 
@@ -27,6 +27,10 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
             raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
         if not Path(path).is_dir():
             raise InputError(f"data.{split} is {path}, which is not a directory")
+    if isinstance(recipe, GPTRecipe):
+        from gigatok_ds.training.code_sources import check_sources
+
+        check_sources(recipe)
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} exists and is not a directory")
     earlier = run_dir / RECIPE_FILE
