@@ -2,9 +2,10 @@
 
     python benchmarks/cross_entropy.py [--device cuda] [--threads 2] [--width 768] [--sequences 32] [--precision bf16]
 
-Both compute the loss of each of sequences x 256 codes out of 16,384, and the gradients of their mean in the head's input
-and weight, each in a process of its own: the time of one forward and backward after a small one, and the most memory held
-beyond the inputs (on a CPU the growth of the resident set, on a GPU torch's own count), which includes the gradients.
+Both compute the loss of each of sequences x 256 codes out of 16,384, and the gradients of their mean in the head's
+input and weight, each in a process of its own: the time of one forward and backward after a small one, and the most
+memory held beyond the inputs (on a CPU the growth of the resident set, on a GPU torch's own count), which includes the
+gradients.
 
 Exit code 1: ours holds more than a quarter, or losses or gradients differ by more than 1e-3 of their norm.
 """
@@ -140,7 +141,8 @@ def main() -> int:
     if arguments.as_mode:
         print(json.dumps(run_mode(arguments.as_mode[0], arguments, Path(arguments.as_mode[1]))))
         return 0
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{processor()}, {arguments.threads} threads"
+    on_cpu = arguments.device == "cpu"
+    device = f"{processor()}, {arguments.threads} threads" if on_cpu else torch.cuda.get_device_name()
     print(f"{date.today()}  python {' '.join(sys.argv)}\n{device}; torch {torch.__version__}, "
           f"python {platform.python_version()}\n\n{arguments.sequences} x {CODES} codes of {VOCABULARY}, width "
           f"{arguments.width}, {arguments.precision}\n{'':20} {'seconds':>8} {'extra MiB':>10}")
@@ -148,7 +150,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         for mode in MODES:
             found[mode] = measure(mode, Path(name))
-            print(f"{WORDS[mode]:20} {found[mode]['seconds']:8.1f} {found[mode]['extra_bytes'] / 2**20:10.1f}", flush=True)
+            seconds, extra = found[mode]["seconds"], found[mode]["extra_bytes"]
+            print(f"{WORDS[mode]:20} {seconds:8.1f} {extra / 2**20:10.1f}", flush=True)
         parts = {mode: torch.load(Path(name) / mode, weights_only=True) for mode in MODES}
     return 0 if verdict(found, relative_differences(parts["ours"], parts["naive"])) else 1
 

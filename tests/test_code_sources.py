@@ -60,8 +60,9 @@ def test_codes_are_those_of_the_augmented_images(folder):
         seen.append(found)
     resumed = next(source.micro_batches(2))
     assert all(torch.equal(resumed[name], seen[4][name]) for name in resumed)
-    assert all(not parameter.requires_grad and parameter.dtype == torch.float32 for parameter in source.tokenizer.parameters())
     assert not source.tokenizer.training
+    for parameter in source.tokenizer.parameters():
+        assert not parameter.requires_grad and parameter.dtype == torch.float32
 
 
 def test_validation_codes_are_those_of_the_center_crops(folder):

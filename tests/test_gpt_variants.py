@@ -53,14 +53,15 @@ def test_sizes_with_adaptive_layer_norm_are_the_published_ones():
 
 def test_names_and_shapes_are_the_originals():
     width = 32
-    shapes = {name: tuple(value.shape) for name, value in build_on_meta(small_gpt_config(conditioning="adaln")).state_dict().items()}
-    plain = {name: tuple(value.shape) for name, value in build_on_meta(small_gpt_config()).state_dict().items()}
+    shapes, plain, shared = (
+        {name: tuple(value.shape) for name, value in build_on_meta(config).state_dict().items()}
+        for config in (small_gpt_config(conditioning="adaln"), small_gpt_config(),
+                       small_gpt_config(conditioning="simple_adaln")))
     final = {"final_adaLN.1.weight": (2 * width, width), "final_adaLN.1.bias": (2 * width,)}
     of_layers = {f"layers.{i}.adaLN_modulation.1.{name}": shape for i in range(2)
                  for name, shape in (("weight", (6 * width, width)), ("bias", (6 * width,)))}
     assert shapes == plain | final | of_layers
-    shared = build_on_meta(small_gpt_config(conditioning="simple_adaln")).state_dict()
-    assert {name: tuple(value.shape) for name, value in shared.items()} == plain | final | {
+    assert shared == plain | final | {
         "adaLN.1.weight": (6 * width, width), "adaLN.1.bias": (6 * width,),
         **{f"layers.{i}.ada_gss": (1, 1, 6, width) for i in range(2)}}
 
@@ -191,7 +192,8 @@ def test_greedy_samples_are_those_of_recomputation_and_leave_the_model_clean(cha
 
 @pytest.mark.parametrize("conditioning", ["adaln", "simple_adaln"])
 def test_a_new_model_starts_where_the_original_does(conditioning):
-    gpt = initialise_(GPT(small_gpt_config(size=TransformerSize(width=128, layers=2, heads=2), conditioning=conditioning)), seed=0)
+    config = small_gpt_config(size=TransformerSize(width=128, layers=2, heads=2), conditioning=conditioning)
+    gpt = initialise_(GPT(config), seed=0)
     parameters = dict(gpt.named_parameters())
     projections = [name for name in parameters if "adaLN" in name]
     assert len(projections) == {"adaln": 6, "simple_adaln": 4}[conditioning]
@@ -204,7 +206,8 @@ def test_a_new_model_starts_where_the_original_does(conditioning):
 
 def test_paths_are_dropped_for_whole_samples_and_more_often_further_up():
     gpt = GPT(small_gpt_config(size=TransformerSize(width=32, layers=5, heads=4), drop_path=0.4))
-    rates = [getattr(path, "probability", 0.0) for block in gpt.layers for path in (block.attention_path, block.ffn_path)]
+    paths = [path for block in gpt.layers for path in (block.attention_path, block.ffn_path)]
+    rates = [getattr(path, "probability", 0.0) for path in paths]
     assert rates == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
     path = DropPath(0.25)
     name_dropouts(path)
@@ -226,7 +229,8 @@ def test_a_path_that_is_never_dropped_is_no_path():
 
 @pytest.mark.parametrize("changes, words", [
     ({"positions": "rope_2d"}, "sequence_length is 8; positions rope_2d needs a square number.* such as 4 or 9"),
-    ({"positions": "rope_2d", "sequence_length": 9, "size": TransformerSize(width=12, layers=1, heads=2)}, "heads of 6"),
+    ({"positions": "rope_2d", "sequence_length": 9, "size": TransformerSize(width=12, layers=1, heads=2)},
+     "heads of 6"),
     ({"drop_path": 1.0}, "drop_path is 1.0"),
     ({"drop_path": 0.1, "size": TransformerSize(width=32, layers=1, heads=2)}, "does nothing in a model of one layer"),
 ])

@@ -16,7 +16,8 @@ HELP = "original GigaTok .pt -> standalone checkpoint"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.pt", help="original checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings, where the model was another")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="recipe settings, where the model was another")
     parser.add_argument("--recipe", required=True, metavar="NAME", help="the recipe it was trained with")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="standalone checkpoint to write")
     parser.add_argument("--weights", choices=("ema", "model"),

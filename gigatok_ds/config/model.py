@@ -186,11 +186,11 @@ class TokenizerConfig:
 class GPTConfig:
     """A class-conditional autoregressive transformer over codes.
 
-    positions: "learned", added to the embeddings, or "rope_2d", LlamaGen's rotation of queries and keys by row and column.
-    conditioning: the class is a "prefix" token always; with "adaln" it also shifts, scales and gates every block through
-    projections of each block's own, with "simple_adaln" through one that all blocks share.
-    drop_path is the last block's rate of stochastic depth; from the first block's 0 it grows linearly. The original drops
-    no residuals where it drops paths: set residual_dropout to 0 to do as it does.
+    positions: "learned", added to the embeddings, or "rope_2d", LlamaGen's rotation of queries and keys by row and
+    column. conditioning: the class is a "prefix" token always; with "adaln" it also shifts, scales and gates every
+    block through projections of each block's own, with "simple_adaln" through one that all blocks share. drop_path is
+    the last block's rate of stochastic depth; from the first block's 0 it grows linearly. The original drops no
+    residuals where it drops paths: set residual_dropout to 0 to do as it does.
     """
 
     size: str | TransformerSize
@@ -214,12 +214,14 @@ class GPTConfig:
                     residual_dropout=self.residual_dropout, drop_path=self.drop_path)
         if self.positions == "rope_2d":
             if self.grid**2 != self.sequence_length:
-                raise InputError(f"model.sequence_length is {self.sequence_length}; positions rope_2d needs a square number, "
-                                 f"the cells of a grid, such as {self.grid**2} or {(self.grid + 1) ** 2}")
+                raise InputError(f"model.sequence_length is {self.sequence_length}; positions rope_2d needs a square "
+                                 f"number, the cells of a grid, such as {self.grid**2} or {(self.grid + 1) ** 2}")
             if self.head_dim % 4:
-                raise InputError(f"model.size has heads of {self.head_dim} features; positions rope_2d needs a multiple of 4")
+                raise InputError(f"model.size has heads of {self.head_dim} features; positions rope_2d needs "
+                                 "a multiple of 4")
         if self.drop_path and size.layers == 1:
-            raise InputError(f"model.drop_path is {self.drop_path}, but it does nothing in a model of one layer; set it to 0")
+            raise InputError(f"model.drop_path is {self.drop_path}, but it does nothing in a model of one layer; "
+                             "set it to 0")
 
     @property
     def grid(self) -> int:

@@ -175,9 +175,9 @@ class _AugmentedCodes(Dataset):
 class CodeBatches(TrainingBatches):
     """Codes with one augmentation per sample and epoch, drawn from a stream of (seed, epoch, sample).
 
-    Yields `codes` int64 (B, T), `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,). With `second`, codes of
-    the same images under other augmentations, half the accesses take theirs. The keyword arguments are those of
-    TrainingBatches.
+    Yields `codes` int64 (B, T), `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,). With
+    `second`, codes of the same images under other augmentations, half the accesses take theirs. The keyword
+    arguments are those of TrainingBatches.
     """
 
     def __init__(self, data: CodeDataset, second: CodeDataset | None = None, *, seed: int, **arguments):

@@ -1,7 +1,7 @@
 """How a class shifts, scales and gates the blocks of a GPT (adaptive layer norm: Peebles & Xie 2022, arXiv:2212.09748).
 
-A modulation is (batch, parts, width). A block has six parts: shift, scale and gate of the attention, then of the MLP; the
-final norm has shift and scale. Without adaptive layer norm it is None everywhere.
+A modulation is (batch, parts, width). A block has six parts: shift, scale and gate of the attention, then of the MLP;
+the final norm has shift and scale. Without adaptive layer norm it is None everywhere.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class GPT(nn.Module):
         self.tok_embeddings = layers.vocab_embedding(config.vocab_size, width)
         if config.positions == "learned":
             self.positional_embedding = nn.Parameter(torch.empty(config.sequence_length + 1, width))
-        # Of two-dimensional positions, made when first needed; no buffer, so that neither casts nor checkpoints reach it.
+        # Made when first needed, and no buffer: neither casts nor checkpoints are to reach it.
         self.rotary: Tensor | None = None
         self.cut, self.whole_vocabulary = layers.tokens, layers.whole_features
         self.token_dropout = layers.dropout(config.token_dropout)

@@ -23,7 +23,7 @@ def rotary_table(grid: int, head_dim: int, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (x[2i], x[2i + 1]) of (B, heads, T, head_dim) by rows (T, 2, head_dim / 2) of the table, in float32."""
+    """Turn the pairs (x[2i], x[2i + 1]) of (B, heads, T, head_dim) by table rows (T, 2, head_dim / 2), in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = rotation.unbind(1)
     return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).flatten(-2).to(x.dtype)

@@ -17,15 +17,15 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 2**24  # held at once, in float32: 64 MiB
 
-# Combines what the ranks that share a vocabulary found in their parts of it: log-sum-exp and the target's logit of each row.
+# Combines what the ranks that share a vocabulary found in their parts: of each row, log-sum-exp and the target's logit.
 Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def head_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, join: Join | None = None) -> Tensor:
     """-log softmax(x weight^T)[target] in nats: float32 (...), for x (..., width) and int64 targets (...).
 
-    The products are of the inputs' type, everything after them is float32. With `join`, weight (V, width) is this rank's
-    part of the vocabulary, targets count from its first row, and those outside of [0, V) belong to other ranks.
+    The products are of the inputs' type, everything after them is float32. With `join`, weight (V, width) is this
+    rank's part of the vocabulary, targets count from its first row, and those outside of [0, V) belong to other ranks.
     """
     losses = _HeadCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), join)
     return losses.view(targets.shape)

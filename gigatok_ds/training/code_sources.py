@@ -32,7 +32,7 @@ class CodeSource(Protocol):
 
 
 def check_sources(recipe: GPTRecipe) -> None:
-    """Refuse, before any rank starts, a tokenizer that is none or does not speak the GPT's codes, and a missing `second`."""
+    """Refuse, before any rank starts, a tokenizer that does not speak the GPT's codes, and a missing `second`."""
     data = recipe.data
     if data.second is not None and not Path(data.second).is_dir():
         raise InputError(f"data.second is {data.second}, which is not a directory")
@@ -40,7 +40,7 @@ def check_sources(recipe: GPTRecipe) -> None:
         return
     description = read_config(data.tokenizer)
     if description.get("kind") != "tokenizer":
-        raise InputError(f"data.tokenizer is {data.tokenizer}, which holds a {description.get('kind')}, not a tokenizer")
+        raise InputError(f"data.tokenizer {data.tokenizer} holds a {description.get('kind')}, not a tokenizer")
     try:
         config = tokenizer_config_from_dict(description["model"])
     except (TypeError, KeyError) as error:

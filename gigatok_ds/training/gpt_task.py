@@ -60,7 +60,7 @@ class GPTTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean cross-entropy, in nats per code, of every validation image: of its first augmentation or its center crop."""
+        """Mean cross-entropy, in nats per code, of validation images: their first augmentation or center crop."""
         network = self.engine.network.eval()
         codes, labels = self.source.validation()
         rank, ranks, size = self.topology.data_rank, self.topology.data_size, self.micro_batch_size
