@@ -89,8 +89,10 @@ def use_stand_ins():
 
 
 def train_on_a_rank(recipe, out, settings):
+    from gigatok_ds.parallel import cross_entropy
     from gigatok_ds.training.run import run_training
 
+    cross_entropy.CHUNK_LOGITS = 10 * 64  # several chunks, and others on every layout
     use_stand_ins()
     run_training(recipe, out, settings)
 
@@ -117,7 +119,7 @@ class LayoutRuns:
         key = (kind, str(layout), *more)
         if key not in self.finished:
             recipe = self.recipe(kind, layout, *more)
-            out = self.folder / "-".join([kind, str(layout), *map(str, more)])
+            out = self.folder / f"run-{len(self.finished)}"
             settings = zero_settings(layout.stage)
             if layout.stage == 3:
                 # Otherwise parameters as small as these stay whole, and nothing of ZeRO-3 is tested.

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from small_models import small_gpt, small_tokenizer
+from training_runs import GPT
 
 from gigatok_ds.checkpoint.original import to_original
-from gigatok_ds.checkpoint.standalone import save_standalone
+from gigatok_ds.checkpoint.standalone import load_gpt, save_standalone
 from gigatok_ds.cli.main import COMMANDS, build_parser, main
 
 
@@ -37,7 +38,7 @@ OPTIONS = {
     "check-cluster": {"--hostfile", "--out", "--recipe", "--timeout", "--no-allreduce"},
     "train": {"recipe", "overrides", "--out", "--branch-from", "--tp", "--zero", "--deepspeed"},
     "export": {"run_dir", "--out", "--weights"},
-    "import-gigatok": {"file", "--recipe", "--out", "--weights"},
+    "import-gigatok": {"file", "overrides", "--recipe", "--out", "--weights"},
     "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--device"},
     "reconstruct": {"tokenizer", "images", "--out", "--device"},
     "sample": {"--gpt", "--tokenizer", "--classes", "--out", "--per-class", "--cfg", "--cfg-schedule", "--cfg-start",
@@ -114,6 +115,18 @@ def test_import_gigatok_needs_the_right_recipe_and_leaves_nothing_behind(tmp_pat
     assert "has no ema weights" in refused(capsys, "import-gigatok", tmp_path / "t.pt", "--recipe", "VQ_SS256",
                                            "--weights", "ema", "--out", out)
     assert not out.exists()
+
+
+def test_import_gigatok_reads_variants_of_a_recipe(tmp_path, capsys):
+    (tmp_path / "gpt.yaml").write_text(GPT)
+    gpt = small_gpt(sequence_length=9, positions="rope_2d", conditioning="simple_adaln")
+    torch.save({"model": gpt.state_dict()}, tmp_path / "g.pt")
+    command = ["import-gigatok", tmp_path / "g.pt", "--recipe", tmp_path / "gpt.yaml", "--out", tmp_path / "out"]
+    assert "adaLN" in refused(capsys, *command, "model.sequence_length=9", "model.positions=rope_2d")
+    assert run(capsys, *command, "model.sequence_length=9", "model.positions=rope_2d",
+               "model.conditioning=simple_adaln")[0] == 0
+    codes, classes = torch.arange(16).view(2, 8), torch.tensor([0, 5])
+    assert torch.equal(load_gpt(tmp_path / "out")(codes, classes), gpt(codes, classes))
 
 
 def test_bad_input_is_one_line(models, photos, tmp_path, capsys):

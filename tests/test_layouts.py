@@ -5,6 +5,7 @@ A few layouts always; all of them with `pytest -m slow tests/test_layouts.py`.
 
 import pytest
 from layout_runs import PARTS, Layout, LayoutRuns, largest_differences
+from training_runs import code_shards
 
 TOLERANCE = 1e-5
 
@@ -16,6 +17,11 @@ ALWAYS = [
     ("gpt", Layout(tensor=2, data=2, stage=3, sequence=True, recompute=True)),
     ("gpt", Layout(tensor=2, data=2, stage=0, accumulate=True)),
     ("gpt", Layout(tensor=4, data=1, stage=2)),
+]
+# GPTs on a grid of 16 codes, with everything that their plain form lacks.
+VARIANTS = [
+    ("adaln", Layout(tensor=2, data=1, stage=3, sequence=True, recompute=True)),
+    ("simple_adaln", Layout(tensor=2, data=1, stage=1)),
 ]
 SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)]
 ALL = [
@@ -33,14 +39,27 @@ def runs(tmp_path_factory):
     return LayoutRuns(tmp_path_factory.mktemp("layouts"))
 
 
-def assert_like_a_single_process(runs, kind, layout):
-    losses, norms, weights = largest_differences(runs.result(kind, layout), runs.result(kind, Layout()))
+def assert_like_a_single_process(runs, kind, layout, *more):
+    losses, norms, weights = largest_differences(runs.result(kind, layout, *more), runs.result(kind, Layout(), *more))
     assert losses < TOLERANCE and norms < TOLERANCE and weights < TOLERANCE, (losses, norms, weights)
 
 
 @pytest.mark.parametrize("kind, layout", ALWAYS, ids=str)
 def test_some_layouts_train_like_a_single_process(runs, kind, layout):
     assert_like_a_single_process(runs, kind, layout)
+
+
+@pytest.mark.parametrize("conditioning, layout", VARIANTS, ids=str)
+def test_variants_of_the_gpt_do_so_too(tmp_path, conditioning, layout):
+    runs = LayoutRuns(tmp_path)
+    for name, count in (("train", 40), ("validation", 11)):
+        code_shards(tmp_path / f"grid_{name}", count, seed=count, tokens=16)
+    more = ["model.sequence_length=16", "model.positions=rope_2d", f"model.conditioning={conditioning}",
+            "model.drop_path=0.3", f"data.train={tmp_path / 'grid_train'}",
+            f"data.validation={tmp_path / 'grid_validation'}"]
+    assert_like_a_single_process(runs, "gpt", layout, *more)
+    moved = {"adaln": "layers.1.adaLN_modulation.1.weight", "simple_adaln": "adaLN.1.weight"}[conditioning]
+    assert runs.result("gpt", layout, *more)[1][moved].norm() > 1e-4, "it starts at zero"
 
 
 @pytest.mark.slow

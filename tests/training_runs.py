@@ -64,10 +64,11 @@ def image_shards(folder, count):
     write_shards(samples(), folder, prefix="stripes", classes=list("abcde"))
 
 
-def code_shards(folder, count, seed):
+def code_shards(folder, count, seed, tokens=8):
     rng = np.random.default_rng(seed)
-    samples = (CodeSample(key=f"k{i}", codes=rng.integers(0, 10, (2, 8)) + 10 * (i % 5), label=i % 5) for i in range(count))
-    write_code_shards(samples, folder, codebook_size=64, latent_tokens=8, provenance={})
+    samples = (CodeSample(key=f"k{i}", codes=rng.integers(0, 10, (2, tokens)) + 10 * (i % 5), label=i % 5)
+               for i in range(count))
+    write_code_shards(samples, folder, codebook_size=64, latent_tokens=tokens, provenance={})
 
 
 def of_the_machine(name):

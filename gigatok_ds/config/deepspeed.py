@@ -217,10 +217,10 @@ def _from_recipe(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
 
 def _check_shared_batch(recipe: Recipe, micro: int) -> None:
     """The tensor ranks of a data rank share the images of its micro batch."""
-    tensor = recipe.parallel.tensor
-    if tensor == 1 or not isinstance(recipe, TokenizerRecipe):
+    tensor, trains_tokenizer = recipe.parallel.tensor, isinstance(recipe, TokenizerRecipe)
+    if tensor == 1 or not (trains_tokenizer or recipe.data.tokenizer):
         return
-    adversarial = recipe.loss.adversarial
+    adversarial = recipe.loss.adversarial if trains_tokenizer else None
     # The DINO discriminator's batch norm is over that many images, on whichever rank they are.
     unit = 8 * tensor if adversarial and adversarial.discriminator == "dino" else tensor
     if micro % unit:

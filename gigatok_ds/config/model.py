@@ -6,6 +6,7 @@ validated against them by `config.load`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -183,7 +184,14 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """A class-conditional autoregressive transformer over codes."""
+    """A class-conditional autoregressive transformer over codes.
+
+    positions: "learned", added to the embeddings, or "rope_2d", LlamaGen's rotation of queries and keys by row and
+    column. conditioning: the class is a "prefix" token always; with "adaln" it also shifts, scales and gates every
+    block through projections of each block's own, with "simple_adaln" through one that all blocks share. drop_path is
+    the last block's rate of stochastic depth; from the first block's 0 it grows linearly. The original drops no
+    residuals where it drops paths: set residual_dropout to 0 to do as it does.
+    """
 
     size: str | TransformerSize
     vocab_size: int = 16384
@@ -192,15 +200,37 @@ class GPTConfig:
     class_dropout: float = 0.1
     token_dropout: float = 0.1
     residual_dropout: float = 0.1
+    drop_path: float = 0.0
     norm_eps: float = 1e-5
     qk_norm: bool = False
+    positions: Literal["learned", "rope_2d"] = "learned"
+    conditioning: Literal["prefix", "adaln", "simple_adaln"] = "prefix"
 
     def __post_init__(self):
-        resolve_size(self.size, GPT_SIZES, "size")
+        size = resolve_size(self.size, GPT_SIZES, "size")
         at_least(1, "model", vocab_size=self.vocab_size, sequence_length=self.sequence_length,
                  num_classes=self.num_classes)
         probability("model", class_dropout=self.class_dropout, token_dropout=self.token_dropout,
-                    residual_dropout=self.residual_dropout)
+                    residual_dropout=self.residual_dropout, drop_path=self.drop_path)
+        if self.positions == "rope_2d":
+            if self.grid**2 != self.sequence_length:
+                raise InputError(f"model.sequence_length is {self.sequence_length}; positions rope_2d needs a square "
+                                 f"number, the cells of a grid, such as {self.grid**2} or {(self.grid + 1) ** 2}")
+            if self.head_dim % 4:
+                raise InputError(f"model.size has heads of {self.head_dim} features; positions rope_2d needs "
+                                 "a multiple of 4")
+        if self.drop_path and size.layers == 1:
+            raise InputError(f"model.drop_path is {self.drop_path}, but it does nothing in a model of one layer; "
+                             "set it to 0")
+
+    @property
+    def grid(self) -> int:
+        """Side of the grid that a sequence fills row by row, where positions are two-dimensional."""
+        return math.isqrt(self.sequence_length)
+
+    @property
+    def head_dim(self) -> int:
+        return self.transformer.width // self.transformer.heads
 
     @property
     def transformer(self) -> TransformerSize:

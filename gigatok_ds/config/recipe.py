@@ -96,14 +96,25 @@ class ImageDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodeDataConfig:
-    """Code shards written by `gigatok-ds extract-codes`."""
+    """Code shards written by `gigatok-ds extract-codes` or, with `tokenizer`, image shards.
+
+    `tokenizer` is a standalone tokenizer's directory: frozen and in float32, it makes the codes of training images when
+    they are needed, each time of another crop, mirrored half the time. `second` is a directory of code shards of the
+    same images under other augmentations: each access takes it instead of `train` with probability 0.5 (the original's
+    mixture of two ten-crops).
+    """
 
     train: str | None = None
     validation: str | None = None
+    tokenizer: str | None = None
+    second: str | None = None
     workers: int = 0
 
     def __post_init__(self):
         at_least(0, "data", workers=self.workers)
+        if self.tokenizer is not None and self.second is not None:
+            raise InputError("data.second is set, but with data.tokenizer there are no code shards to mix; set one of "
+                             "them to null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,24 +153,32 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 class _AugmentedCodes(Dataset):
-    def __init__(self, data: CodeDataset, seed: int):
+    def __init__(self, data: CodeDataset, second: CodeDataset | None, seed: int):
         self.data = data
+        self.second = second
         self.seed = seed
 
     def __getitem__(self, address: SampleAddress) -> dict:
         rng = numpy_stream(self.seed, "augmentation", address.epoch, address.sample)
-        views = self.data.codes[address.sample]
+        views = self._source(address).codes[address.sample]
         row = views[rng.integers(len(views))]
         return {"codes": torch.from_numpy(row.astype(np.int64)),
                 "labels": int(self.data.labels[address.sample]), **address_fields(address)}
+
+    def _source(self, address: SampleAddress) -> CodeDataset:
+        if self.second is None:
+            return self.data
+        draw = numpy_stream(self.seed, "second codes", address.epoch, address.sample).random()
+        return self.second if draw < 0.5 else self.data
 
 
 class CodeBatches(TrainingBatches):
     """Codes with one augmentation per sample and epoch, drawn from a stream of (seed, epoch, sample).
 
-    Yields `codes` int64 (B, T), `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,). The keyword
+    Yields `codes` int64 (B, T), `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,). With
+    `second`, codes of the same images under other augmentations, half the accesses take theirs. The keyword
     arguments are those of TrainingBatches.
     """
 
-    def __init__(self, data: CodeDataset, *, seed: int, **arguments):
-        super().__init__(_AugmentedCodes(data, seed), len(data), seed=seed, **arguments)
+    def __init__(self, data: CodeDataset, second: CodeDataset | None = None, *, seed: int, **arguments):
+        super().__init__(_AugmentedCodes(data, second, seed), len(data), seed=seed, **arguments)

@@ -1,4 +1,4 @@
-"""The class-conditional GPT over codes (LlamaGen's decoder with learned absolute positions)."""
+"""The class-conditional GPT over codes (LlamaGen's decoder, Sun et al. 2024, arXiv:2406.06525)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from gigatok_ds.config.model import GPTConfig
 from gigatok_ds.errors import InputError
+from gigatok_ds.models.adaln import adaptive_projection, modulate, project
 from gigatok_ds.models.attention import merge_heads, split_heads
 from gigatok_ds.models.initialisation import Fill, constant, normal
+from gigatok_ds.models.rotary import rotary_table, rotate
+from gigatok_ds.parallel.dropout import DropPath
 from gigatok_ds.parallel.layers import PLAIN, Layers
+
+# Of each block, and at last of the final norm; see models.adaln.
+Modulations = list[Tensor | None]
 
 
 class KeyValueCache(Protocol):
@@ -46,9 +52,11 @@ class CausalAttention(nn.Module):
         self.q_norm = layers.per_head(nn.LayerNorm(self.head_dim)) if config.qk_norm else nn.Identity()
         self.k_norm = layers.per_head(nn.LayerNorm(self.head_dim)) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         q, k, v = (split_heads(part, self.head_dim) for part in self.wqkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -73,20 +81,40 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Block number `index`. Its optional parts are absent where they would do nothing."""
+
     recompute_unit = "block"
 
-    def __init__(self, config: GPTConfig, layers: Layers):
+    def __init__(self, config: GPTConfig, layers: Layers, index: int):
         super().__init__()
-        self.attention_norm = layers.per_token(RMSNorm(config.transformer.width, config.norm_eps))
+        width, depth = config.transformer.width, config.transformer.layers
+        self.attention_norm = layers.per_token(RMSNorm(width, config.norm_eps))
         self.attention = CausalAttention(config, layers)
-        self.ffn_norm = layers.per_token(RMSNorm(config.transformer.width, config.norm_eps))
+        self.ffn_norm = layers.per_token(RMSNorm(width, config.norm_eps))
         self.feed_forward = FeedForward(config, layers)
         self.attention_dropout = layers.dropout(config.residual_dropout)
         self.ffn_dropout = layers.dropout(config.residual_dropout)
+        path = config.drop_path * index / max(depth - 1, 1)
+        self.attention_path, self.ffn_path = (DropPath(path) if path else nn.Identity() for _ in range(2))
+        if config.conditioning == "adaln":
+            self.adaLN_modulation = adaptive_projection(width, 6)
+        elif config.conditioning == "simple_adaln":
+            self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, width))
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), cache))
-        return x + self.ffn_dropout(self.feed_forward(self.ffn_norm(x)))
+    def forward(self, x: Tensor, modulation: Tensor | None = None, rotation: Tensor | None = None,
+                cache: KeyValueCache | None = None) -> Tensor:
+        if modulation is None:
+            x = x + self._attend(self.attention_norm(x), rotation, cache)
+            return x + self._feed(self.ffn_norm(x))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)
+        x = x + gate_a * self._attend(modulate(self.attention_norm(x), shift_a, scale_a), rotation, cache)
+        return x + gate_m * self._feed(modulate(self.ffn_norm(x), shift_m, scale_m))
+
+    def _attend(self, x: Tensor, rotation: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        return self.attention_path(self.attention_dropout(self.attention(x, rotation, cache)))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return self.ffn_path(self.ffn_dropout(self.feed_forward(x)))
 
 
 class ClassEmbedding(nn.Module):
@@ -109,18 +137,28 @@ class GPT(nn.Module):
         width = config.transformer.width
         self.cls_embedding = ClassEmbedding(config.num_classes, width)
         self.tok_embeddings = layers.vocab_embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(config.sequence_length + 1, width))
-        self.cut, self.whole_vocabulary, self.cross_entropy = layers.tokens, layers.whole_features, layers.cross_entropy
+        if config.positions == "learned":
+            self.positional_embedding = nn.Parameter(torch.empty(config.sequence_length + 1, width))
+        # Made when first needed, and no buffer: neither casts nor checkpoints are to reach it.
+        self.rotary: Tensor | None = None
+        self.cut, self.whole_vocabulary = layers.tokens, layers.whole_features
         self.token_dropout = layers.dropout(config.token_dropout)
-        self.layers = nn.ModuleList(Block(config, layers) for _ in range(config.transformer.layers))
+        self.layers = nn.ModuleList(Block(config, layers, index) for index in range(config.transformer.layers))
         self.norm = layers.per_token(RMSNorm(width, config.norm_eps))
-        self.output = layers.column(width, config.vocab_size, bias=False)
+        self.output = layers.vocab_head(width, config.vocab_size)
+        if config.conditioning == "simple_adaln":
+            self.adaLN = adaptive_projection(width, 6)
+        if config.conditioning != "prefix":
+            self.final_adaLN = adaptive_projection(width, 2)
 
     def initial_fill(self, name: str) -> Fill | None:
-        """N(0, 0.02) for weights, N(0, 1/width) for positions, and a zero head: the first loss is ln(vocab)."""
-        if name == "positional_embedding":
+        """N(0, 0.02) for weights, N(0, 1/width) for positions and for each block's own offsets of a shared modulation.
+
+        Projections to modulations are zero, and so is the head: the first loss is ln(vocab).
+        """
+        if name == "positional_embedding" or name.endswith("ada_gss"):
             return normal(self.config.transformer.width**-0.5)
-        if name == "output.weight":
+        if name == "output.weight" or "adaLN" in name:
             return constant(0.0)
         owner = self.get_submodule(name.rpartition(".")[0])
         return normal(0.02) if name.endswith("weight") and "Norm" not in type(owner).__name__ else None
@@ -140,34 +178,70 @@ class GPT(nn.Module):
         """Teacher forcing: codes (B, t) and classes (B,) to float32 logits (B, t + 1, vocab).
 
         Feed all codes but the last to predict every code. With targets (B, t + 1) the result is the cross-entropy of
-        each, float32 (B, t + 1), in nats.
+        each, float32 (B, t + 1), in nats, and the logits are never all held.
         """
-        logits = self.output(self.norm(self._blocks(codes, classes)))
+        modulations = self.modulations(classes)
+        x = self._final_norm(self._blocks(codes, classes, modulations), modulations)
         if targets is not None:
-            return self.cross_entropy(logits, targets.t()).t()
-        return self.whole_vocabulary(logits).transpose(0, 1).float()
+            return self.output(x, targets.t()).t()
+        return self.whole_vocabulary(self.output(x)).transpose(0, 1).float()
 
     def hidden_states(self, codes: Tensor, classes: Tensor, *, depth: int | None = None) -> Tensor:
         """The residual stream (t + 1, B, width) after block `depth` (counted from 1; None: after the last)."""
-        return self.cut.gather(self._blocks(codes, classes, depth))
+        return self.cut.gather(self._blocks(codes, classes, self.modulations(classes), depth))
 
-    def _blocks(self, codes: Tensor, classes: Tensor, depth: int | None = None) -> Tensor:
+    def modulations(self, classes: Tensor) -> Modulations:
+        """What classes (B,) do to every block and to the final norm, at all positions: see models.adaln."""
+        if self.config.conditioning == "prefix":
+            return [None] * (len(self.layers) + 1)
+        condition = self._place(self.cls_embedding(classes)[None], 0)[0]
+        if self.config.conditioning == "adaln":
+            found = [project(block.adaLN_modulation, condition) for block in self.layers]
+        else:
+            shared = project(self.adaLN, condition)
+            found = [shared + block.ada_gss[0] for block in self.layers]
+        # Each rank may hold a part of the tokens only, and knows their part of the gradient.
+        return [self.cut.share(part) for part in (*found, project(self.final_adaLN, condition))]
+
+    def _blocks(self, codes: Tensor, classes: Tensor, modulations: Modulations, depth: int | None = None) -> Tensor:
         """`hidden_states`, of this rank's tokens."""
         tokens = torch.cat([self.cls_embedding(classes)[:, None], self.tok_embeddings(codes)], dim=1)
-        x = tokens.transpose(0, 1)
-        x = self.token_dropout(self.cut.scatter(x + self.positional_embedding[: x.shape[0], None].to(x.dtype)))
-        for block in self.layers[:depth]:
-            x = block(x)
+        positions = slice(tokens.shape[1])
+        x = self.token_dropout(self.cut.scatter(self._place(tokens.transpose(0, 1), positions)))
+        rotation = self._rotation(positions, x.device)
+        for block, modulation in zip(self.layers[:depth], modulations):
+            x = block(x, modulation, rotation)
         return x
 
-    def decode_step(self, tokens: Tensor, position: int, caches: list[KeyValueCache]) -> Tensor:
+    def _place(self, x: Tensor, positions: slice | int | Tensor) -> Tensor:
+        """Embeddings (T, B, width) with what is added for their positions: a slice, or the one of a single token."""
+        if self.config.positions != "learned":
+            return x
+        return x + self.positional_embedding[positions].reshape(-1, 1, x.shape[-1]).to(x.dtype)
+
+    def _rotation(self, positions: slice | int | Tensor, device: torch.device) -> Tensor | None:
+        """Rows (T, 2, head_dim / 2) of the rotary table, for a slice of positions or a single one."""
+        if self.config.positions != "rope_2d":
+            return None
+        if self.rotary is None or self.rotary.device != device:
+            self.rotary = rotary_table(self.config.grid, self.config.head_dim, device)
+        return self.rotary[positions].reshape(-1, *self.rotary.shape[1:])
+
+    def _final_norm(self, x: Tensor, modulations: Modulations) -> Tensor:
+        x, modulation = self.norm(x), modulations[-1]
+        return x if modulation is None else modulate(x, *modulation.unbind(1))
+
+    def decode_step(self, tokens: Tensor, position: int, caches: list[KeyValueCache],
+                    modulations: Modulations | None = None) -> Tensor:
         """One cached step: logits (B, vocab) float32 of the code after `position`.
 
-        tokens (B,) are classes at position 0 and the codes generated last at every later position.
+        tokens (B,) are classes at position 0 and the codes generated last at every later position. `modulations` are
+        those of the classes; a model whose class is only a prefix needs none.
         """
+        modulations = modulations or [None] * (len(self.layers) + 1)
         embedding = self.cls_embedding if position == 0 else self.tok_embeddings
-        x = embedding(tokens)[None]
-        x = x + self.positional_embedding[position].to(x.dtype)
-        for block, cache in zip(self.layers, caches):
-            x = block(x, cache)
-        return self.whole_vocabulary(self.output(self.norm(x)))[0].float()
+        x = self._place(embedding(tokens)[None], position)
+        rotation = self._rotation(position, x.device)
+        for block, modulation, cache in zip(self.layers, modulations, caches):
+            x = block(x, modulation, rotation, cache)
+        return self.whole_vocabulary(self.output(self._final_norm(x, modulations)))[0].float()

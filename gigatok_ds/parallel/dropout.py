@@ -86,6 +86,19 @@ class Dropout(nn.Module):
         return f"p={self.probability}"
 
 
+class DropPath(Dropout):
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): drops a residual branch for a whole sample.
+
+    The others are scaled up, so that the expectation stays. Every rank decides alike.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        # One number per sample, wherever its tokens and features are.
+        return x * super().forward(x.new_ones(1, x.shape[1], 1))
+
+
 def name_dropouts(network: nn.Module) -> None:
     """Number the network's dropouts in the order of its modules, so that each draws masks of its own."""
     numbers = itertools.count()

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigatok_ds.parallel.cross_entropy import head_cross_entropy
 from gigatok_ds.parallel.dropout import Dropout
 from gigatok_ds.parallel.reduce import RankMean
 from gigatok_ds.parallel.sharding import column_shards, row_shards, vocab_shards
@@ -25,6 +25,9 @@ class Passage(Protocol):
     def scatter(self, whole: Tensor) -> Tensor: ...
 
     def gather(self, part: Tensor) -> Tensor: ...
+
+    def share(self, whole: Tensor) -> Tensor:
+        """The same tensor, which each rank is about to apply to its part: its gradient is summed over the ranks."""
 
 
 class Layers(Protocol):
@@ -44,6 +47,12 @@ class Layers(Protocol):
     def vocab_embedding(self, vocab_size: int, width: int) -> nn.Module:
         """A table of `vocab_size` rows, cut by rows."""
 
+    def vocab_head(self, width: int, vocab_size: int) -> nn.Module:
+        """A `column` over a vocabulary: called with x it gives logits, with x and int64 targets their cross-entropy.
+
+        The latter, float32 of the targets' shape and alike on all tensor ranks, never holds all logits.
+        """
+
     def dropout(self, probability: float, *, hidden: bool = False) -> nn.Module:
         """Dropout of (tokens, batch, features): of the residual stream, or (hidden) between `column` and `row`."""
 
@@ -58,9 +67,6 @@ class Layers(Protocol):
 
     def whole_features(self, part: Tensor) -> Tensor:
         """The output of a `column` with the features of all tensor ranks."""
-
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """-log softmax(logits)[target] in float32: the output of a `column` over a vocabulary, int64 targets (...)."""
 
     def mean_over_data(self, x: Tensor) -> Tensor:
         """Mean over data ranks of a statistic of a data rank's batch."""
@@ -78,8 +84,22 @@ class _WholePassage:
     def gather(self, part: Tensor) -> Tensor:
         return part
 
+    def share(self, whole: Tensor) -> Tensor:
+        return whole
+
 
 WHOLE_PASSAGE = _WholePassage()
+
+
+class VocabHead(nn.Linear):
+    """`Layers.vocab_head` of one tensor rank."""
+
+    def __init__(self, width: int, vocab_size: int):
+        super().__init__(width, vocab_size, bias=False)
+        self.shards = column_shards(bias=False)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        return super().forward(x) if targets is None else head_cross_entropy(x, self.weight, targets)
 
 
 class PlainLayers:
@@ -100,6 +120,9 @@ class PlainLayers:
     def vocab_embedding(self, vocab_size: int, width: int) -> nn.Embedding:
         return declared(nn.Embedding(vocab_size, width), vocab_shards())
 
+    def vocab_head(self, width: int, vocab_size: int) -> VocabHead:
+        return VocabHead(width, vocab_size)
+
     def dropout(self, probability: float, *, hidden: bool = False) -> Dropout:
         return Dropout(probability)
 
@@ -110,10 +133,6 @@ class PlainLayers:
 
     def whole_features(self, part: Tensor) -> Tensor:
         return part
-
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
-        return losses.view_as(targets)
 
     def mean_over_data(self, x: Tensor) -> Tensor:
         return self.data_mean(x) if self.data_mean else x

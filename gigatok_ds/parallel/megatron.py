@@ -16,6 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import mappings
 
+from gigatok_ds.parallel.cross_entropy import head_cross_entropy, join_over
 from gigatok_ds.parallel.dropout import WHOLE, Dropout, Part
 from gigatok_ds.parallel.layers import WHOLE_PASSAGE, Module
 from gigatok_ds.parallel.partial import mark_partial, mark_partial_parameter
@@ -103,6 +104,23 @@ class VocabEmbedding(_Declared, tensor_parallel.VocabParallelEmbedding):
         self._declare(vocab_shards())
 
 
+class VocabHead(ColumnLinear):
+    """This rank's range of the vocabulary: its logits, or the cross-entropy over all of it."""
+
+    def __init__(self, width: int, vocab_size: int, *, config: ModelParallelConfig):
+        super().__init__(width, vocab_size, bias=False, groups=1, config=config)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        # Each rank adds its codes' share to the gradient of x.
+        enter = (mappings.gather_from_sequence_parallel_region if self.sequence_parallel
+                 else mappings.copy_to_tensor_model_parallel_region)
+        first = parallel_state.get_tensor_model_parallel_rank() * self.output_size_per_partition
+        return head_cross_entropy(enter(x), self.weight, targets - first,
+                                  join=join_over(parallel_state.get_tensor_model_parallel_group()))
+
+
 def _nothing(_: Tensor) -> None:
     """Initial weights are addressed by name and set later; see models.initialisation."""
 
@@ -116,6 +134,9 @@ class _TensorRanks:
     def gather(self, part: Tensor) -> Tensor:
         # What follows is computed alike on all tensor ranks, so each takes its part of the gradient unsummed.
         return mappings.gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=False)
+
+    def share(self, whole: Tensor) -> Tensor:
+        return mappings.copy_to_tensor_model_parallel_region(whole)
 
 
 class MegatronLayers:
@@ -144,6 +165,9 @@ class MegatronLayers:
     def vocab_embedding(self, vocab_size: int, width: int) -> VocabEmbedding:
         return VocabEmbedding(vocab_size, width, config=self.config)
 
+    def vocab_head(self, width: int, vocab_size: int) -> VocabHead:
+        return VocabHead(width, vocab_size, config=self.config)
+
     def dropout(self, probability: float, *, hidden: bool = False) -> Dropout:
         if hidden:
             return Dropout(probability, features=self.part)
@@ -160,9 +184,6 @@ class MegatronLayers:
 
     def whole_features(self, part: Tensor) -> Tensor:
         return mappings.gather_from_tensor_model_parallel_region(part)
-
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return tensor_parallel.vocab_parallel_cross_entropy(logits.float().contiguous(), targets.contiguous())
 
     def mean_over_data(self, x: Tensor) -> Tensor:
         return self._mean(parallel_state.get_data_parallel_group())(x)

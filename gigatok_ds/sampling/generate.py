@@ -53,10 +53,10 @@ def generate(
     gpt.eval()
     try:
         tokens = torch.cat([classes, torch.full_like(classes, gpt.unconditional_class)]) if guided else classes
-        caches = make_caches(gpt, len(tokens))
+        caches, modulations = make_caches(gpt, len(tokens)), gpt.modulations(tokens)
         codes = []
         for position, scale in enumerate(scales):
-            logits = gpt.decode_step(tokens, position, caches)
+            logits = gpt.decode_step(tokens, position, caches, modulations)
             logits = guide(logits, scale) if guided else logits
             chosen = choose_codes(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             codes.append(chosen)

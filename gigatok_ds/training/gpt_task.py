@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from gigatok_ds.config.recipe import GPTRecipe
-from gigatok_ds.data.codes import CodeBatches, CodeDataset
-from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.parallel.dropout import dropout_at
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, torch_stream
+from gigatok_ds.training.code_sources import open_source
 from gigatok_ds.training.engine import Engine
 from gigatok_ds.training.flops import GPTFlops
 
@@ -24,13 +23,12 @@ PROBE_SEQUENCES = 16
 
 
 class GPTTask:
-    """A single engine over a GPT, fed with pre-extracted codes."""
+    """A single engine over a GPT, fed with pre-extracted codes or with those of a frozen tokenizer."""
 
     def __init__(self, recipe: GPTRecipe, topology: Topology, settings: dict):
         self.recipe, self.topology = recipe, topology
         self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
-        self.train_codes = self._open(recipe.data.train)
-        self.validation_codes = self._open(recipe.data.validation)
+        self.source = open_source(recipe, topology, self.micro_batch_size)
         parallel = recipe.parallel
         self.engine = Engine(
             lambda: GPT(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology,
@@ -40,28 +38,8 @@ class GPTTask:
         self.engines = {"gpt": self.engine}
         self.flops = GPTFlops(recipe)
 
-    def _open(self, path: str) -> CodeDataset:
-        """Code shards that fit this GPT; InputError naming what differs."""
-        codes, model = CodeDataset.open(path), self.recipe.model
-        expected = {"codebook_size": model.vocab_size, "latent_tokens": model.sequence_length}
-        for name, value in expected.items():
-            if codes.metadata[name] != value:
-                raise InputError(f"{path} has {name} {codes.metadata[name]}, but {self.recipe.name} expects {value}")
-        codes.check_labels(model.num_classes)
-        return codes
-
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
-        training = self.recipe.training
-        return iter(CodeBatches(
-            self.train_codes,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=training.seed,
-            workers=self.recipe.data.workers,
-            data_rank=self.topology.data_rank,
-            data_size=self.topology.data_size,
-            start_step=start_step,
-        ))
+        return self.source.micro_batches(start_step)
 
     def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
         device = self.topology.device
@@ -84,9 +62,9 @@ class GPTTask:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Mean cross-entropy, in nats per code, of the first augmentation of every validation sequence."""
+        """Mean cross-entropy, in nats per code, of validation images: their first augmentation or center crop."""
         network = self.engine.network.eval()
-        codes, labels = self.validation_codes.codes[:, 0], self.validation_codes.labels
+        codes, labels = self.source.validation()
         rank, ranks, size = self.topology.data_rank, self.topology.data_size, self.micro_batch_size
         total = torch.zeros(2, dtype=torch.float64)
         # Every rank runs as many batches as the others; those past the end repeat the last sequence uncounted.
@@ -108,8 +86,7 @@ class GPTTask:
 
     @torch.no_grad()
     def probe(self) -> dict[str, np.ndarray]:
-        codes = torch.as_tensor(self.validation_codes.codes[:PROBE_SEQUENCES, 0]).long()
-        labels = torch.as_tensor(self.validation_codes.labels[:PROBE_SEQUENCES]).long()
+        codes, labels = (torch.as_tensor(part[:PROBE_SEQUENCES]).long() for part in self.source.validation())
         device = self.topology.device
         logits = self.engine.network.eval()(codes[:, :-1].to(device), labels.to(device))
         return {"codes": codes.numpy(), "classes": labels.numpy(), "logits": logits.cpu().numpy()}

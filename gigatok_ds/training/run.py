@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero3_worth_it
 from gigatok_ds.config.load import differing_keys, load_recipe, save_resolved
-from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.training.branch import check_branch, record_branch
 from gigatok_ds.training.wandb_log import check_wandb
@@ -26,16 +26,7 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
     from gigatok_ds.training.frozen_weights import check_frozen
 
     check_wandb(recipe.monitor.wandb_project)
-    for split in ("train", "validation"):
-        path = getattr(recipe.data, split)
-        if path is None:
-            raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
-        if not Path(path).is_dir():
-            raise InputError(f"data.{split} is {path}, which is not a directory")
-    if isinstance(recipe, TokenizerRecipe) and recipe.validation.inception is not None:
-        from gigatok_ds.evaluation.inception import load_inception
-
-        load_inception(recipe.validation.inception, "validation.inception")
+    _check_data(recipe)
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} exists and is not a directory")
     earlier = run_dir / RECIPE_FILE
@@ -46,6 +37,23 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
                              "choose another --out")
     check_frozen(recipe)
     return check_branch(recipe, run_dir, branch_from)
+
+
+def _check_data(recipe: Recipe) -> None:
+    for split in ("train", "validation"):
+        path = getattr(recipe.data, split)
+        if path is None:
+            raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
+        if not Path(path).is_dir():
+            raise InputError(f"data.{split} is {path}, which is not a directory")
+    if isinstance(recipe, TokenizerRecipe) and recipe.validation.inception is not None:
+        from gigatok_ds.evaluation.inception import load_inception
+
+        load_inception(recipe.validation.inception, "validation.inception")
+    if isinstance(recipe, GPTRecipe):
+        from gigatok_ds.training.code_sources import check_sources
+
+        check_sources(recipe)
 
 
 def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_from: Path | None = None) -> None:

@@ -1,0 +1,150 @@
+"""Where a GPT's codes come from: code shards, or image shards and a frozen tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigatok_ds.checkpoint.standalone import load_tokenizer, read_config
+from gigatok_ds.config.model import tokenizer_config_from_dict
+from gigatok_ds.config.recipe import GPTRecipe
+from gigatok_ds.data.codes import CodeBatches, CodeDataset
+from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.loader import ImageBatches, evaluation_batches
+from gigatok_ds.data.transforms import training_transform
+from gigatok_ds.errors import InputError
+from gigatok_ds.parallel.topology import Topology
+
+VALIDATION_BATCH = 32  # images that a rank encodes at once
+
+
+class CodeSource(Protocol):
+    def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
+        """This data rank's endless micro batches: `codes` int64 (B, T), `labels` and, on the CPU, `position` (B,)."""
+
+    def validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (N, T) and labels (N,) of all validation images; collective."""
+
+
+def check_sources(recipe: GPTRecipe) -> None:
+    """Refuse, before any rank starts, a tokenizer that does not speak the GPT's codes, and a missing `second`."""
+    data = recipe.data
+    if data.second is not None and not Path(data.second).is_dir():
+        raise InputError(f"data.second is {data.second}, which is not a directory")
+    if data.tokenizer is None:
+        return
+    description = read_config(data.tokenizer)
+    if description.get("kind") != "tokenizer":
+        raise InputError(f"data.tokenizer {data.tokenizer} holds a {description.get('kind')}, not a tokenizer")
+    try:
+        config = tokenizer_config_from_dict(description["model"])
+    except (TypeError, KeyError) as error:
+        raise InputError(f"data.tokenizer {data.tokenizer}: its config.json is not valid ({error})") from None
+    _check_fit(recipe, f"data.tokenizer {data.tokenizer}",
+               {"codebook_size": config.quantizer.codebook_size, "latent_tokens": config.latent_tokens})
+
+
+def open_source(recipe: GPTRecipe, topology: Topology, micro_batch_size: int) -> CodeSource:
+    """What the recipe's data section describes, for micro batches of that many sequences per data rank."""
+    kind = TokenizedImages if recipe.data.tokenizer else ExtractedCodes
+    return kind(recipe, topology, micro_batch_size)
+
+
+def _check_fit(recipe: GPTRecipe, source: str, found: dict) -> None:
+    expected = {"codebook_size": recipe.model.vocab_size, "latent_tokens": recipe.model.sequence_length}
+    for name, value in expected.items():
+        if found[name] != value:
+            raise InputError(f"{source} has {name} {found[name]}, but {recipe.name} expects {value}")
+
+
+class ExtractedCodes:
+    """Code shards, with one of their augmentations for each access; validation takes the first."""
+
+    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int):
+        self.recipe, self.topology, self.micro_batch_size = recipe, topology, micro_batch_size
+        data = recipe.data
+        self.train, self.held_out = self._open(data.train), self._open(data.validation)
+        self.second = None if data.second is None else self._open(data.second)
+        if self.second and not np.array_equal(self.second.labels, self.train.labels):
+            raise InputError(f"data.second {data.second} is not of the same images as data.train {data.train}: it has "
+                             f"{len(self.second)} samples beside {len(self.train)}, or other labels")
+
+    def _open(self, path: str) -> CodeDataset:
+        """Code shards that fit this GPT; InputError naming what differs."""
+        codes = CodeDataset.open(path)
+        _check_fit(self.recipe, path, codes.metadata)
+        codes.check_labels(self.recipe.model.num_classes)
+        return codes
+
+    def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
+        training = self.recipe.training
+        return iter(CodeBatches(
+            self.train,
+            self.second,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=training.seed,
+            workers=self.recipe.data.workers,
+            data_rank=self.topology.data_rank,
+            data_size=self.topology.data_size,
+            start_step=start_step,
+        ))
+
+    def validation(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.held_out.codes[:, 0], self.held_out.labels
+
+
+class TokenizedImages:
+    """Image shards, and a frozen tokenizer in float32. The tensor ranks of a data rank share the images to encode."""
+
+    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int):
+        self.recipe, self.topology = recipe, topology
+        self.own_images = micro_batch_size // topology.tensor_size
+        self.train, self.held_out = ShardIndex.open(recipe.data.train), ShardIndex.open(recipe.data.validation)
+        for index in (self.train, self.held_out):
+            index.check_labels(recipe.model.num_classes)
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer, device=str(topology.device))
+        self._encoded: tuple[np.ndarray, np.ndarray] | None = None
+
+    def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
+        training, topology = self.recipe.training, self.topology
+        # A data rank's tensor ranks are neighbours, so all ranks in their order share its micro batch in its order.
+        batches = ImageBatches(
+            self.train,
+            training_transform(self.tokenizer.config.image_size),
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=self.own_images,
+            seed=training.seed,
+            workers=self.recipe.data.workers,
+            pin_memory=topology.device.type == "cuda",
+            data_rank=topology.rank,
+            data_size=topology.world_size,
+            start_step=start_step,
+        )
+        for batch in batches:
+            codes, labels = self._encode(batch)
+            first = int(batch["position"][0]) - topology.tensor_rank * self.own_images
+            yield {"codes": codes, "labels": labels, "position": first + torch.arange(len(codes))}
+
+    def _encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Codes and labels of the whole data rank's images."""
+        device = self.topology.device
+        codes = self.tokenizer.encode(batch["images"].to(device, non_blocking=True))
+        table = self.topology.gather_images(torch.cat([codes, batch["labels"].to(device)[:, None]], dim=1))
+        return table[:, :-1], table[:, -1]
+
+    def validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the center crops; encoded once, by all ranks together."""
+        if self._encoded is None:
+            batches = evaluation_batches(self.held_out, self.tokenizer.config.image_size, VALIDATION_BATCH,
+                                         self.topology.rank, self.topology.world_size, workers=self.recipe.data.workers)
+            rounds = [[self.topology.gather_data(part).cpu() for part in self._encode(batch)] for batch in batches]
+            # What fills up the last round comes last.
+            codes, labels = (torch.cat(parts)[: len(self.held_out)].numpy() for parts in zip(*rounds))
+            self._encoded = codes.astype(np.int32), labels
+        return self._encoded
