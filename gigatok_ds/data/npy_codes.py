@@ -112,6 +112,7 @@ def _count(folder: Path) -> int:
 
 def _load(file: Path) -> np.ndarray:
     try:
-        return np.load(file, allow_pickle=False)
+        with open(file, "rb") as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{file} is not a plain .npy array ({error}); extract or copy it again") from None
