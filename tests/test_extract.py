@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -210,6 +211,8 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(source, expected, tm
 
 def extract_slowly(source, out):
     torch.set_num_threads(1)
+    # Else the data workers come from another such server, which would do all the imports again.
+    multiprocessing.set_start_method("fork", force=True)
     encode = Tokenizer.encode
     Tokenizer.encode = lambda self, images: (time.sleep(0.1), encode(self, images))[1]
     extract(source, out, workers=2)
@@ -217,7 +220,7 @@ def extract_slowly(source, out):
 
 def test_killed_from_outside_while_workers_read(source, expected, tmp_path):
     out = tmp_path / "codes"
-    for shards in (1, 2, None):
+    for shards in (1, 2, None):  # killed when so many are there
         process = rank_runs._context.Process(target=extract_slowly, args=(source, out))
         process.start()
         try:
