@@ -7,6 +7,7 @@ safetensors only.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -115,19 +116,39 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(path)
-    files = [WEIGHTS_FILE]
-    if (path / INDEX_FILE).is_file():
-        files = sorted(set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
     weights: dict[str, Tensor] = {}
-    for file in files:
-        if file != os.path.basename(file) or not (path / file).is_file():
-            raise InputError(f"{path} lacks its weights file {file!r}; copy the whole directory again")
+    for file in _weight_files(Path(path)):
         try:
-            weights |= load_file(path / file)
+            weights |= load_file(file)
         except SafetensorError as error:
-            raise InputError(f"{path / file} is damaged ({error}); copy or export it again") from None
+            raise InputError(f"{file} is damaged ({error}); copy or export it again") from None
     return weights
+
+
+def _weight_files(path: Path) -> list[Path]:
+    names = [WEIGHTS_FILE]
+    if (path / INDEX_FILE).is_file():
+        names = sorted(set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
+    for name in names:
+        if name != os.path.basename(name) or not (path / name).is_file():
+            raise InputError(f"{path} lacks its weights file {name!r}; copy the whole directory again")
+    return [path / name for name in names]
+
+
+def identify(path: str | Path) -> dict:
+    """What tells a standalone checkpoint from any other: its name, its provenance, and SHA-256 hashes of its files.
+
+    Raises InputError when the directory is not a standalone checkpoint.
+    """
+    path = Path(path)
+    provenance = read_config(path).get("provenance", {})
+    return {"name": path.resolve().name, "provenance": provenance, "config_sha256": _sha256(path / CONFIG_FILE),
+            "weights_sha256": {file.name: _sha256(file) for file in _weight_files(path)}}
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:

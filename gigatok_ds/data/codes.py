@@ -24,7 +24,8 @@ from gigatok_ds.streams import numpy_stream
 
 FORMAT = "gigatok-ds-codes/1"
 METADATA_FILE = "metadata.json"
-_EXTENSIONS = ("npy",)
+PARTIAL_FILE = "metadata.partial.json"  # the same, of a directory that is not complete yet
+CODE_EXTENSIONS = ("npy",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +55,37 @@ def write_code_shards(samples: Iterable[CodeSample], out_dir: str | Path, *, cod
     """
     metadata = {"format": FORMAT, "codebook_size": codebook_size, "latent_tokens": latent_tokens}
     with new_directory(out_dir) as scratch:
-        records = _code_records(tqdm(samples, total=total, unit="image", disable=None), metadata)
+        records = code_records(tqdm(samples, total=total, unit="image", disable=None), metadata)
         shards = write_tars(records, scratch, prefix=prefix, samples_per_shard=samples_per_shard,
-                            extensions=_EXTENSIONS, classes=classes or [])
+                            extensions=CODE_EXTENSIONS, classes=classes or [])
         count = sum(shard.samples for shard in shards)
         metadata |= {"count": count, "provenance": provenance}
-        write_atomically(scratch / METADATA_FILE, (json.dumps(metadata, indent=2) + "\n").encode())
+        write_atomically(scratch / METADATA_FILE, metadata_bytes(metadata))
     return ShardSet(directory=Path(out_dir), shards=shards, count=count)
 
 
-def _code_records(samples: Iterable[CodeSample], metadata: dict) -> Iterator[Record]:
-    """Check the samples and turn them into records; the first one settles metadata["augmentations"]."""
+def new_metadata(*, codebook_size: int, latent_tokens: int, augmentations: int, count: int, provenance: dict) -> dict:
+    """What the metadata file of a directory of code shards holds."""
+    return {"format": FORMAT, "codebook_size": codebook_size, "latent_tokens": latent_tokens,
+            "augmentations": augmentations, "count": count, "provenance": provenance}
+
+
+def metadata_bytes(metadata: dict) -> bytes:
+    """The contents of a metadata file."""
+    return (json.dumps(metadata, indent=2) + "\n").encode()
+
+
+def encoded_size(metadata: dict) -> int:
+    """How many bytes each sample's codes take in the tar, for complete metadata."""
+    shape = (metadata["augmentations"], metadata["latent_tokens"])
+    return len(_npy(np.zeros(shape, code_dtype(metadata["codebook_size"]))))
+
+
+def code_records(samples: Iterable[CodeSample], metadata: dict) -> Iterator[Record]:
+    """Check the samples and turn them into records; the first settles metadata["augmentations"] if it is not there.
+
+    Raises InputError for a sample that does not fit the metadata; see `write_code_shards`.
+    """
     for sample in samples:
         codes = np.asarray(sample.codes)
         if codes.ndim == 2:
@@ -103,7 +124,7 @@ class CodeDataset:
         """Load what `write_code_shards` wrote. Raises InputError when it is incomplete or damaged."""
         directory = Path(directory)
         metadata = _read_metadata(directory)
-        index = ShardIndex.open(directory, _EXTENSIONS)
+        index = ShardIndex.open(directory, CODE_EXTENSIONS)
         if len(index) != metadata["count"]:
             raise InputError(f"{directory} holds {len(index)} samples, its {METADATA_FILE} says "
                              f"{metadata['count']}; extract the codes again")
@@ -132,8 +153,11 @@ class CodeDataset:
 def _read_metadata(directory: Path) -> dict:
     file = directory / METADATA_FILE
     if not file.is_file():
-        raise InputError(f"{directory} is not a directory of code shards: it has no {METADATA_FILE}; write "
-                         "one with gigatok-ds extract-codes")
+        if (directory / PARTIAL_FILE).is_file():
+            raise InputError(f"the codes in {directory} are incomplete; run the same gigatok-ds extract-codes command "
+                             "again to complete them")
+        raise InputError(f"{directory} is not a directory of code shards: it has no {METADATA_FILE}; write one with "
+                         "gigatok-ds extract-codes (which also converts the original's .npy folders: --from-npy)")
     try:
         metadata = json.loads(file.read_bytes())
         if metadata["format"] != FORMAT:

@@ -243,6 +243,11 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def identity(self) -> str:
+        """SHA-256, in hexadecimal, over the shards' hashes, in their order, and the class names."""
+        content = [self.classes, [[shard.sha256, shard.samples] for shard in self.shards]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def label(self, i: int) -> int:
         """The class number of sample `i`, as stored; see `check_labels`."""
         return int(self.labels[i])

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -80,8 +81,6 @@ def write_tars(records: Iterable[Record], directory: Path, *, prefix: str, sampl
     Each tar is read back once to be indexed, so the index describes what is on the disk. Raises InputError
     when a key is unsafe, too long or repeated, and when there are no records.
     """
-    from webdataset import TarWriter
-
     if not is_safe_key(prefix):
         raise InputError(f"shard prefix {prefix!r} may hold only letters, digits and _ + = @ -")
     if samples_per_shard < 1:
@@ -89,16 +88,27 @@ def write_tars(records: Iterable[Record], directory: Path, *, prefix: str, sampl
     records, seen, shards, entries = iter(records), set(), [], []
     for first in records:
         path = directory / f"{prefix}-{len(shards):06d}.tar"
-        with open(path, "xb") as file, TarWriter(file, **_TAR_OPTIONS) as tar:
-            for key, members in itertools.chain([first], itertools.islice(records, samples_per_shard - 1)):
-                _check_key(key, seen)
-                tar.write({"__key__": key, **members})
+        with open(path, "xb") as file:
+            write_tar(itertools.chain([first], itertools.islice(records, samples_per_shard - 1)), file, seen)
         entries.append(scan_tar(path, extensions))
         shards.append(describe_shard(path, entries[-1]))
     if not shards:
         raise InputError("there are no samples to write")
     write_index(directory, shards, build_table(shards, entries), classes)
     return shards
+
+
+def write_tar(records: Iterable[Record], file: BinaryIO, seen: set[str]) -> None:
+    """Write records as one tar into an open file and add their keys to `seen`.
+
+    Raises InputError when a key is unsafe, too long or in `seen` already.
+    """
+    from webdataset import TarWriter
+
+    with TarWriter(file, **_TAR_OPTIONS) as tar:
+        for key, members in records:
+            _check_key(key, seen)
+            tar.write({"__key__": key, **members})
 
 
 def _check_key(key: str, seen: set[str]) -> None:

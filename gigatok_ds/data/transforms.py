@@ -120,8 +120,14 @@ def ten_crop(image: Image.Image, size: int, crop_range: float = 1.1) -> list[Ima
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as float32 (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
-    return pixels.float().div_(255).sub_(0.5).div_(0.5)
+    return scale_pixels(torch.from_numpy(np.array(image, dtype=np.uint8)))
+
+
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """RGB bytes (..., H, W, 3) as float32 (..., 3, H, W) in [-1, 1], the same numbers on every device."""
+    # A tensor as divisor: CUDA multiplies by the rounded reciprocal of a plain number.
+    divisor = torch.tensor(255.0, device=pixels.device)
+    return pixels.movedim(-1, -3).contiguous().float().div_(divisor).sub_(0.5).div_(0.5)
 
 
 def training_transform(size: int, crop_scale: tuple[float, float] = (0.8, 1.0),

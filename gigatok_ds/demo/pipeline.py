@@ -15,18 +15,21 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gigatok_ds.checkpoint.standalone import load_tokenizer
+from gigatok_ds.checkpoint.standalone import identify, load_tokenizer
 from gigatok_ds.config.load import load_recipe, recipe_to_dict
+from gigatok_ds.data.codes import METADATA_FILE
 from gigatok_ds.data.shards import write_shards
 from gigatok_ds.demo.evaluate import evaluate
 from gigatok_ds.demo.report import Figure
 from gigatok_ds.demo.source import Source
 from gigatok_ds.demo.summary import summarise
 from gigatok_ds.errors import InputError
-from gigatok_ds.sampling.extract import extract_codes, views_of
+from gigatok_ds.sampling.extract import extract_codes
+from gigatok_ds.sampling.views import views_of
 from gigatok_ds.training.export import export_run
 
 CODE_VIEWS = 8  # encoded crops per training image
+CODE_BATCH = 512  # crops encoded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +134,12 @@ class Demo:
     def _extract_codes(self) -> None:
         recipe = self.recipes["tokenizer"]
         for split, crops in (("train", f"random-{CODE_VIEWS}"), ("validation", "center")):
-            if not self.codes[split].exists():
+            if not (self.codes[split] / METADATA_FILE).exists():
                 announce(f"extracting the {split} codes")
                 views = views_of(crops, recipe.model.image_size, crop_scale=recipe.data.crop_scale)
-                extract_codes(load_tokenizer(self.exports["tokenizer"]), self.shards[split], self.codes[split],
-                              views=views, provenance={"tokenizer": recipe.name, "crops": crops})
+                tokenizer = self.exports["tokenizer"]
+                extract_codes(load_tokenizer(tokenizer), self.shards[split], self.codes[split], views=views,
+                              provenance={"tokenizer": identify(tokenizer)}, batch_size=CODE_BATCH)
 
     def _verify(self) -> None:
         """Reload the exports in a fresh process that cannot import DeepSpeed or Megatron."""

@@ -2,77 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
+import numpy as np
+from torch.utils.data import Dataset
 
-from gigatok_ds.data.codes import CodeSample, write_code_shards
+from gigatok_ds.data.code_directory import CodeDirectory
+from gigatok_ds.data.codes import CodeSample, new_metadata
 from gigatok_ds.data.index import ShardIndex
-from gigatok_ds.data.transforms import center_crop, decode_image, random_crop, ten_crop, to_tensor
+from gigatok_ds.data.loader import BatchLoader
+from gigatok_ds.data.transforms import decode_image, scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.tokenizer import Tokenizer
-from gigatok_ds.streams import numpy_stream
-
-Views = Callable[[Image.Image, int], list[Image.Image]]
-
-
-def views_of(kind: str, size: int, *, crop_scale: tuple[float, float] = (0.8, 1.0), seed: int = 0) -> Views:
-    """What is encoded of each image: a function of the image and its number, giving crops of `size`.
-
-    kind is "center", "flip" (the center crop and its mirror image), "ten-crop" (the original's), or "random-N": the
-    center crop and N - 1 random crops with their short side at `crop_scale` of the image's.
-    """
-    if kind == "center":
-        return lambda image, _: [center_crop(image, size)]
-    if kind == "flip":
-        def both(image: Image.Image, _: int) -> list[Image.Image]:
-            crop = center_crop(image, size)
-            return [crop, crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
-
-        return both
-    if kind == "ten-crop":
-        return lambda image, _: ten_crop(image, size)
-    name, _, number = kind.partition("-")
-    if name != "random" or not number.isdigit() or int(number) < 1:
-        raise InputError(f"unknown crops {kind!r}; choose center, flip, ten-crop or random-N (e.g. random-8)")
-
-    def several(image: Image.Image, sample: int) -> list[Image.Image]:
-        streams = (numpy_stream(seed, "extract", sample, crop) for crop in range(1, int(number)))
-        return [center_crop(image, size), *(random_crop(image, size, crop_scale, rng=rng) for rng in streams)]
-
-    return several
+from gigatok_ds.parallel.launched import LaunchedRank
+from gigatok_ds.sampling.views import Views
 
 
 def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, views: Views, provenance: dict,
-                  batch_size: int = 64) -> None:
-    """Encode every view of every image of `shards` and write code shards (views, T) with the labels to `out`.
+                  batch_size: int = 32, samples_per_shard: int = 10_000, workers: int = 0,
+                  rank: LaunchedRank = LaunchedRank()) -> None:
+    """Encode every view of every image of `shards` once into code shards (views, T) with the images' keys and labels.
 
-    Nothing is left in `out` when it fails. Raises InputError when `out` is not empty.
+    Every rank writes the shards whose turn is its own and keeps those that are whole: run it again after an
+    interruption, with any number of ranks, and the files end up the same. Batches are of `batch_size` views, whole
+    images and at least one, counted from the beginning of each shard: what a batch holds may change the last bits of a
+    latent and, rarely, a code. So batch size and device belong to the settings that must not change on the way; the
+    number of `workers`, which decode images, may. `provenance` says which tokenizer it is, see
+    `checkpoint.standalone.identify`. Raises InputError for an image that cannot be decoded (leaving it out would
+    renumber the others) and what `CodeDirectory.fill` raises.
     """
-    index = ShardIndex.open(shards)
-    config = tokenizer.config
-    write_code_shards(
-        _samples(tokenizer, index, views, batch_size),
-        out,
-        codebook_size=config.quantizer.codebook_size,
-        latent_tokens=config.latent_tokens,
-        provenance=provenance | {"shards": Path(shards).name, "images": len(index)},
-        classes=index.classes,
-        total=len(index),
-    )
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}; it must be at least 1")
+    index, config = ShardIndex.open(shards), tokenizer.config
+    device = tokenizer.quant_conv.weight.device
+    settings = views.describe() | {
+        "shards": Path(shards).resolve().name, "shards_sha256": index.identity(),
+        "samples_per_shard": samples_per_shard, "batch_size": batch_size, "device": device.type,
+    }
+    metadata = new_metadata(
+        codebook_size=config.quantizer.codebook_size, latent_tokens=config.latent_tokens, augmentations=views.count,
+        count=len(index), provenance=provenance | settings)
+    images = max(1, batch_size // views.count)
+
+    def make_samples(ranges: list[range]) -> Iterator[CodeSample]:
+        batches = [numbers[start : start + images] for numbers in ranges for start in range(0, len(numbers), images)]
+        loader = BatchLoader(_ImageViews(index, views), batches, workers=workers, pin_memory=device.type == "cuda")
+        for batch in loader:
+            pixels = batch["pixels"].to(device, non_blocking=True)
+            codes = tokenizer.encode(scale_pixels(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2]).cpu().numpy()
+            for i, rows in zip(batch["sample"].tolist(), codes, strict=True):
+                yield CodeSample(key=index.key(i), codes=rows, label=index.label(i))
+
+    CodeDirectory(directory=Path(out), metadata=metadata, key=index.key, classes=index.classes,
+                  samples_per_shard=samples_per_shard).fill(rank, make_samples)
 
 
-def _samples(tokenizer: Tokenizer, index: ShardIndex, views: Views, batch_size: int) -> Iterator[CodeSample]:
-    for start in range(0, len(index), batch_size):
-        numbers = range(start, min(start + batch_size, len(index)))
-        crops = [_tensors(views(decode_image(index.read(i), index.key(i)), i)) for i in numbers]
-        codes = tokenizer.encode(torch.cat(crops)).cpu().split([len(crop) for crop in crops])
-        for i, rows in zip(numbers, codes):
-            yield CodeSample(key=index.key(i), codes=rows.numpy(), label=index.label(i))
+class _ImageViews(Dataset):
+    """The views of image number i: bytes (views, S, S, 3), a quarter of what floats would take between processes."""
 
+    def __init__(self, index: ShardIndex, views: Views):
+        self.index, self.views = index, views
 
-def _tensors(crops: list[Image.Image]) -> Tensor:
-    return torch.stack([to_tensor(crop) for crop in crops])
+    def __getitem__(self, i: int) -> dict:
+        image = decode_image(self.index.read(i), f"sample {self.index.key(i)!r} of {self.index.directory}")
+        return {"pixels": np.stack([np.asarray(view) for view in self.views(image, i)]), "sample": i}
