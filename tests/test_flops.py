@@ -38,8 +38,9 @@ def test_a_gpt_is_its_closed_form(tmp_path, recompute):
     width, hidden, layers, vocabulary = 32, made.model.ffn_width, 2, CODES
     attention = 2 * 2 * TOKENS**2 * width
     block = 2 * TOKENS * (4 * width**2 + 3 * width * hidden) + attention
-    forward = layers * block + 2 * TOKENS * width * vocabulary
-    again = layers * block if recompute else 0  # even its last product: dropout follows
+    head = 2 * TOKENS * width * vocabulary
+    forward = layers * block + head
+    again = head + (layers * block if recompute else 0)  # even a block's last product: dropout follows
     flops = GPTFlops(made).of_step(1)
     assert flops.model == BATCH * 3 * forward
     assert flops.hardware == BATCH * (3 * forward + again)

@@ -72,7 +72,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             of_logits[torch.arange(len(columns), device=x.device), columns] -= owned.float()
             of_logits = of_logits.mul_(gradient[rows, None]).to(x.dtype)
             if of_x is not None:
-                torch.mm(of_logits, weight, out=of_x[rows])
+                of_x[rows] = of_logits @ weight
             if of_weight is not None:
                 _add_product_(of_weight, of_logits.t(), x[rows])
         return of_x, None if of_weight is None else of_weight.to(weight.dtype), None, None

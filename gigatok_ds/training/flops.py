@@ -137,9 +137,11 @@ class GPTFlops:
         return self._known
 
     def _count(self) -> StepFlops:
-        model, again = (counted(lambda: self._pass(recompute)) for recompute in (False, True))
-        sequences = self.recipe.training.global_batch_size
-        return StepFlops(model=sequences * model, hardware=sequences * again)
+        once, again = (counted(lambda: self._pass(recompute)) for recompute in (False, True))
+        sequences, config = self.recipe.training.global_batch_size, self.recipe.model
+        # The backward pass computes the logits again in any case: see parallel.cross_entropy.
+        logits = 2 * config.sequence_length * config.transformer.width * config.vocab_size
+        return StepFlops(model=sequences * (once - logits), hardware=sequences * again)
 
     def _pass(self, recompute: bool) -> None:
         network, config = build_on_meta(self.recipe.model).train(), self.recipe.model
