@@ -40,8 +40,9 @@ OPTIONS = {
     "import-gigatok": {"file", "--recipe", "--out", "--weights"},
     "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--device"},
     "reconstruct": {"tokenizer", "images", "--out", "--device"},
-    "sample": {"--gpt", "--tokenizer", "--classes", "--out", "--per-class", "--cfg", "--cfg-schedule", "--cfg-start",
-               "--temperature", "--top-k", "--top-p", "--seed", "--device"},
+    "sample": {"--gpt", "--tokenizer", "--classes", "--count", "--out", "--per-class", "--balanced", "--cfg",
+               "--cfg-schedule", "--cfg-start", "--cfg-interval", "--temperature", "--top-k", "--top-p", "--seed",
+               "--batch-size", "--dtype", "--compile", "--tp", "--device"},
 }
 
 

@@ -16,9 +16,10 @@ from gigatok_ds.parallel.layers import PLAIN, Layers
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of one layer's past; `update` appends and returns everything so far."""
+    """Keys and values of one layer's past, which knows the position of the token that comes next."""
 
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keep one new token's key and value, and attend to it and to its past; all (B, heads, 1, head_dim)."""
 
 
 class RMSNorm(nn.Module):
@@ -52,9 +53,7 @@ class CausalAttention(nn.Module):
         if cache is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            # One new token sees all of the past and itself, so no mask is needed.
-            k, v = cache.update(k, v)
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = cache.attend(q, k, v)
         return self.wo(merge_heads(out))
 
 
@@ -160,12 +159,13 @@ class GPT(nn.Module):
             x = block(x)
         return x
 
-    def decode_step(self, tokens: Tensor, position: int, caches: list[KeyValueCache]) -> Tensor:
+    def decode_step(self, tokens: Tensor, position: int | Tensor, caches: list[KeyValueCache]) -> Tensor:
         """One cached step: logits (B, vocab) float32 of the code after `position`.
 
-        tokens (B,) are classes at position 0 and the codes generated last at every later position.
+        tokens (B,) are classes at position 0 and the codes generated last at every later position. A position after
+        the first may be an int64 tensor () on the device, so that one compiled step serves them all.
         """
-        embedding = self.cls_embedding if position == 0 else self.tok_embeddings
+        embedding = self.tok_embeddings if isinstance(position, Tensor) or position else self.cls_embedding
         x = embedding(tokens)[None]
         x = x + self.positional_embedding[position].to(x.dtype)
         for block, cache in zip(self.layers, caches):
