@@ -6,7 +6,7 @@
 The direct loop decodes as the original does: a cache of 264 slots, attention over all of them with a boolean mask by the
 math backend, both halves of the guided batch at every step, torch.multinomial. Both draw the same model (random
 weights, guidance 4, all codes) in one process, in turns, so that both see the same machine. "steps" are spread evenly over
-the sequence: each is run and timed at its position, with a cache that is full up to there.
+the sequence: each is run and timed at its position, with a cache that holds noise up to there.
 
 The roofline is the time that the machine takes to read, once for each step, the weights and the keys and values of the
 past. Bandwidth is measured in the same process, as the best of reading a large tensor (a sum, and a matrix-vector
@@ -104,6 +104,10 @@ class Ours:
         self.decoder = Sampler(gpt, batch, compile=compile).decoder
         self.uniform = uniform_numbers(0, range(batch), gpt.config.sequence_length).to(gpt.norm.weight.device)
 
+    @property
+    def caches(self) -> list:
+        return self.decoder.caches
+
     def step(self, chosen: Tensor, position: int) -> Tensor:
         logits = guide(self.decoder.step(torch.cat([chosen, chosen]), position), SCALE)
         return choose_codes(logits, self.uniform[:, position], temperature=1.0, top_k=0, top_p=1.0)
@@ -173,14 +177,21 @@ def forget_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def begin(way, batch: int, device: str) -> None:
+    """The first position, and noise for all others, some of which may be left out."""
+    way.chosen = way.step(torch.arange(batch, device=device), 0)
+    for cache in way.caches:
+        cache.keys.normal_()
+        cache.values.normal_()
+
+
 @torch.no_grad()
 def measure(ways: list, positions: list[int], batch: int, device: str, repeats: int) -> dict[str, list[list[Timing]]]:
     """Timings [turn][step] of each way; the ways take turns at every step."""
     found = {way.name: [] for way in ways}
-    classes = torch.arange(batch, device=device)
     for turn in range(repeats + 1):
         for way in ways:
-            way.chosen = way.step(classes, 0)
+            begin(way, batch, device)
             way.turn = []
         for position in positions:
             for way in ways:
@@ -196,9 +207,9 @@ def measure(ways: list, positions: list[int], batch: int, device: str, repeats: 
 @torch.no_grad()
 def memory(way, positions: list[int], batch: int, device: str) -> int:
     forget_peak(device)
-    chosen = way.step(torch.arange(batch, device=device), 0)
+    begin(way, batch, device)
     for position in positions[-2:]:
-        chosen = way.step(chosen, position)
+        way.step(way.chosen, position)
     return peak_memory(device)
 
 

@@ -53,4 +53,4 @@ class FixedCache:
         keys, values = self.keys[: len(query)], self.values[: len(query)]
         keys.index_copy_(2, self.position, key)
         values.index_copy_(2, self.position, value)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.places <= self.position)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=(self.places <= self.position)[None])

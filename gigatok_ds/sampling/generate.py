@@ -33,7 +33,9 @@ class Sampler:
         self.gpt, self.batch_size = gpt, batch_size
         self.device = gpt.norm.weight.device
         packs = can_pack(gpt) and not compile
-        self.fewest = FEWEST_ROWS if packs else batch_size
+        # Whether batches are filled up, so that codes may depend on batch_size in near-ties.
+        self.fills = not packs
+        self.fewest = batch_size if self.fills else FEWEST_ROWS
         self.decoder = CompiledDecoder(gpt) if compile else EagerDecoder(packed(gpt) if packs else gpt)
 
     @torch.no_grad()
@@ -89,7 +91,7 @@ class CompiledDecoder:
     def __init__(self, gpt: GPT):
         self.gpt = gpt
         self.position = torch.zeros(1, dtype=torch.long, device=gpt.norm.weight.device)
-        self.caches: dict[int, list[FixedCache]] = {}
+        self.kept: dict[int, list[FixedCache]] = {}
         self.compiled = _compiled(gpt)
 
     def step(self, tokens: Tensor, position: int) -> Tensor:
@@ -98,9 +100,9 @@ class CompiledDecoder:
         if position == 0:
             slots = self.gpt.config.sequence_length
             fresh = [FixedCache(slots, self.position) for _ in self.gpt.layers]
-            self.current = self.caches.setdefault(len(tokens), fresh)
-            return self.gpt.decode_step(tokens, 0, self.current)
-        return self.compiled(tokens, self.position[0], self.current)
+            self.caches = self.kept.setdefault(len(tokens), fresh)
+            return self.gpt.decode_step(tokens, 0, self.caches)
+        return self.compiled(tokens, self.position[0], self.caches)
 
 
 def _compiled(gpt: GPT) -> Callable[..., Tensor]:

@@ -146,7 +146,7 @@ def _record(job: Job, sampler: Sampler, topology: Topology, count: int, balanced
         "device": topology.device.type,
         "tensor_ranks": topology.tensor_size,
         # Only where it moves the last bits of logits.
-        "batch_size": job.batch_size if sampler.fewest == job.batch_size else None,
+        "batch_size": job.batch_size if sampler.fills else None,
         "gpt": {"name": job.gpt.resolve().name, "sha256": checkpoint_hash(job.gpt)},
         "tokenizer": {"name": job.tokenizer.resolve().name, "sha256": checkpoint_hash(job.tokenizer)},
     }
