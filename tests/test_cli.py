@@ -42,8 +42,9 @@ OPTIONS = {
     "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--samples-per-shard", "--workers",
                       "--device", "--from-npy", "--codebook-size"},
     "reconstruct": {"tokenizer", "images", "--out", "--device"},
-    "sample": {"--gpt", "--tokenizer", "--classes", "--out", "--per-class", "--cfg", "--cfg-schedule", "--cfg-start",
-               "--temperature", "--top-k", "--top-p", "--seed", "--device"},
+    "sample": {"--gpt", "--tokenizer", "--classes", "--count", "--out", "--per-class", "--balanced", "--cfg",
+               "--cfg-schedule", "--cfg-start", "--cfg-interval", "--temperature", "--top-k", "--top-p", "--seed",
+               "--batch-size", "--dtype", "--compile", "--tp", "--device"},
 }
 
 

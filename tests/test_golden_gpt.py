@@ -12,6 +12,7 @@ from gigatok_ds.config.load import load_recipe
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.sampling.choose import keep_top_k, keep_top_p
+from gigatok_ds.sampling.generate import Sampler
 from gigatok_ds.sampling.guidance import guidance_scales
 
 
@@ -35,16 +36,35 @@ def test_logits_loss_and_inner_features(gpt_b, golden):
     assert F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item() == pytest.approx(float(golden["loss"]), abs=1e-5)
 
 
-@pytest.mark.parametrize("key, guidance", [
-    ("greedy_nocfg", {}),
-    ("greedy_constant4", {"cfg_scale": 4.0}),
-    ("greedy_step1.75", {"cfg_scale": 1.75, "cfg_schedule": "step", "cfg_schedule_kwargs": {"window_start": 0.18}}),
-    ("greedy_linear3", {"cfg_scale": 3.0, "cfg_schedule": "linear"}),
+GREEDY = {
+    "greedy_nocfg": {},
+    "greedy_constant4": {"cfg_scale": 4.0},
+    "greedy_step1.75": {"cfg_scale": 1.75, "cfg_schedule": "step", "cfg_schedule_kwargs": {"window_start": 0.18}},
+    "greedy_linear3": {"cfg_scale": 3.0, "cfg_schedule": "linear"},
+}
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("key, batch", [
+    *((key, 2) for key in GREEDY), ("greedy_step1.75", 1), ("greedy_nocfg", 7),
+    *(pytest.param(key, 1, marks=SLOW) for key in GREEDY if key != "greedy_step1.75"),
+    *(pytest.param(key, 7, marks=SLOW) for key in GREEDY if key != "greedy_nocfg"),
 ])
-def test_greedy_sequences_are_the_originals(gpt_b, golden, key, guidance):
-    codes = generate(gpt_b, torch.from_numpy(golden["classes"]), top_k=1, **guidance)
+def test_greedy_sequences_are_the_originals(gpt_b, golden, key, batch):
+    rows = np.arange(batch) % 2
+    codes = generate(gpt_b, torch.from_numpy(golden["classes"][rows]), top_k=1, **GREEDY[key])
     assert codes.dtype == torch.int64
-    assert (codes.numpy() == golden[key]).all()
+    assert (codes.numpy() == golden[key][rows]).all()
+
+
+@pytest.mark.slow
+def test_greedy_sequences_are_the_originals_when_compiled(gpt_b, golden):
+    sampler = Sampler(gpt_b, 7, compile=True)
+    for key, guidance in GREEDY.items():
+        for batch in (1, 2, 7):
+            rows = np.arange(batch) % 2
+            codes = sampler.codes(torch.from_numpy(golden["classes"][rows]), range(batch), top_k=1, **guidance)
+            assert (codes.numpy() == golden[key][rows]).all(), (key, batch)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -61,12 +81,10 @@ def test_cached_decoding_equals_recomputation_and_leaves_the_model_clean(qk_norm
     assert set(gpt.state_dict()) == keys
 
 
-def test_a_seeded_generator_repeats_itself_and_the_seed_matters():
+def test_a_seed_repeats_itself_and_matters():
     gpt = small_gpt()
     classes = torch.arange(5)
-    first, again, other = (
-        generate(gpt, classes, cfg_scale=1.5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (generate(gpt, classes, cfg_scale=1.5, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

@@ -13,7 +13,6 @@ from gigatok_ds.config.model import GPT_SIZES, GPTConfig, TransformerSize
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.parallel.dropout import DropPath, dropout_at, name_dropouts
-from gigatok_ds.sampling.cache import make_caches
 
 # Of 16,384 codes, 256 tokens and 1000 classes: parameters of the 1-D and the 2-D model, and tensors of the 1-D one.
 PUBLISHED = {
@@ -170,9 +169,9 @@ def test_cached_decoding_is_teacher_forcing(changes):
     codes, classes = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(2)), torch.tensor([0, 4, 5])
     with torch.no_grad():
         expected = gpt(codes[:, :-1], classes)
-        caches, modulations = make_caches(gpt, 3), gpt.modulations(classes)
+        decoder = EagerDecoder(gpt)
         for position, tokens in enumerate([classes, *codes.t()[:-1]]):
-            logits = gpt.decode_step(tokens, position, caches, modulations)
+            logits = decoder.step(tokens, position)
             assert ((logits - expected[:, position]).abs().max() / expected.abs().max()).item() < 1e-6
 
 

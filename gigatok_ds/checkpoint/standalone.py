@@ -21,6 +21,8 @@ from gigatok_ds.config.model import GPTConfig, TokenizerConfig, gpt_config_from_
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.parallel.sharding import declared_shards
+from gigatok_ds.parallel.topology import Topology
 
 FORMAT = "gigatok-ds/1"
 SHARD_BYTES = 4 * 1024**3
@@ -111,6 +113,16 @@ def read_config(path: str | Path) -> dict:
     return description
 
 
+def checkpoint_hash(path: str | Path) -> str:
+    """sha256 of a standalone checkpoint's description and weights: of every file's name and content."""
+    files = sorted([Path(path) / CONFIG_FILE, *Path(path).glob("*.safetensors"), *Path(path).glob(INDEX_FILE)])
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a standalone checkpoint, on the CPU."""
     from safetensors import SafetensorError
@@ -151,8 +163,12 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: torch.dtype, *, tensor_rank: int = 0,
+          tensor_size: int = 1) -> nn.Module:
     weights = read_weights(path)
+    for name, shard in declared_shards(model).items() if tensor_size > 1 else ():
+        if name in weights:
+            weights[name] = shard.cut(weights[name], tensor_rank, tensor_size)
     expected = model.state_dict()
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     wrong = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
@@ -164,15 +180,19 @@ def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: tor
 
 
 def _described_model(path: str | Path, kind: str, rebuild, build) -> nn.Module:
+    config = _described_config(path, kind, rebuild)
+    with torch.device("meta"):
+        return build(config)
+
+
+def _described_config(path: str | Path, kind: str, rebuild) -> TokenizerConfig | GPTConfig:
     description = read_config(path)
     if description.get("kind") != kind:
         raise InputError(f"{path} holds a {description.get('kind')}, not a {kind}")
     try:
-        config = rebuild(description["model"])
+        return rebuild(description["model"])
     except (TypeError, KeyError) as error:
         raise InputError(f"{Path(path) / CONFIG_FILE}: the model section is not valid ({error})") from None
-    with torch.device("meta"):
-        return build(config)
 
 
 def load_tokenizer(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tokenizer:
@@ -188,3 +208,19 @@ def load_tokenizer(path: str | Path, device: str = "cpu", dtype: torch.dtype = t
 def load_gpt(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
     """Load a standalone GPT for `gigatok_ds.generate`. Raises InputError when the directory is not one."""
     return _load(path, "gpt", _described_model(path, "gpt", gpt_config_from_dict, GPT), device, dtype)
+
+
+def load_gpt_part(path: str | Path, topology: Topology, dtype: torch.dtype = torch.float32) -> GPT:
+    """Load this tensor rank's part of a standalone GPT onto its device; `load_gpt` where there is one tensor rank.
+
+    Raises InputError when the directory is not a GPT or cannot be cut so.
+    """
+    size = topology.tensor_size
+    if size == 1:
+        return load_gpt(path, device=str(topology.device), dtype=dtype)
+    config = _described_config(path, "gpt", gpt_config_from_dict)
+    if config.transformer.heads % size or config.vocab_size % size:
+        raise InputError(f"{path} has {config.transformer.heads} heads and {config.vocab_size} codes, which {size} tensor "
+                         "ranks cannot share equally; choose a number that divides both")
+    return _load(path, "gpt", GPT(config, topology.layers), str(topology.device), dtype,
+                 tensor_rank=topology.tensor_rank, tensor_size=size)

@@ -1,6 +1,11 @@
-"""Generate images of given classes from a standalone GPT and tokenizer, as one grid (a row for each class).
+"""Generate images of given classes from a standalone GPT and tokenizer, as one grid (a row for each class), or many
+images for evaluation, as a directory of PNGs or the .npz that ADM's evaluation reads.
 
   gigatok-ds sample --gpt runs/demo/export/gpt --tokenizer runs/demo/export/tokenizer --classes 3,7 --out grid.png
+  gigatok-ds sample --gpt GPT --tokenizer TOKENIZER --count 50000 --balanced --cfg 1.75 --out samples.npz
+
+Image i of a seed is always the same, whatever the batch size and the number of processes; many images may be
+interrupted and continued, and drawn by several processes (torchrun --nproc-per-node 8 -m gigatok_ds sample ...).
 """
 
 from __future__ import annotations
@@ -14,41 +19,59 @@ HELP = "classes -> images, with classifier-free guidance"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpt", type=Path, required=True, metavar="DIR", help="standalone GPT checkpoint")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="standalone tokenizer checkpoint")
-    parser.add_argument("--classes", required=True, metavar="A,B,...", help="class numbers, separated by commas")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="grid to write")
-    parser.add_argument("--per-class", type=int, default=8, help="images per class (default: 8)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--classes", metavar="A,B,...", help="a grid of these classes, numbers separated by commas")
+    what.add_argument("--count", type=int, metavar="N", help="N images of classes drawn at random (see --balanced)")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH",
+                        help="the grid's PNG; with --count a directory for PNGs, or a file ending in .npz")
+    parser.add_argument("--per-class", type=int, help="images per class in a grid (default: 8)")
+    parser.add_argument("--balanced", action="store_true", help="with --count: image i has class i modulo their number")
     parser.add_argument("--cfg", type=float, default=1.75, metavar="SCALE", help="guidance scale; 1 is off (default: 1.75)")
     parser.add_argument("--cfg-schedule", default="constant", help="constant (default), step, linear, cosine, ...")
     parser.add_argument("--cfg-start", type=float, metavar="R", help="where the step schedule starts (GigaTok: 0.18)")
+    parser.add_argument("--cfg-interval", type=int, default=-1, metavar="STEP",
+                        help="no guidance after this decoding step; -1 is off (default: -1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="default: 1")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes; 0 keeps all (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus filtering; 1 keeps all (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of the GPT (default: float32)")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step (GPUs: one CUDA graph)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each layer of the GPT (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.errors import InputError
-    from gigatok_ds.sampling.images import sample_grid
+    from gigatok_ds.parallel.topology import stop_process_group
+    from gigatok_ds.sampling.many import Job, draw_grid, draw_many, join_ranks
 
-    if not all(part.strip().isdigit() for part in args.classes.split(",")):
+    if args.classes and not all(part.strip().isdigit() for part in args.classes.split(",")):
         raise InputError(f"--classes is {args.classes!r}; give class numbers separated by commas, e.g. 207,980")
+    if args.classes and args.balanced:
+        raise InputError("--balanced belongs to --count; a grid has the classes that --classes names")
+    if args.count is not None and args.per_class is not None:
+        raise InputError("--per-class belongs to --classes; --count says how many images there are")
     if args.cfg_start is not None and args.cfg_schedule != "step":
         raise InputError(f"--cfg-start belongs to --cfg-schedule step, not {args.cfg_schedule}")
-    sample_grid(
-        args.gpt,
-        args.tokenizer,
-        [int(part) for part in args.classes.split(",")],
-        args.out,
-        per_class=args.per_class,
-        seed=args.seed,
-        device=args.device,
-        cfg_scale=args.cfg,
-        cfg_schedule=args.cfg_schedule,
-        cfg_schedule_kwargs=None if args.cfg_start is None else {"window_start": args.cfg_start},
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-    )
-    print(f"wrote {args.out}")
+    settings = {"cfg_scale": args.cfg, "cfg_schedule": args.cfg_schedule, "cfg_interval": args.cfg_interval,
+                "cfg_schedule_kwargs": None if args.cfg_start is None else {"window_start": args.cfg_start},
+                "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    job = Job(gpt=args.gpt, tokenizer=args.tokenizer, settings=settings, seed=args.seed, batch_size=args.batch_size,
+              dtype=args.dtype, compile=args.compile)
+    topology = join_ranks(args.device, args.tp)
+    try:
+        if args.classes:
+            draw_grid(job, topology, [int(part) for part in args.classes.split(",")], args.out,
+                      per_class=8 if args.per_class is None else args.per_class)
+            said = f"wrote {args.out}"
+        else:
+            drawn = draw_many(job, topology, args.out, count=args.count, balanced=args.balanced)
+            said = f"wrote {args.out}: {args.count} images, {args.count - drawn} of which were there"
+    finally:
+        stop_process_group(topology)
+    if topology.is_first:
+        print(said)
     return 0

@@ -43,7 +43,7 @@ def evaluate(demo: Demo) -> dict[str, float]:
     classes = torch.arange(len(demo.source.classes)).repeat_interleave(PER_CLASS)
     drawn, samples = sample_images(gpt, tokenizer, classes, seed=0, batch_size=50, **SAMPLING)
     np.savez(demo.out / "samples.npz", classes=classes.numpy(), codes=drawn.numpy(),
-             settings=json.dumps(SAMPLING | {"seed": 0, "batch_size": 50}))
+             settings=json.dumps(SAMPLING | {"seed": 0}))
     grid = samples.view(len(demo.source.classes), PER_CLASS, 3, size, size)
     sample_grid(demo.out / "samples.png", grid, demo.source.classes)
 

@@ -22,9 +22,10 @@ Modulations = list[Tensor | None]
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of one layer's past; `update` appends and returns everything so far."""
+    """Keys and values of one layer's past, which knows the position of the token that comes next."""
 
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keep one new token's key and value, and attend to it and to its past; all (B, heads, 1, head_dim)."""
 
 
 class RMSNorm(nn.Module):
@@ -60,9 +61,7 @@ class CausalAttention(nn.Module):
         if cache is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            # One new token sees all of the past and itself, so no mask is needed.
-            k, v = cache.update(k, v)
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = cache.attend(q, k, v)
         return self.wo(merge_heads(out))
 
 
@@ -231,15 +230,16 @@ class GPT(nn.Module):
         x, modulation = self.norm(x), modulations[-1]
         return x if modulation is None else modulate(x, *modulation.unbind(1))
 
-    def decode_step(self, tokens: Tensor, position: int, caches: list[KeyValueCache],
+    def decode_step(self, tokens: Tensor, position: int | Tensor, caches: list[KeyValueCache],
                     modulations: Modulations | None = None) -> Tensor:
         """One cached step: logits (B, vocab) float32 of the code after `position`.
 
-        tokens (B,) are classes at position 0 and the codes generated last at every later position. `modulations` are
+        tokens (B,) are classes at position 0 and the codes generated last at every later position. A position after
+        the first may be an int64 tensor () on the device, so that one compiled step serves them all. `modulations` are
         those of the classes; a model whose class is only a prefix needs none.
         """
         modulations = modulations or [None] * (len(self.layers) + 1)
-        embedding = self.cls_embedding if position == 0 else self.tok_embeddings
+        embedding = self.tok_embeddings if isinstance(position, Tensor) or position else self.cls_embedding
         x = self._place(embedding(tokens)[None], position)
         rotation = self._rotation(position, x.device)
         for block, modulation, cache in zip(self.layers, modulations, caches):

@@ -1,9 +1,14 @@
-"""Choosing one code from logits: temperature, top-k, top-p, then a draw."""
+"""Choosing one code from logits: temperature, top-k, top-p, then a draw with a number that belongs to the image."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from gigatok_ds.streams import numpy_stream
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -21,9 +26,17 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(removed, float("-inf"))
 
 
-def choose_codes(logits: Tensor, *, temperature: float, top_k: int, top_p: float,
-                 generator: torch.Generator | None) -> Tensor:
-    """Logits (B, vocab) to codes (B,). top_k 0 and top_p 1 keep everything; top_k 1 is greedy."""
+def uniform_numbers(seed: int, images: Sequence[int], count: int) -> Tensor:
+    """`count` uniform numbers in [0, 1) for each image, float64 (images, count): a stream of (seed, image number)."""
+    return torch.from_numpy(np.stack([numpy_stream(seed, "sampling", image).random(count) for image in images]))
+
+
+def choose_codes(logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Logits (B, vocab) and uniform numbers in [0, 1), float64 (B,), to codes (B,).
+
+    The code at which the cumulative distribution passes the number, in float64: each row is drawn by itself. top_k 0
+    and top_p 1 keep everything; top_k 1 is greedy and needs no numbers.
+    """
     if top_k == 1:
         return logits.argmax(-1)
     logits = logits / max(temperature, 1e-5)
@@ -31,4 +44,5 @@ def choose_codes(logits: Tensor, *, temperature: float, top_k: int, top_p: float
         logits = keep_top_k(logits, top_k)
     if top_p < 1:
         logits = keep_top_p(logits, top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]

@@ -1,15 +1,121 @@
-"""The decoding loop."""
+"""The decoding loop.
+
+An image's codes are a function of the model, its class, the settings and (seed, image number): its draws are a stream
+of its own. Its logits must not depend on its company either. On a CPU in float32 they do not (see packed.py); elsewhere
+they may differ in the last bits between numbers of rows, so a sampler fills every batch up to the same number.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.models.gpt import GPT
-from gigatok_ds.sampling.cache import make_caches
-from gigatok_ds.sampling.choose import choose_codes
+from gigatok_ds.models.gpt import GPT, Modulations
+from gigatok_ds.sampling.cache import FixedCache, PrefixCache
+from gigatok_ds.sampling.choose import choose_codes, uniform_numbers
 from gigatok_ds.sampling.guidance import guidance_scales, guide
+from gigatok_ds.sampling.packed import FEWEST_ROWS, can_pack, packed
+
+
+class Sampler:
+    """Draws codes with one model, up to `batch_size` sequences at a time.
+
+    With `compile` a decoding step is compiled by torch.compile when first needed, which takes a minute; on a GPU it
+    becomes a CUDA graph. `compile` moves logits in the last bits: it is a setting, like the type of the weights.
+    """
+
+    def __init__(self, gpt: GPT, batch_size: int, *, compile: bool = False):
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        self.gpt, self.batch_size = gpt, batch_size
+        self.device = gpt.norm.weight.device
+        packs = can_pack(gpt) and not compile
+        # Whether batches are filled up, so that codes may depend on batch_size in near-ties.
+        self.fills = not packs
+        self.fewest = batch_size if self.fills else FEWEST_ROWS
+        self.decoder = CompiledDecoder(gpt) if compile else EagerDecoder(packed(gpt) if packs else gpt)
+
+    @torch.no_grad()
+    def codes(self, classes: Tensor, images: Sequence[int], *, seed: int = 0, cfg_scale: float = 1.0,
+              cfg_schedule: str = "constant", cfg_schedule_kwargs: dict | None = None, cfg_interval: int = -1,
+              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+        """Codes (B, T) int64 of the images with these classes (B,) and numbers; `generate` says what settings mean."""
+        _check(self.gpt, classes, temperature, top_k, top_p)
+        length, count, images = self.gpt.config.sequence_length, len(classes), list(images)
+        assert count == len(images) <= self.batch_size
+        scales = guidance_scales(length, cfg_scale, cfg_schedule, cfg_schedule_kwargs, cfg_interval)
+        if count == 0:
+            return torch.empty(0, length, dtype=torch.long, device=self.device)
+        surplus = max(self.fewest - count, 0)
+        chosen = torch.cat([classes, classes[-1:].expand(surplus)]).to(self.device)
+        uniform = uniform_numbers(seed, images + images[-1:] * surplus, length).to(self.device)
+        nobody = torch.full_like(chosen, self.gpt.unconditional_class)
+        # After the last guided code the conditional half goes on alone.
+        guided = max((place + 1 for place, scale in enumerate(scales) if scale > 1), default=0)
+        was_training = self.gpt.training
+        self.gpt.eval()
+        try:
+            codes = []
+            for position, scale in enumerate(scales):
+                other = nobody if position == 0 else chosen
+                logits = self.decoder.step(torch.cat([chosen, other]) if position < guided else chosen, position)
+                logits = guide(logits, scale) if scale > 1 else logits[: len(chosen)]
+                chosen = choose_codes(logits, uniform[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
+                codes.append(chosen)
+        finally:
+            self.gpt.train(was_training)
+        return torch.stack(codes, dim=1)[:count]
+
+
+class EagerDecoder:
+    """Steps of the model as it is, with caches of its own for each sequence."""
+
+    def __init__(self, gpt: GPT):
+        self.gpt = gpt
+
+    def step(self, tokens: Tensor, position: int) -> Tensor:
+        """Logits (B, vocab) of the code after `position`. The first position starts anew; later ones may drop rows."""
+        if position == 0:
+            self.caches = [PrefixCache(self.gpt.config.sequence_length) for _ in self.gpt.layers]
+            self.modulations = self.gpt.modulations(tokens)
+        for cache in self.caches:
+            cache.position = position
+        return self.gpt.decode_step(tokens, position, self.caches, _rows(self.modulations, len(tokens)))
+
+
+class CompiledDecoder:
+    """Steps of the same shapes at every position but the first, compiled once for each number of rows."""
+
+    def __init__(self, gpt: GPT):
+        self.gpt = gpt
+        self.position = torch.zeros(1, dtype=torch.long, device=gpt.norm.weight.device)
+        self.kept: dict[int, list[FixedCache]] = {}
+        self.compiled = _compiled(gpt)
+
+    def step(self, tokens: Tensor, position: int) -> Tensor:
+        """As `EagerDecoder.step`."""
+        self.position.fill_(position)
+        if position == 0:
+            slots = self.gpt.config.sequence_length
+            fresh = [FixedCache(slots, self.position) for _ in self.gpt.layers]
+            self.caches, self.modulations = self.kept.setdefault(len(tokens), fresh), self.gpt.modulations(tokens)
+            return self.gpt.decode_step(tokens, 0, self.caches, self.modulations)
+        return self.compiled(tokens, self.position[0], self.caches, _rows(self.modulations, len(tokens)))
+
+
+def _rows(modulations: Modulations, count: int) -> Modulations:
+    """Those of the first sequences."""
+    return [None if part is None else part[:count] for part in modulations]
+
+
+def _compiled(gpt: GPT) -> Callable[..., Tensor]:
+    if gpt.norm.weight.is_cuda:
+        return torch.compile(gpt.decode_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    # Freezing packs the weights for oneDNN.
+    return torch.compile(gpt.decode_step, fullgraph=True, dynamic=False, options={"freezing": True})
 
 
 def _check(gpt: GPT, classes: Tensor, temperature: float, top_k: int, top_p: float) -> None:
@@ -24,43 +130,19 @@ def _check(gpt: GPT, classes: Tensor, temperature: float, top_k: int, top_p: flo
         raise InputError(f"top_p is {top_p}; it must be in (0, 1]")
 
 
-@torch.no_grad()
-def generate(
-    gpt: GPT,
-    classes: Tensor,
-    *,
-    cfg_scale: float = 1.0,
-    cfg_schedule: str = "constant",
-    cfg_schedule_kwargs: dict | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Sample one sequence of codes for each class.
+def generate(gpt: GPT, classes: Tensor, *, images: Sequence[int] | None = None, seed: int = 0, compile: bool = False,
+             **settings) -> Tensor:
+    """Sample one sequence of codes for each class, in one batch. Returns codes (B, T) int64.
 
-    classes (B,) integers; the class num_classes means "no class". Returns codes (B, T) int64. With cfg_scale above 1
-    each step runs the conditional and the unconditional sequence in one batch; the first code is fully guided
-    whatever the schedule. top_k=1 is greedy. Raises InputError for arguments out of range.
+    classes (B,) integers; the class num_classes means "no class". `images` (default: 0 to B - 1) are the numbers that,
+    with `seed`, address each sequence's draws. Settings and their defaults: cfg_scale 1 (above 1, each step runs the
+    conditional and the unconditional sequence in one batch; the first code is fully guided whatever the schedule),
+    cfg_schedule "constant" with its cfg_schedule_kwargs, cfg_interval -1 (all; n: no guidance after decoding step n,
+    counted from 0 after the first code), temperature 1, top_k 0 (all; 1 is greedy), top_p 1. Whoever draws many batches
+    keeps a `Sampler`. Raises InputError for arguments out of range.
     """
     classes = torch.as_tensor(classes)
-    _check(gpt, classes, temperature, top_k, top_p)
-    classes = classes.to(gpt.norm.weight.device)
-    length = gpt.config.sequence_length
-    scales = guidance_scales(length, cfg_scale, cfg_schedule, cfg_schedule_kwargs)
-    guided = cfg_scale > 1
-    was_training = gpt.training
-    gpt.eval()
-    try:
-        tokens = torch.cat([classes, torch.full_like(classes, gpt.unconditional_class)]) if guided else classes
-        caches, modulations = make_caches(gpt, len(tokens)), gpt.modulations(tokens)
-        codes = []
-        for position, scale in enumerate(scales):
-            logits = gpt.decode_step(tokens, position, caches, modulations)
-            logits = guide(logits, scale) if guided else logits
-            chosen = choose_codes(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            codes.append(chosen)
-            tokens = chosen.repeat(2) if guided else chosen
-    finally:
-        gpt.train(was_training)
-    return torch.stack(codes, dim=1)
+    images = list(range(len(classes)) if images is None else images)
+    if len(images) != len(classes):
+        raise InputError(f"there are {len(classes)} classes and {len(images)} image numbers; give each class a number")
+    return Sampler(gpt, max(len(classes), 1), compile=compile).codes(classes, images, seed=seed, **settings)

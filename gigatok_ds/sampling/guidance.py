@@ -57,12 +57,16 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 }
 
 
-def guidance_scales(steps: int, cfg_scale: float, schedule: str, kwargs: dict | None = None) -> list[float]:
+def guidance_scales(steps: int, cfg_scale: float, schedule: str, kwargs: dict | None = None,
+                    interval: int = -1) -> list[float]:
     """The scale of each of `steps` generated codes; the first is always the full `cfg_scale`.
 
-    Without guidance (cfg_scale 1) every scale is 1. Raises InputError for a scale below 1, an unknown schedule or
-    arguments that the schedule does not take.
+    1 is no guidance: for all codes with cfg_scale 1, and from an `interval` of 0 or more on for the codes after number
+    interval + 1 (counted from 0). Raises InputError for a scale below 1, an unknown schedule, arguments that the
+    schedule does not take or an interval below -1 (which is none).
     """
+    if interval < -1:
+        raise InputError(f"cfg_interval is {interval}; it must be the last guided step, or -1 for all of them")
     if cfg_scale < 1:
         raise InputError(f"cfg_scale is {cfg_scale}; it must be at least 1 (1 means no guidance)")
     if schedule not in SCHEDULES:
@@ -71,7 +75,9 @@ def guidance_scales(steps: int, cfg_scale: float, schedule: str, kwargs: dict | 
         scales = [SCHEDULES[schedule](i / (steps - 1), cfg_scale, **(kwargs or {})) for i in range(1, steps)]
     except TypeError as error:
         raise InputError(f"cfg_schedule {schedule!r} with {kwargs or {}}: {error}") from None
-    return [1.0] * steps if cfg_scale == 1 else [cfg_scale, *scales]
+    if cfg_scale == 1:
+        return [1.0] * steps
+    return [cfg_scale, *(1.0 if -1 < interval < i else scale for i, scale in enumerate(scales))]
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from gigatok_ds.checkpoint.standalone import load_gpt, load_tokenizer
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import make_grid
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
-from gigatok_ds.sampling.generate import generate
-from gigatok_ds.streams import torch_stream
+from gigatok_ds.sampling.generate import Sampler
 
 
 def check_pair(gpt: GPT, tokenizer: Tokenizer) -> None:
@@ -28,28 +27,51 @@ def check_pair(gpt: GPT, tokenizer: Tokenizer) -> None:
 
 
 def sample_images(gpt: GPT, tokenizer: Tokenizer, classes: Tensor, *, seed: int = 0, batch_size: int = 32,
-                  **sampling) -> tuple[Tensor, Tensor]:
-    """Codes (B, T) and images (B, 3, S, S), not clamped, for classes (B,); `sampling` goes to `generate`."""
+                  compile: bool = False, **sampling) -> tuple[Tensor, Tensor]:
+    """Codes (B, T) and images (B, 3, S, S), not clamped, for classes (B,) as images number 0 to B - 1 of `seed`;
+    `sampling` goes to `Sampler.codes`."""
     check_pair(gpt, tokenizer)
+    gpt.check_classes(classes)
+    sampler = Sampler(gpt, batch_size, compile=compile)
     codes, images = [], []
     for start in tqdm(range(0, len(classes), batch_size), desc="sample", unit="batch"):
-        generator = torch_stream(seed, "sampling", start, device=gpt.norm.weight.device.type)
-        chosen = generate(gpt, classes[start : start + batch_size], generator=generator, **sampling)
+        batch = classes[start : start + batch_size]
+        chosen = sampler.codes(batch, range(start, start + len(batch)), seed=seed, **sampling)
         codes.append(chosen.cpu())
-        images.append(tokenizer.decode(chosen).float().cpu())
+        images.append(decode_images(tokenizer, chosen, batch_size))
     return torch.cat(codes), torch.cat(images)
 
 
-def sample_grid(gpt_path: Path, tokenizer_path: Path, classes: list[int], out: Path, *, per_class: int, seed: int,
-                device: str, **sampling) -> None:
-    """Write a PNG with one row of `per_class` images for each class."""
+def decode_images(tokenizer: Tokenizer, codes: Tensor, batch_size: int) -> Tensor:
+    """Images (B, 3, S, S), float32 on the CPU, not clamped, of codes (B, T) with B at most `batch_size`.
+
+    Sums depend on the shape in the last bits, so it is always the same: one image by one on a CPU, which is no slower,
+    elsewhere batches filled up to `batch_size`.
+    """
+    if codes.device.type == "cpu":
+        return torch.cat([tokenizer.decode(one).float() for one in codes.split(1)])
+    filled = torch.cat([codes, codes[-1:].expand(batch_size - len(codes), -1)])
+    return tokenizer.decode(filled)[: len(codes)].float().cpu()
+
+
+def sample_grid(gpt: GPT, tokenizer: Tokenizer, classes: list[int], out: Path | None, *, per_class: int,
+                **sampling) -> None:
+    """Write a PNG with one row of `per_class` images for each class; `sampling` goes to `sample_images`.
+
+    out is None on tensor ranks that only help.
+    """
     if per_class < 1:
         raise InputError(f"per_class is {per_class}; it must be at least 1")
-    gpt, tokenizer = load_gpt(gpt_path, device=device), load_tokenizer(tokenizer_path, device=device)
     wanted = torch.tensor(classes).repeat_interleave(per_class)
-    _, images = sample_images(gpt, tokenizer, wanted, seed=seed, **sampling)
-    grid = make_grid(images.unflatten(0, (len(classes), per_class)))
-    scratch = out.with_name(f".{out.name}.partial.png")
+    _, images = sample_images(gpt, tokenizer, wanted, **sampling)
+    if out is None:
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid).save(scratch)
-    os.replace(scratch, out)
+    write_png(make_grid(images.unflatten(0, (len(classes), per_class))), out)
+
+
+def write_png(pixels: np.ndarray, path: Path) -> None:
+    """Write uint8 (height, width, 3), complete or not at all."""
+    scratch = path.with_name(f".{path.name}.partial")
+    Image.fromarray(pixels).save(scratch, format="PNG")
+    os.replace(scratch, path)
