@@ -1,4 +1,4 @@
-"""Building blocks of the convolutional encoder and decoder. Feature maps are (B, C, H, W)."""
+"""Building blocks of the convolutional encoder and decoder. Feature maps are (B, C, H, W), in any memory layout."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigatok_ds.models.norm_silu import GroupNormSiLU
+
 
 def group_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6, affine=affine)
+
+
+def norm_silu(channels: int) -> GroupNormSiLU:
+    return GroupNormSiLU(32, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -18,16 +24,16 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = norm_silu(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = norm_silu(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.dropout(self.norm2(h)))
         return self.nin_shortcut(x) + h
 
 
@@ -79,8 +85,9 @@ def depth_to_space(x: Tensor) -> Tensor:
     This is not torch's pixel_shuffle, which is the CRD order.
     """
     b, c4, h, w = x.shape
-    x = x.reshape(b, 2, 2, c4 // 4, h, w).permute(0, 3, 4, 1, 5, 2)
-    return x.reshape(b, c4 // 4, 2 * h, 2 * w)
+    # By way of the order of channels_last, which the result has.
+    x = x.permute(0, 2, 3, 1).reshape(b, h, w, 2, 2, c4 // 4).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, 2 * h, 2 * w, c4 // 4).permute(0, 3, 1, 2)
 
 
 class DepthToSpaceUpsample(nn.Module):

@@ -1,0 +1,86 @@
+"""Group norm and SiLU in one: values and gradients against float64 autograd, memory layout, and what is kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gigatok_ds.models import norm_silu
+from gigatok_ds.models.cnn_blocks import ResidualBlock, depth_to_space
+from gigatok_ds.models.norm_silu import GroupNormSiLU
+
+EPS = 1e-6
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def draw(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def values_and_gradients(function, x, weight, bias, upstream):
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
+    y = function(*inputs)
+    return y.detach(), *torch.autograd.grad(y, inputs, upstream)
+
+
+def expected(x, weight, bias, upstream):
+    return values_and_gradients(lambda *inputs: F.silu(F.group_norm(inputs[0], 4, *inputs[1:], EPS)), x, weight, bias, upstream)
+
+
+@pytest.fixture(params=["torch", "any layout"])
+def path(request, monkeypatch):
+    """The formulas for CPUs, and those for GPUs, which run on a CPU as well."""
+    if request.param == "any layout":
+        monkeypatch.setattr(norm_silu, "_torch_norm", norm_silu._any_layout_norm)
+        monkeypatch.setattr(norm_silu, "_torch_backward", lambda gradient, x, weight, bias, groups, eps, mean, rstd:
+                            norm_silu._any_layout_backward(gradient, x, weight, bias, mean, rstd))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_it_is_silu_of_the_norm(path, layout, dtype, tolerance):
+    x, weight, bias, upstream = 3 * draw((2, 8, 5, 6), 0) + 2, draw(8, 1), draw(8, 2), draw((2, 8, 5, 6), 3)
+    # What is given in dtype is what float64 is given, too.
+    x, weight, bias, upstream = (tensor.to(dtype) for tensor in (x, weight, bias, upstream))
+    x = x.contiguous(memory_format=layout)
+
+    def run(x, weight, bias):
+        return norm_silu._NormSiLU.apply(x, weight, bias, 4, EPS)
+
+    ours = values_and_gradients(run, x, weight, bias, upstream)
+    theirs = expected(*(tensor.double() for tensor in (x, weight, bias, upstream)))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - other).abs().max() <= tolerance * other.abs().max()
+    assert all(mine.is_contiguous(memory_format=layout) for mine in ours[:2])
+
+
+def test_the_module_is_a_group_norm_to_those_who_look():
+    module = GroupNormSiLU(4, 8, eps=EPS)
+    assert module.state_dict().keys() == torch.nn.GroupNorm(4, 8).state_dict().keys()
+    x = draw((1, 8, 3, 3), 0).float()
+    torch.testing.assert_close(module(x), F.silu(F.group_norm(x, 4, eps=EPS)))
+
+
+def test_a_residual_block_keeps_the_layout_and_four_maps():
+    """The inputs of two norms and of two convolutions; the first of these is the block's own input."""
+    block = ResidualBlock(32, 32)
+    x = draw((1, 32, 16, 16), 0).float().contiguous(memory_format=torch.channels_last).requires_grad_()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda t: t):
+        y = block(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert sum(tensor.numel() == x.numel() for tensor in kept.values()) == 4
+    y.sum().backward()
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_depth_to_space_is_onnxs_dcr_order(layout):
+    x = torch.arange(2 * 8 * 3 * 5).view(2, 8, 3, 5).contiguous(memory_format=layout)
+    y = depth_to_space(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    for c in range(2):
+        for row in range(6):
+            for column in range(10):
+                source = x[:, (2 * (row % 2) + column % 2) * 2 + c, row // 2, column // 2]
+                assert torch.equal(y[:, c, row, column], source)
