@@ -33,12 +33,16 @@ def path(request, monkeypatch):
         monkeypatch.setattr(norm_silu, "_torch_norm", norm_silu._any_layout_norm)
         monkeypatch.setattr(norm_silu, "_torch_backward", lambda gradient, x, weight, bias, groups, eps, mean, rstd:
                             norm_silu._any_layout_backward(gradient, x, weight, bias, mean, rstd))
+    return request.param
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_it_is_silu_of_the_norm(path, layout, dtype, tolerance):
-    x, weight, bias, upstream = 3 * draw((2, 8, 5, 6), 0) + 2, draw(8, 1), draw(8, 2), draw((2, 8, 5, 6), 3)
+@pytest.mark.parametrize("dtype, mean, tolerance", [
+    (torch.float64, 2, 1e-12), (torch.float32, 2, 1e-5), (torch.float32, 2000, 2e-4), (torch.bfloat16, 2, 3e-2)])
+def test_it_is_silu_of_the_norm(path, layout, dtype, mean, tolerance):
+    if path == "torch" and mean == 2000 and layout == torch.channels_last:
+        pytest.skip("far from zero torch's own kernel for this layout loses the variance")
+    x, weight, bias, upstream = 3 * draw((2, 8, 5, 6), 0) + mean, draw(8, 1), draw(8, 2), draw((2, 8, 5, 6), 3)
     # What is given in dtype is what float64 is given, too.
     x, weight, bias, upstream = (tensor.to(dtype) for tensor in (x, weight, bias, upstream))
     x = x.contiguous(memory_format=layout)

@@ -71,33 +71,37 @@ def _any_layout_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
     """y, and mean and 1 / standard deviation (B, groups), in float32 (or float64) even for lower precision."""
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = x.mean((2, 3), dtype=wide).unflatten(1, (groups, -1)).mean(2)
-    squares = torch.linalg.vector_norm(x, 2, (2, 3), dtype=wide).square() / (x.shape[2] * x.shape[3])
-    variance = squares.unflatten(1, (groups, -1)).mean(2) - mean.square()
-    rstd = (variance.clamp_min(0) + eps).rsqrt()
-    return _scaled(x, weight, bias, mean, rstd), mean, rstd
+    # Around the mean: the difference of large squares would lose the variance of maps far from zero.
+    centred = _centred(x, mean)
+    squares = torch.linalg.vector_norm(centred, 2, (2, 3)).square() / (x.shape[2] * x.shape[3])
+    rstd = (squares.unflatten(1, (groups, -1)).mean(2) + eps).rsqrt()
+    return _scaled(centred, weight, bias, rstd), mean, rstd
 
 
-def _scaled(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+def _centred(x: Tensor, mean: Tensor) -> Tensor:
+    """x minus the mean (B, groups) of its group, in the mean's type."""
+    return x - mean.repeat_interleave(x.shape[1] // mean.shape[1], 1)[:, :, None, None]
+
+
+def _scaled(centred: Tensor, weight: Tensor, bias: Tensor, rstd: Tensor) -> Tensor:
     scale = rstd[:, :, None] * weight.to(rstd.dtype).view(1, rstd.shape[1], -1)
-    shift = bias.to(rstd.dtype).view_as(scale[:1]) - mean[:, :, None] * scale
-    return torch.addcmul(_per_channel(shift), x.to(rstd.dtype), _per_channel(scale))
+    return torch.addcmul(bias.to(rstd.dtype)[None, :, None, None], centred, _per_channel(scale))
 
 
 def _any_layout_backward(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor,
                          rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide, count = rstd.dtype, x[0].numel() // rstd.shape[1]
-    gradient = aten.silu_backward(gradient.to(wide), _scaled(x, weight, bias, mean, rstd))
-    mean, rstd = mean[:, :, None], rstd[:, :, None]
+    wide, count, centred = rstd.dtype, x[0].numel() // rstd.shape[1], _centred(x, mean)
+    gradient = aten.silu_backward(gradient.to(wide), _scaled(centred, weight, bias, rstd))
+    rstd = rstd[:, :, None]
     gamma = weight.to(wide).view(1, rstd.shape[1], -1)
     # Per sample and channel: sums over positions of the gradient, and of it times the normalised value.
     plain = gradient.sum((2, 3)).view(len(x), *gamma.shape[1:])
-    times = (gradient * x).sum((2, 3)).view_as(plain)
-    times = (times - mean * plain) * rstd
+    times = (gradient * centred).sum((2, 3)).view_as(plain) * rstd
     # The gradient at x is rstd * (gamma g - mean(gamma g) - normalised x * mean(gamma g * normalised x)).
-    of_x = -rstd.square() * (gamma * times).sum(2, keepdim=True) / count
-    constant = -rstd * (gamma * plain).sum(2, keepdim=True) / count - of_x * mean
+    of_centred = -rstd.square() * (gamma * times).sum(2, keepdim=True) / count
+    constant = -rstd * (gamma * plain).sum(2, keepdim=True) / count
     result = torch.addcmul(_per_channel(constant.expand_as(plain)), gradient, _per_channel(rstd * gamma))
-    result = result.addcmul_(x.to(wide), _per_channel(of_x.expand_as(plain)))
+    result = result.addcmul_(centred, _per_channel(of_centred.expand_as(plain)))
     return result.to(x.dtype), times.sum(0).flatten().to(weight.dtype), plain.sum(0).flatten().to(bias.dtype)
 
 
