@@ -3,15 +3,15 @@
     python benchmarks/sampling.py [--model GPT-B] [--batch 8] [--device cuda] [--dtype float32] [--compile]
                                   [--threads 2] [--steps 256] [--repeats 3]
 
-The direct loop decodes as the original does: a cache of 264 slots, attention over all of them with a boolean mask by the
-math backend, both halves of the guided batch at every step, torch.multinomial. Both draw the same model (random
-weights, guidance 4, all codes) in one process, in turns, so that both see the same machine. "steps" are spread evenly over
-the sequence: each is run and timed at its position, with a cache that holds noise up to there.
+The direct loop decodes as the original does: a cache of 264 slots, attention over all of them with a boolean mask by
+the math backend, both halves of the guided batch at every step, torch.multinomial. Both draw the same model (random
+weights, guidance 4, all codes) in one process, in turns, so that both see the same machine. "steps" are spread evenly
+over the sequence: each is run and timed at its position, with a cache that holds noise up to there.
 
 The roofline is the time that the machine takes to read, once for each step, the weights and the keys and values of the
 past. Bandwidth is measured in the same process, as the best of reading a large tensor (a sum, and a matrix-vector
-product) and, on a GPU, of copying one. On CPUs the arithmetic of a step may bind as well: its rate is measured with a large
-matrix product.
+product) and, on a GPU, of copying one. On CPUs the arithmetic of a step may bind as well: its rate is measured with a
+large matrix product.
 
 Wall-clock time is for an idle machine. "CPU time" is that of all threads of this process divided by their number: on a
 machine that others use, where the process often waits for its turn, it is the better figure for a ratio.
@@ -228,8 +228,9 @@ def report(found: dict, gpt: GPT, positions: list[int], arguments: argparse.Name
               f"products {speed / 1e9:.0f} GFLOP/s")
         for name in found:
             median = statistics.median(totals[name, key])
-            print(f"  {name:12} {median / len(positions) * 1e3:8.1f} ms/step {arguments.batch * len(positions) / median:9.1f} "
-                  f"codes/s; of the memory roofline {moved / rate / median:5.1%}, of arithmetic {worked / speed / median:5.1%}")
+            print(f"  {name:12} {median / len(positions) * 1e3:8.1f} ms/step "
+                  f"{arguments.batch * len(positions) / median:9.1f} codes/s; of the memory roofline "
+                  f"{moved / rate / median:5.1%}, of arithmetic {worked / speed / median:5.1%}")
         ratios[key] = statistics.median(d / o for d, o in zip(totals[Direct.name, key], totals[Ours.name, key]))
         print(f"  ours is {ratios[key]:.2f} x faster")
     return ratios["wall"]
@@ -260,9 +261,10 @@ def main() -> int:
     last = gpt.config.sequence_length - 1
     positions = sorted({1 + round(i * (last - 1) / max(arguments.steps - 1, 1)) for i in range(arguments.steps)})
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{processor()}, {arguments.threads} threads"
-    print(f"{date.today()}  python {' '.join(sys.argv)}\n{name}; torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
-    print(f"{arguments.model}, {arguments.dtype}, {arguments.batch} images with guidance, {len(positions)} steps of {last}, "
-          f"{arguments.repeats} turns", flush=True)
+    print(f"{date.today()}  python {' '.join(sys.argv)}\n{name}; torch {torch.__version__}, "
+          f"load {os.getloadavg()[0]:.1f}")
+    print(f"{arguments.model}, {arguments.dtype}, {arguments.batch} images with guidance, {len(positions)} steps of "
+          f"{last}, {arguments.repeats} turns", flush=True)
     direct = Direct(gpt, arguments.batch)
     used = {"direct": memory(direct, positions, arguments.batch, arguments.device)}
     ours = Ours(gpt, arguments.batch, arguments.compile)

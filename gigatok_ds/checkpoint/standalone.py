@@ -220,7 +220,7 @@ def load_gpt_part(path: str | Path, topology: Topology, dtype: torch.dtype = tor
         return load_gpt(path, device=str(topology.device), dtype=dtype)
     config = _described_config(path, "gpt", gpt_config_from_dict)
     if config.transformer.heads % size or config.vocab_size % size:
-        raise InputError(f"{path} has {config.transformer.heads} heads and {config.vocab_size} codes, which {size} tensor "
-                         "ranks cannot share equally; choose a number that divides both")
+        raise InputError(f"{path} has {config.transformer.heads} heads and {config.vocab_size} codes, which {size} "
+                         "tensor ranks cannot share equally; choose a number that divides both")
     return _load(path, "gpt", GPT(config, topology.layers), str(topology.device), dtype,
                  tensor_rank=topology.tensor_rank, tensor_size=size)

@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                         help="of the GPT (default: float32)")
-    parser.add_argument("--compile", action="store_true", help="compile the decoding step (GPUs: one CUDA graph)")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each layer of the GPT (default: 1)")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step: for GPUs")
+    parser.add_argument("--tp", type=int, default=1, metavar="N",
+                        help="ranks that share each layer of the GPT (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 

@@ -67,7 +67,8 @@ class NpzFile:
             with np.load(self.out, allow_pickle=False) as file:
                 held = len(file["arr_1"])
             if held != count:
-                raise InputError(f"{self.out} holds {held} images already, not {count}; choose another --out or remove it")
+                raise InputError(f"{self.out} holds {held} images already, not {count}; choose another --out or remove "
+                                 "it")
             return set(range(count))
         return {number for first, many, _ in self._found() for number in range(first, first + many)}
 

@@ -24,7 +24,8 @@ class Sampler:
     """Draws codes with one model, up to `batch_size` sequences at a time.
 
     With `compile` a decoding step is compiled by torch.compile when first needed, which takes a minute; on a GPU it
-    becomes a CUDA graph. `compile` moves logits in the last bits: it is a setting, like the type of the weights.
+    becomes a CUDA graph; on a CPU it is slower than the plain one (benchmarks/sampling.py). `compile` moves logits in
+    the last bits: it is a setting, like the type of the weights.
     """
 
     def __init__(self, gpt: GPT, batch_size: int, *, compile: bool = False):

@@ -65,8 +65,8 @@ def join_ranks(device: str, tensor_size: int) -> Topology:
 def draw_grid(job: Job, topology: Topology, classes: list[int], out: Path, *, per_class: int) -> None:
     """One PNG with a row of `per_class` images for each class, by one tensor group."""
     if topology.data_size > 1:
-        raise InputError(f"a grid is drawn by one process, or by one group with --tp, not by {topology.world_size} ranks; "
-                         "--count shares its images")
+        raise InputError(f"a grid is drawn by one process, or by one group with --tp, not by {topology.world_size} "
+                         "ranks; --count shares its images")
     gpt, tokenizer = job.load(topology)
     sample_grid(gpt, tokenizer, classes, out if topology.is_first else None, per_class=per_class, seed=job.seed,
                 batch_size=job.batch_size, compile=job.compile, **job.settings)
@@ -82,7 +82,8 @@ def draw_many(job: Job, topology: Topology, out: Path, *, count: int, balanced: 
     gpt, tokenizer = job.load(topology)
     labels = class_labels(count, gpt.config.num_classes, seed=job.seed, balanced=balanced)
     sampler = Sampler(gpt, job.batch_size, compile=job.compile)
-    sampler.codes(torch.from_numpy(labels[:0]), [], **job.settings)  # wrong settings are refused before anything is written
+    # Of no images: wrong settings are refused before anything is written.
+    sampler.codes(torch.from_numpy(labels[:0]), [], **job.settings)
     collection = collection_at(out)
     missing = _on_first(topology, lambda: _claimed(collection, _record(job, sampler, topology, count, balanced), count))
     batches = list(runs(missing, job.batch_size))[topology.data_rank :: topology.data_size]
