@@ -13,6 +13,7 @@ from gigatok_ds.config.model import GPT_SIZES, GPTConfig, TransformerSize
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.parallel.dropout import DropPath, dropout_at, name_dropouts
+from gigatok_ds.sampling.generate import EagerDecoder
 
 # Of 16,384 codes, 256 tokens and 1000 classes: parameters of the 1-D and the 2-D model, and tensors of the 1-D one.
 PUBLISHED = {
