@@ -11,12 +11,14 @@ from torch import Tensor
 
 from gigatok_ds.config.recipe import GPTRecipe
 from gigatok_ds.data.codes import CodeBatches, CodeDataset
+from gigatok_ds.data.prefetch import on_device
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.parallel.dropout import dropout_at
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, torch_stream
+from gigatok_ds.training.compile import compile_
 from gigatok_ds.training.engine import Engine
 
 PROBE_SEQUENCES = 16
@@ -30,10 +32,13 @@ class GPTTask:
         self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
         self.train_codes = self._open(recipe.data.train)
         self.validation_codes = self._open(recipe.data.validation)
-        parallel = recipe.parallel
+        parallel, mode = recipe.parallel, recipe.training.compile
         self.engine = Engine(
             lambda: GPT(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology,
-            seed=recipe.training.seed, recompute=partial(recompute_, every_block=parallel.recompute_every),
+            seed=recipe.training.seed,
+            compile=None if mode == "none" else partial(
+                compile_, mode=mode, device=topology.device, stage=settings["zero_optimization"]["stage"]),
+            recompute=partial(recompute_, every_block=parallel.recompute_every),
         )
         self.engines = {"gpt": self.engine}
 
@@ -49,22 +54,24 @@ class GPTTask:
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         training = self.recipe.training
-        return iter(CodeBatches(
+        batches = CodeBatches(
             self.train_codes,
             global_batch_size=training.global_batch_size,
             micro_batch_size=self.micro_batch_size,
             seed=training.seed,
             workers=self.recipe.data.workers,
+            pin_memory=self.topology.device.type == "cuda",
             data_rank=self.topology.data_rank,
             data_size=self.topology.data_size,
             start_step=start_step,
-        ))
+        )
+        return on_device(batches, ("codes", "labels"), self.topology.device)
 
     def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
         device = self.topology.device
         codes, classes = batch["codes"].to(device), batch["labels"].to(device)
         self.engine.network.train()
-        with dropout_at(self.recipe.training.seed, batch["position"].to(device)):
+        with dropout_at(self.recipe.training.seed, batch["position"].to(device, non_blocking=True)):
             classes = self._drop_classes(classes, batch["position"], step)
             loss = self.engine(codes[:, :-1], classes, codes).mean()
             self.engine.backward(loss)

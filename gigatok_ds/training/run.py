@@ -28,9 +28,9 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
     earlier = run_dir / RECIPE_FILE
     if earlier.is_file():
         before, now = _flat(recipe_to_dict(load_recipe(str(earlier)))), _flat(recipe_to_dict(recipe))
-        # A run may be spread otherwise or report more often; anything else would be another run.
+        # A run may be spread or compiled otherwise or report more often; anything else would be another run.
         differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-                     and not key.startswith("parallel.")
+                     and not key.startswith("parallel.") and key != "training.compile"
                      and key.split(".")[-1] not in ("log_every", "validate_every", "checkpoint_every",
                                                     "keep_checkpoints", "workers")]
         if differing:
