@@ -2,8 +2,9 @@
 
 Eager modules in torch's default memory layout, one autograd graph over everything, a quantizer that holds the whole
 latents x codes matrix, LPIPS called once per reconstruction, torch's AdamW; bf16 is autocast over float32 weights, but
-what ours computes in float32 (quantizer, LPIPS) is float32 here, too. Attention is torch's own fused one. Parameter names are the package's, so that weights pass from one to the other. The
-teacher, the rotation trick, and the re-arrangement of tokens are the package's: nothing there is made faster by it.
+what ours computes in float32 (quantizer, LPIPS) is float32 here, too. Attention is torch's own fused one. Parameter
+names are the package's, so that weights pass from one to the other. The teacher, the rotation trick, and the
+re-arrangement of tokens are the package's: nothing there is made faster by it.
 """
 
 from __future__ import annotations
@@ -34,16 +35,17 @@ def check_supported(recipe: TokenizerRecipe) -> None:
     plain = replace(model, layout="1d", dropout=0.0, qk_norm=False, cnn=plain_cnn, latent_query="multi_level",
                     grid_query="first_token")
     if model != plain:
-        raise InputError(f"{recipe.name}: the plain step knows 1d tokenizers without dropout, qk_norm or attention in the "
-                         "CNN only; choose another recipe")
+        raise InputError(f"{recipe.name}: the plain step knows 1d tokenizers without dropout, qk_norm or attention in "
+                         "the CNN only; choose another recipe")
     judge = loss.adversarial
     if judge and judge != AdversarialConfig(start_step=judge.start_step, weight=judge.weight, layers=judge.layers,
                                             base_channels=judge.base_channels):
-        raise InputError(f"{recipe.name}: the plain step knows the patchgan discriminator with hinge losses and without "
-                         "adaptive weight only; choose another recipe")
-    if loss.perceptual is None or (loss.auxiliary and loss.auxiliary.feature != "mse") or loss.reconstruction.kind != "l2":
-        raise InputError(f"{recipe.name}: the plain step has a perceptual loss, and measures pixels and features by l2; "
-                         "choose another recipe")
+        raise InputError(f"{recipe.name}: the plain step knows the patchgan discriminator with hinge losses and "
+                         "without adaptive weight only; choose another recipe")
+    features = loss.auxiliary.feature if loss.auxiliary else "mse"
+    if loss.perceptual is None or features != "mse" or loss.reconstruction.kind != "l2":
+        raise InputError(f"{recipe.name}: the plain step has a perceptual loss, and measures pixels and features by "
+                         "l2; choose another recipe")
 
 
 # The model
@@ -334,7 +336,8 @@ class PlainStep:
         if judging:
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 terms |= self.discriminator_terms(images, [image.detach() for image in made])
-            self.update("discriminator", sum(value for name, value in terms.items() if name.startswith("discriminator/")))
+            judged = sum(value for name, value in terms.items() if name.startswith("discriminator/"))
+            self.update("discriminator", judged)
         return terms
 
     def generator_terms(self, images: Tensor, step: int, judging: bool) -> tuple[dict[str, Tensor], list[Tensor]]:

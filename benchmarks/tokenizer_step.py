@@ -1,6 +1,7 @@
 """A tokenizer's training step: ours beside the same step in plain eager torch (`plain_step.py`).
 
-    python benchmarks/tokenizer_step.py [--recipe VQ_SS256] [--batch 1] [--precision fp32] [--phase both] [key=value ...]
+    python benchmarks/tokenizer_step.py [key=value ...] [--recipe VQ_SS256] [--batch 1] [--precision fp32]
+                                        [--phase both]
 
 Each side runs in a process of its own, from the same weights and images, frozen networks included, whose weights are
 random. Ours is the real TokenizerTask in its DeepSpeed engines. Steps of the two sides alternate; each line gives the
@@ -135,7 +136,8 @@ class Plain:
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         teacher = random_teacher(recipe)
-        self.step = PlainStep(recipe, random_perceptual().to(self.device), teacher and teacher.to(self.device), self.device)
+        self.step = PlainStep(recipe, random_perceptual().to(self.device), teacher and teacher.to(self.device),
+                              self.device)
         seed = recipe.training.seed
         self.step.generator.load_state_dict(initialise_(Tokenizer(recipe.model), seed).state_dict())
         if recipe.loss.adversarial:
@@ -236,7 +238,10 @@ def differences(ours: dict[str, float], plain: dict[str, float], tolerance: floa
 
 
 def measure(phase: str, folder: Path, options: argparse.Namespace) -> dict[str, dict]:
-    """Per side: median seconds and peak GB, and of plain the FLOPs. Raises InputError when the sides compute differently."""
+    """Per side: median seconds and peak GB, and of plain the FLOPs.
+
+    Raises InputError when the two sides compute something different, or one of them fails.
+    """
     sides: list[Side] = []
     try:
         first = {}

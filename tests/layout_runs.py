@@ -124,7 +124,7 @@ class LayoutRuns:
             if layout.stage == 3:
                 # Otherwise parameters as small as these stay whole, and nothing of ZeRO-3 is tested.
                 settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-            run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, settings)
+            run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, settings, timeout=900)
             checkpoint = out / "checkpoints" / f"step-{STEPS:07d}" / PARTS[kind]
             self.finished[key] = read_metrics(out), read_weights(checkpoint, build_on_meta(recipe.model))
         return self.finished[key]

@@ -1,7 +1,7 @@
 """The convolutional encoder (image to feature map) and decoder (feature map to image).
 
-Maps lie channels_last inside: convolutions are faster so. Weights stay as they are, since ZeRO keeps them flat; they are
-small beside the maps, and turned around in each convolution.
+Maps lie channels_last inside: convolutions are faster so. Weights stay as they are, since ZeRO keeps them flat; they
+are small beside the maps, and turned around in each convolution.
 """
 
 from __future__ import annotations

@@ -71,6 +71,11 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.probability == 0:
             return x
+        return self._drop(x)
+
+    # Compiled, a layer's number and the seed would become constants, and every layer would be compiled for itself.
+    @torch.compiler.disable
+    def _drop(self, x: Tensor) -> Tensor:
         if _address is None:
             assert self.tokens == self.features == WHOLE, "dropout of a part needs dropout_at"
             return F.dropout(x, self.probability)

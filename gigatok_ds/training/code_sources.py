@@ -16,6 +16,7 @@ from gigatok_ds.config.recipe import GPTRecipe
 from gigatok_ds.data.codes import CodeBatches, CodeDataset
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
+from gigatok_ds.data.prefetch import on_device
 from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
@@ -82,18 +83,20 @@ class ExtractedCodes:
         return codes
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
-        training = self.recipe.training
-        return iter(CodeBatches(
+        training, topology = self.recipe.training, self.topology
+        batches = CodeBatches(
             self.train,
             self.second,
             global_batch_size=training.global_batch_size,
             micro_batch_size=self.micro_batch_size,
             seed=training.seed,
             workers=self.recipe.data.workers,
-            data_rank=self.topology.data_rank,
-            data_size=self.topology.data_size,
+            pin_memory=topology.device.type == "cuda",
+            data_rank=topology.data_rank,
+            data_size=topology.data_size,
             start_step=start_step,
-        ))
+        )
+        return on_device(batches, ("codes", "labels"), topology.device)
 
     def validation(self) -> tuple[np.ndarray, np.ndarray]:
         return self.held_out.codes[:, 0], self.held_out.labels
@@ -126,7 +129,7 @@ class TokenizedImages:
             data_size=topology.world_size,
             start_step=start_step,
         )
-        for batch in batches:
+        for batch in on_device(batches, ("images", "labels"), topology.device):
             codes, labels = self._encode(batch)
             first = int(batch["position"][0]) - topology.tensor_rank * self.own_images
             yield {"codes": codes, "labels": labels, "position": first + torch.arange(len(codes))}

@@ -18,10 +18,14 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch reads it with the first tensor it makes. Feature maps go back to the operating system and come anew in every
+    # operation; in large pages that costs a fraction.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import set_z3_leaf_module
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -44,14 +48,15 @@ class Engine:
     """One network under DeepSpeed, with an optimizer whose learning rate the caller sets at every step."""
 
     def __init__(self, build: Callable[[], nn.Module], optimizer: OptimizerConfig, settings: dict, *,
-                 topology: Topology, seed: int | None = None, recompute: Callable[[nn.Module], object] | None = None,
-                 ema_decay: float | None = None):
+                 topology: Topology, seed: int | None = None,
+                 compile: Callable[[nn.Module], list[nn.Module]] | None = None,
+                 recompute: Callable[[nn.Module], object] | None = None, ema_decay: float | None = None):
         """settings are resolved DeepSpeed settings.
 
         With a seed, `build` leaves the initial weights to us: at stage 3 it runs under `zero.Init`, and no rank ever
         holds the whole network. Without one, `build` returns an initialised network, which should be small.
-        `recompute` switches activation checkpointing on in the network. With `ema_decay` a moving average of the weights
-        is kept and saved, spread over the data ranks.
+        `compile` compiles parts of the network and returns them; `recompute` switches activation checkpointing on. With
+        `ema_decay` a moving average of the weights is kept and saved, spread over the data ranks.
         """
         _prepare()
         settings = copy.deepcopy(settings)
@@ -67,6 +72,9 @@ class Engine:
         if seed is not None:
             initialise_(network, seed, whole=whole, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size)
         name_dropouts(network)
+        for part in compile(network) if compile else ():
+            # ZeRO-3 gathers all of its parameters outside: hooks inside would tear the compiled code apart.
+            set_z3_leaf_module(part, True)
         if recompute:
             recompute(network)
         if topology.mpu:

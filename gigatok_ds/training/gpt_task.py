@@ -16,6 +16,7 @@ from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, torch_stream
 from gigatok_ds.training.code_sources import open_source
+from gigatok_ds.training.compile import compile_of
 from gigatok_ds.training.engine import Engine
 from gigatok_ds.training.flops import GPTFlops
 
@@ -29,10 +30,10 @@ class GPTTask:
         self.recipe, self.topology = recipe, topology
         self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
         self.source = open_source(recipe, topology, self.micro_batch_size)
-        parallel = recipe.parallel
         self.engine = Engine(
             lambda: GPT(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology,
-            seed=recipe.training.seed, recompute=partial(recompute_, every_block=parallel.recompute_every),
+            seed=recipe.training.seed, compile=compile_of(recipe.training.compile, topology.device, settings),
+            recompute=partial(recompute_, every_block=recipe.parallel.recompute_every),
             ema_decay=recipe.training.ema_decay,
         )
         self.engines = {"gpt": self.engine}
@@ -45,7 +46,7 @@ class GPTTask:
         device = self.topology.device
         codes, classes = batch["codes"].to(device), batch["labels"].to(device)
         self.engine.network.train()
-        with dropout_at(self.recipe.training.seed, batch["position"].to(device)):
+        with dropout_at(self.recipe.training.seed, batch["position"].to(device, non_blocking=True)):
             classes = self._drop_classes(classes, batch["position"], step)
             loss = self.engine(codes[:, :-1], classes, codes).mean()
             self.engine.backward(loss)

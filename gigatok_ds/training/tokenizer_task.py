@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
+from gigatok_ds.data.prefetch import on_device
 from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.evaluation.code_metrics import perplexity
 from gigatok_ds.losses.adaptive import adaptive_weight, kernel_gradient
@@ -22,6 +23,7 @@ from gigatok_ds.parallel.dropout import dropout_at
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, stream_key, torch_stream
+from gigatok_ds.training.compile import compile_of
 from gigatok_ds.training.engine import Engine
 from gigatok_ds.training.flops import TokenizerFlops
 from gigatok_ds.training.monitor import NOT_FINITE
@@ -47,6 +49,7 @@ class TokenizerTask:
         seed, parallel = recipe.training.seed, recipe.parallel
         self.generator = Engine(
             lambda: Tokenizer(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology, seed=seed,
+            compile=compile_of(recipe.training.compile, topology.device, settings),
             recompute=partial(recompute_, every_block=parallel.recompute_every, cnn=parallel.recompute_cnn),
             ema_decay=recipe.training.ema_decay,
         )
@@ -71,7 +74,7 @@ class TokenizerTask:
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology
         # A data rank's tensor ranks are neighbours, so all ranks in their order share its micro batch in its order.
-        return iter(ImageBatches(
+        batches = ImageBatches(
             self.train_index,
             training_transform(self.recipe.model.image_size, data.crop_scale, data.flip),
             global_batch_size=training.global_batch_size,
@@ -82,12 +85,14 @@ class TokenizerTask:
             data_rank=topology.rank,
             data_size=topology.world_size,
             start_step=start_step,
-        ))
+        )
+        return on_device(batches, ("images",), topology.device)
 
     def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
         images = batch["images"].to(self.topology.device, non_blocking=True)
         positions = batch["position"]
-        with dropout_at(self.recipe.training.seed, self.topology.gather_images(positions.to(images.device))):
+        numbers = self.topology.gather_images(positions.to(images.device, non_blocking=True))
+        with dropout_at(self.recipe.training.seed, numbers):
             output, logged = self._generator_pass(images, positions, step)
         self.generator.step(lr)
         if self.discriminator and self.objective.discriminator_active(step):
