@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.training.throughput import peak_of
 
 SIDES = ("ours", "plain")
 PHASES = ("auxiliary", "adversarial")
@@ -42,8 +43,6 @@ TARGETS = {"cpu": 1.3, "cuda": 1.8}  # how many times faster ours must be
 MFU_TARGET = 0.4
 # Relative, of every loss and gradient norm; a loss that is a difference of larger numbers counts as at least 0.1.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-# Dense bf16 FLOP/s by what the device's name contains, from the vendor's data sheets.
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 SEED = 0
 
 
@@ -264,7 +263,7 @@ def measure(phase: str, folder: Path, options: argparse.Namespace) -> dict[str, 
                    "peak_gb": found[-1]["peak_gb"], "flops": first[name]["flops"]} for name, found in answers.items()}
 
 
-def report(phase: str, found: dict[str, dict], device: str) -> bool:
+def report(phase: str, found: dict[str, dict], device: str, precision: str) -> bool:
     """Print the two lines of a phase and the verdict; are the targets met?"""
     ours, plain = found["ours"], found["plain"]
     for name in SIDES:
@@ -276,8 +275,8 @@ def report(phase: str, found: dict[str, dict], device: str) -> bool:
     print(f"{phase}: {ratio:.2f} x faster, target {TARGETS[device]}: {'met' if met else 'MISSED'}; "
           f"{plain['flops'] / 1e12:.2f} TFLOP, ours {plain['flops'] / ours['seconds'] / 1e12:.2f} TFLOP/s")
     if device == "cuda":
-        peak = next((value for name, value in PEAK.items() if name in torch.cuda.get_device_name()), None)
-        mfu = plain["flops"] / ours["seconds"] / peak if peak else None
+        peak = peak_of(torch.device("cuda"), precision)
+        mfu = plain["flops"] / ours["seconds"] / (1e12 * peak) if peak else None
         met &= mfu is not None and mfu >= MFU_TARGET
         print(f"{phase}: MFU {'unknown for this device' if mfu is None else f'{mfu:.1%}'}, target {MFU_TARGET:.0%}")
     return met
@@ -346,7 +345,7 @@ def main() -> int:
         print(header(options, device), flush=True)
         found = {phase: measure(phase, folder, options) for phase in phases}
     print(f"\n{'':19} {'median ms':>10} {'peak GB':>10} {'x slower':>8} {'x larger':>8}")
-    return 0 if all([report(phase, result, device) for phase, result in found.items()]) else 1
+    return 0 if all([report(phase, result, device, options.precision) for phase, result in found.items()]) else 1
 
 
 if __name__ == "__main__":
