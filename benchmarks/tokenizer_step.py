@@ -87,8 +87,8 @@ def random_perceptual() -> nn.Module:
 def random_teacher(recipe: TokenizerRecipe) -> nn.Module | None:
     from gigatok_ds.losses.semantic import Teacher
 
-    torch.manual_seed(SEED + 1)
-    return Teacher(recipe.loss.semantic.teacher, random_weights=True) if recipe.loss.semantic else None
+    semantic = recipe.loss.semantic
+    return Teacher(semantic.teacher, "random", grid=recipe.model.grid) if semantic else None
 
 
 def images_of(recipe: TokenizerRecipe, device: torch.device) -> Tensor:
@@ -105,7 +105,7 @@ class Ours:
         from gigatok_ds.parallel.topology import start_process_group
         from gigatok_ds.training import tokenizer_task
 
-        def objective(config, *, device):
+        def objective(config, *, device, grid, precision):
             return TokenizerObjective(config, perceptual=random_perceptual(), teacher=random_teacher(recipe)).to(device)
 
         tokenizer_task.build_objective = objective

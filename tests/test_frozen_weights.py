@@ -165,17 +165,17 @@ def test_a_run_keeps_to_the_files_it_was_started_with(tmp_path):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     ours = recipe(*RANDOM[1:], f"loss.perceptual.weights={path}")
     for _ in range(2):
-        record_frozen(ours, tmp_path)
+        record_frozen(ours, tmp_path, since=tmp_path)
         content = json.loads((tmp_path / "frozen_weights.json").read_text())
         assert content["loss.perceptual.weights"] == {"file": "vgg.pth", "sha256": digest}
         assert content["loss.semantic.weights"] == {"file": None, "sha256": None}
         assert len(content["the lpips package"]["sha256"]) == 64
     moved = path.rename(tmp_path / "moved.pth")
-    record_frozen(recipe(*RANDOM[1:], f"loss.perceptual.weights={moved}"), tmp_path)
+    record_frozen(recipe(*RANDOM[1:], f"loss.perceptual.weights={moved}"), tmp_path, since=tmp_path)
     torch.save({"any": torch.ones(1)}, moved)
     for weights, said in ((moved, "this is a file of SHA-256"), ("random", "this is random weights")):
         with pytest.raises(InputError, match=f"loss.perceptual.weights: .*with a file of .*{digest[:16]}.*{said}"):
-            record_frozen(recipe(*RANDOM[1:], f"loss.perceptual.weights={weights}"), tmp_path)
+            record_frozen(recipe(*RANDOM[1:], f"loss.perceptual.weights={weights}"), tmp_path, since=tmp_path)
     assert "moved.pth" in (tmp_path / "frozen_weights.json").read_text()
 
 

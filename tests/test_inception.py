@@ -95,5 +95,6 @@ def test_a_missing_package_is_said_with_what_to_install(monkeypatch):
 
 
 def test_the_origin_of_weights_is_told(weights):
-    assert "SHA-256" in origin_of(weights) and "not weights-inception-2015-12-05-6726825d.pth" in origin_of(weights)
-    assert "random weights" in origin_of("random")
+    told = origin_of(weights, SETTING)
+    assert "SHA-256" in told and "not weights-inception-2015-12-05-6726825d.pth" in told
+    assert "random weights" in origin_of("random", SETTING)

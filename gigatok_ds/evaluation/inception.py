@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import math
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import to_uint8
 from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
+from gigatok_ds.models.published import WeightFile
 from gigatok_ds.streams import torch_stream
 
 FEATURES = 2048
-RANDOM = "random"  # instead of a path: seeded weights, whose distances mean nothing outside of tests
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-_WHAT = f"torch-fidelity's Inception v3, {FILE} of its release v0.2.0"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 
 
 class InceptionFeatures(nn.Module):
@@ -41,35 +40,41 @@ class InceptionFeatures(nn.Module):
             return self.network(to_uint8(images))[0]
 
 
-def load_inception(weights: str | Path, setting: str) -> InceptionFeatures:
-    """The network with the weights of a file, read as plain data, or with seeded ones for `random`.
+def inception_file(weights: str | Path, setting: str) -> WeightFile:
+    return WeightFile(setting=setting, value=weights, names=(FILE,), url=URL,
+                      what=f"torch-fidelity's Inception v3, {FILE} of its release v0.2.0")
 
-    setting is the recipe key that names the file. Raises InputError naming it when torch-fidelity is not installed, or
+
+def load_inception(weights: str | Path, setting: str) -> InceptionFeatures:
+    """The network with the weights of a file, read as plain data, or with seeded ones, whose distances mean nothing.
+
+    weights as in `WeightFile.value`; setting is the recipe key that names the file. Raises InputError naming it when torch-fidelity is not installed, or
     the file is missing, unreadable or of another network.
     """
     if importlib.util.find_spec("torch_fidelity") is None:
         raise InputError(f"{setting} needs the package torch-fidelity; pip install 'gigatok_ds[eval]'")
-    if str(weights) == RANDOM:
+    file = inception_file(weights, setting)
+    if file.is_random:
         network = _empty_network()
         fill_frozen(network, _random_weights(network), setting)
         return InceptionFeatures(network)
-    state = read_frozen_weights(weights, setting, _WHAT)
+    state = read_frozen_weights(file)
     network = _empty_network()
     # Older files lack these counters of training steps, and evaluation ignores them.
     counters = {name: torch.zeros(()) for name in network.state_dict() if name.endswith("num_batches_tracked")}
-    fill_frozen(network, counters | state, f"{setting}: {weights} should be {_WHAT}, but")
+    fill_frozen(network, counters | state, f"{setting}: {file.find()} should be {file.what}, but")
     return InceptionFeatures(network)
 
 
-def origin_of(weights: str | Path) -> str:
+def origin_of(weights: str | Path, setting: str) -> str:
     """A line that says which weights these are: the SHA-256 of the file, and whether it is the published one."""
-    if str(weights) == RANDOM:
+    file = inception_file(weights, setting)
+    if file.is_random:
         return "warning: the Inception network has random weights: its distances compare with nothing published"
-    with open(weights, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file.sha256()
     if found == SHA256:
-        return f"Inception weights: {weights}, SHA-256 {found}, the published file"
-    return (f"warning: Inception weights: {weights}, SHA-256 {found}, which is not {FILE} ({SHA256}): "
+        return f"Inception weights: {file.find()}, SHA-256 {found}, the published file"
+    return (f"warning: Inception weights: {file.find()}, SHA-256 {found}, which is not {FILE} ({SHA256}): "
             "distances may not compare with published ones")
 
 

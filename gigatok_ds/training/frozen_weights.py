@@ -8,9 +8,11 @@ from pathlib import Path
 
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.evaluation.inception import inception_file, load_inception
 from gigatok_ds.losses.frozen import weight_files
 from gigatok_ds.losses.semantic import check_teacher
 
+_INCEPTION = "validation.inception"
 FROZEN_FILE = "frozen_weights.json"
 
 
@@ -23,11 +25,15 @@ def check_frozen(recipe: Recipe) -> None:
         return
     if recipe.loss.semantic:
         check_teacher(recipe.loss.semantic, recipe.model)
-    for file in weight_files(recipe.loss):
+    weights = recipe.validation.inception
+    inception = None if weights is None else inception_file(weights, _INCEPTION)
+    for file in [*weight_files(recipe.loss), *([inception] if inception else [])]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             file.fetch()
         if not (file.is_random or file.wants_download):
             file.find()
+    if inception and not inception.wants_download:
+        load_inception(weights, _INCEPTION)
 
 
 def random_weight_warnings(recipe: Recipe) -> list[str]:

@@ -46,10 +46,6 @@ def _check_data(recipe: Recipe) -> None:
             raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
         if not Path(path).is_dir():
             raise InputError(f"data.{split} is {path}, which is not a directory")
-    if isinstance(recipe, TokenizerRecipe) and recipe.validation.inception is not None:
-        from gigatok_ds.evaluation.inception import load_inception
-
-        load_inception(recipe.validation.inception, "validation.inception")
     if isinstance(recipe, GPTRecipe):
         from gigatok_ds.training.code_sources import check_sources
 

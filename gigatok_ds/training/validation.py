@@ -15,8 +15,9 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.code_metrics import entropy_of_counts, usage_of_counts
 from gigatok_ds.evaluation.distribution import FeatureStatistics, frechet_distance
 from gigatok_ds.evaluation.image_metrics import psnr
-from gigatok_ds.evaluation.inception import FEATURES, RANDOM, load_inception, origin_of
+from gigatok_ds.evaluation.inception import FEATURES, load_inception, origin_of
 from gigatok_ds.losses.perceptual import LPIPS
+from gigatok_ds.models.published import RANDOM
 from gigatok_ds.parallel.topology import Topology
 
 
@@ -96,7 +97,7 @@ class ReconstructionFID:
     def __init__(self, weights: str, images: int, topology: Topology):
         """weights: a path, or `random`; images: how many there are on all ranks."""
         if topology.is_first:
-            print(origin_of(weights), file=sys.stderr)
+            print(origin_of(weights, "validation.inception"), file=sys.stderr)
         self.topology, self.name = topology, fid_name(images, weights)
         self.inception = load_inception(weights, "validation.inception").to(topology.device)
         self._whole_real: FeatureStatistics | None = None  # of the images of all ranks, the same at every validation
