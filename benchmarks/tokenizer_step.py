@@ -117,7 +117,7 @@ class Ours:
 
     def __call__(self, images: Tensor, step: int) -> dict[str, Tensor]:
         logged = self.task.train_micro_batch({"images": images, "position": self.positions}, step, self.lr)
-        return {name: value for name, value in logged.items() if "/" in name}
+        return {name: value for name, value in logged.items() if name.startswith(("loss/", "discriminator/"))}
 
     def norms(self) -> dict[str, float]:
         found = {name: engine.gradient_norm() for name, engine in self.task.engines.items()}

@@ -33,6 +33,7 @@ def test_a_resolved_recipe_reads_back_equal(name, tmp_path):
     ("model.image_size='8'", "model.image_size is '8'"),
     ("training.steps=0", "training.steps is 0; it must be at least 1"),
     ("training.precision=fp8", "training.precision is 'fp8'"),
+    ("model.cnn.residual_blocks=0", "cnn.encoder_multipliers are [1, 1, 2, 2, 4]; use at least one residual block"),
     ("model.encoder=huge", "encoder: unknown size 'huge'; choose one of tiny, small"),
     ("model.encoder={widht: 64, layers: 1, heads: 1}", "model.encoder.width is missing"),
     ("loss.semantic=null", "loss.semantic and model.semantic_head go together"),

@@ -390,7 +390,8 @@ def test_unknown_crops_are_refused(kind):
 
 def test_a_rank_is_what_the_launcher_says():
     assert launched_rank({}) == LaunchedRank(rank=0, world_size=1, local_rank=0)
-    assert launched_rank({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == LaunchedRank(rank=5, world_size=8, local_rank=1)
+    fifth = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    assert launched_rank(fifth) == LaunchedRank(rank=5, world_size=8, local_rank=1)
     for environment in ({"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
                         {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}):
         with pytest.raises(InputError, match="RANK"):
@@ -402,7 +403,7 @@ def test_each_rank_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     rank = LaunchedRank(rank=5, world_size=8, local_rank=1)
-    assert str(rank.device("cuda")) == "cuda:1" and str(rank.device("cuda:0")) == "cuda:0" and str(rank.device("cpu")) == "cpu"
+    assert [str(rank.device(name)) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
     assert taken == [torch.device("cuda", 1), torch.device("cuda", 0)]
     with pytest.raises(InputError, match="rank 6 would use GPU 2 of its host and sees 2"):
         LaunchedRank(rank=6, world_size=8, local_rank=2).device("cuda")

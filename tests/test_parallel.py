@@ -71,13 +71,13 @@ def test_shared_convolutions_have_exact_gradients_and_half_the_images():
 
 def images_of_a_whole_run(recipe, out, settings):
     """Images that frozen networks and discriminator of this rank have seen in a run."""
-    from layout_runs import StandInTeacher, train_on_a_rank
+    from layout_runs import StandInTeacher, shown, train_on_a_rank
 
     from gigatok_ds.models.patchgan import PatchGAN
 
     judged = []
     forward = PatchGAN.forward
-    PatchGAN.forward = lambda self, images, draws=None: judged.append(len(images)) or forward(self, images, draws)
+    PatchGAN.forward = lambda self, images, draws=None: judged.append(shown(images)) or forward(self, images, draws)
     train_on_a_rank(recipe, out, settings)
     return StandInTeacher.seen, sum(judged)
 

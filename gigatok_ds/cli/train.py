@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings, e.g. optimizer.lr=2e-4")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory; resumed if it exists")
     parser.add_argument("--branch-from", type=Path, metavar="RUN",
-                        help="start from the newest checkpoint of another run's constant learning rate, or from the checkpoint "
-                             "of it that is given (RUN/checkpoints/step-N), for instance to cool down over training.steps")
+                        help="start from the newest checkpoint of another run's constant learning rate, or from the "
+                             "checkpoint of it that is given (RUN/checkpoints/step-N), for instance to cool down over "
+                             "training.steps")
     engine = parser.add_mutually_exclusive_group()
     engine.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: 1)")
     parser.add_argument("--tp", type=int, metavar="N",

@@ -94,6 +94,10 @@ class CNNConfig:
         multipliers = (*self.encoder_multipliers, *self.decoder_multipliers)
         at_least(1, "cnn", multipliers=min(multipliers, default=0), base_channels=self.base_channels)
         at_least(0, "cnn", residual_blocks=self.residual_blocks)
+        if self.residual_blocks == 0 and set(self.encoder_multipliers) != {1}:
+            raise InputError(f"cnn.residual_blocks is 0, so nothing changes the encoder's width, but "
+                             f"cnn.encoder_multipliers are {list(self.encoder_multipliers)}; use at least one residual "
+                             "block, or multipliers of 1")
         if self.base_channels % 32:
             raise InputError(f"cnn.base_channels is {self.base_channels}; it must be a multiple of 32 (group norm)")
 

@@ -48,8 +48,8 @@ def inception_file(weights: str | Path, setting: str) -> WeightFile:
 def load_inception(weights: str | Path, setting: str) -> InceptionFeatures:
     """The network with the weights of a file, read as plain data, or with seeded ones, whose distances mean nothing.
 
-    weights as in `WeightFile.value`; setting is the recipe key that names the file. Raises InputError naming it when torch-fidelity is not installed, or
-    the file is missing, unreadable or of another network.
+    weights as in `WeightFile.value`; setting is the recipe key that names the file. Raises InputError naming it when
+    torch-fidelity is not installed, or the file is missing, unreadable or of another network.
     """
     if importlib.util.find_spec("torch_fidelity") is None:
         raise InputError(f"{setting} needs the package torch-fidelity; pip install 'gigatok_ds[eval]'")

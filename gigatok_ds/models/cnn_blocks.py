@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigatok_ds.models.norm_silu import GroupNormSiLU
+from gigatok_ds.models.norm_silu import GroupNormSiLU, layout_of
 
 
 def group_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
@@ -82,12 +82,14 @@ class NearestUpsample(nn.Module):
 def depth_to_space(x: Tensor) -> Tensor:
     """(B, 4C, H, W) to (B, C, 2H, 2W) in ONNX's DCR order: output[c, 2y+r, 2x+s] = input[(2r+s)*C + c, y, x].
 
-    This is not torch's pixel_shuffle, which is the CRD order.
+    This is not torch's pixel_shuffle, which is the CRD order. The memory layout stays.
     """
     b, c4, h, w = x.shape
-    # By way of the order of channels_last, which the result has.
-    x = x.permute(0, 2, 3, 1).reshape(b, h, w, 2, 2, c4 // 4).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, 2 * h, 2 * w, c4 // 4).permute(0, 3, 1, 2)
+    if layout_of(x) == torch.channels_last:
+        x = x.permute(0, 2, 3, 1).reshape(b, h, w, 2, 2, c4 // 4).permute(0, 1, 3, 2, 4, 5)
+        return x.reshape(b, 2 * h, 2 * w, c4 // 4).permute(0, 3, 1, 2)
+    x = x.reshape(b, 2, 2, c4 // 4, h, w).permute(0, 3, 4, 1, 5, 2)
+    return x.reshape(b, c4 // 4, 2 * h, 2 * w)
 
 
 class DepthToSpaceUpsample(nn.Module):

@@ -32,8 +32,9 @@ class PackedLinear(nn.Module):
 
 def can_pack(gpt: GPT) -> bool:
     """On a CPU, in float32, with whole layers none of which has a bias, in a torch that has oneDNN."""
-    return (gpt.config.conditioning == "prefix" and gpt.output.weight.device.type == "cpu" and gpt.output.weight.dtype == torch.float32
-            and isinstance(gpt.output, nn.Linear) and torch.backends.mkldnn.is_available())
+    weight = gpt.output.weight
+    return (gpt.config.conditioning == "prefix" and isinstance(gpt.output, nn.Linear) and weight.device.type == "cpu"
+            and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available())
 
 
 def packed(gpt: GPT) -> GPT:

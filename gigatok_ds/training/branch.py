@@ -1,4 +1,4 @@
-"""Branches of a run: a new run that continues from a checkpoint of another's constant learning rate, on its own schedule.
+"""Branches of a run: new runs that continue from a checkpoint of its constant learning rate, on their own schedules.
 
 So one long run with a constant rate (`schedule.kind` const, or wsd before its cool-down) serves cool-downs of several
 lengths. A branch is, from its checkpoint on, what an uninterrupted run of the branch's recipe would have been.
@@ -18,7 +18,8 @@ from gigatok_ds.errors import InputError
 
 BRANCH_FILE = "branch.json"
 # What a branch may have otherwise than the run it comes from: how long it is and how it cools down.
-OWN_KEYS = ("name", "training.steps", "schedule.kind", "schedule.decay_fraction", "schedule.decay_shape", "schedule.end_lr")
+OWN_KEYS = ("name", "training.steps", "schedule.kind", "schedule.decay_fraction", "schedule.decay_shape",
+            "schedule.end_lr")
 
 
 def constant_until(schedule: ScheduleConfig, steps: int) -> float:
@@ -50,15 +51,17 @@ def branch_point(recipe: Recipe, source: Path) -> Path:
     if differing:
         raise InputError(f"a branch of {run_dir} must share its recipe, but {', '.join(differing)} differ; "
                          f"only {', '.join(OWN_KEYS)} may")
-    limit = min(constant_until(trunk.schedule, trunk.training.steps), constant_until(recipe.schedule, recipe.training.steps))
+    limit = min(constant_until(r.schedule, r.training.steps) for r in (trunk, recipe))
     allowed = [(step, path) for step, path in complete_checkpoints(run_dir)
                if step <= limit and (not is_checkpoint or path.name == source.name)]
     if not allowed:
         raise InputError(f"{source} has no complete checkpoint of step {limit} or earlier, where the learning rate is "
-                         "constant in both recipes; branch from an earlier checkpoint, or make the branch longer (training.steps)")
+                         "constant in both recipes; branch from an earlier checkpoint, or make the branch longer "
+                         "(training.steps)")
     step, path = allowed[-1]
     if step < recipe.schedule.warmup_steps:
-        raise InputError(f"{path} is from the warm-up ({recipe.schedule.warmup_steps} steps); branch from a later checkpoint")
+        raise InputError(f"{path} is from the warm-up ({recipe.schedule.warmup_steps} steps); "
+                         "branch from a later checkpoint")
     return path
 
 

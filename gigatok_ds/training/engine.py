@@ -18,9 +18,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch reads it with the first tensor it makes. Feature maps go back to the operating system and come anew in every
-    # operation; in large pages that costs a fraction.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -39,6 +36,7 @@ from gigatok_ds.parallel.partial import sum_partial_gradients
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.training.ema import Fragment, ShardedEMA
+from gigatok_ds.training.memory import keep_freed_memory
 
 _TAG = "state"  # DeepSpeed wants a tag below the directory; the directory itself names the step
 _TENSOR_RANK = re.compile(r"mp_rank_\d+_")
@@ -214,6 +212,8 @@ def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dic
 def _prepare() -> None:
     # DeepSpeed would compile a shared-memory all-reduce that only inference uses, and fail without ninja.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
