@@ -33,7 +33,9 @@ def refused(capsys, *arguments):
 OPTIONS = {
     "demo": {"--out", "--data", "--ranks", "--tp", "--zero", "--tokenizer", "--gpt"},
     "recipes": {"recipe", "overrides"},
-    "make-shards": {"directory", "--out", "--prefix", "--samples-per-shard"},
+    "make-shards": {"source", "--out", "--prefix", "--samples-per-shard", "--labels", "--resize", "--quality",
+                    "--shuffle-seed", "--metadata", "--skip-bad", "--workers"},
+    "check-shards": {"shards", "--no-decode", "--workers"},
     "doctor": {"--build"},
     "check-cluster": {"--hostfile", "--out", "--recipe", "--timeout", "--no-allreduce"},
     "train": {"recipe", "overrides", "--out", "--branch-from", "--tp", "--zero", "--deepspeed"},

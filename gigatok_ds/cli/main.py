@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "demo",
     "recipes": "recipes",
     "make-shards": "make_shards",
+    "check-shards": "check_shards",
     "doctor": "doctor",
     "check-cluster": "check_cluster",
     "train": "train",

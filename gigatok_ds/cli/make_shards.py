@@ -1,41 +1,56 @@
-"""gigatok-ds make-shards: a directory of images becomes a directory of tar shards."""
+"""Pack images into WebDataset tar shards (KEY.jpg, KEY.cls) with an index.
+
+  gigatok-ds make-shards imagenet/train --out shards/train --prefix imagenet-train
+  gigatok-ds make-shards ILSVRC2012_img_train.tar --out shards/train --prefix imagenet-train
+  gigatok-ds make-shards ILSVRC2012_img_val.tar --labels ILSVRC2012_devkit_t12.tar.gz --out shards/val
+
+SOURCE is a directory with one sub-directory per class (or images of a single class), one of ImageNet's tars, which is
+not unpacked, a directory of its nNNNNNNNN.tar files, or a directory of shards, which are packed anew. Image files are
+stored as they are, unless --resize shrinks them. The same images and settings give the same bytes. Interrupted, the
+same command goes on where it was; until all is written, it lies in OUT.partial.
+"""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "pack a directory of images (one sub-directory per class) into WebDataset tar shards with an index"
+HELP = "images (folders, ImageNet's tars, other shards) -> WebDataset tar shards with an index"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR",
-                        help="one sub-directory per class, or images of a single class")
-    parser.add_argument("--out", required=True, metavar="OUT",
-                        help="directory to create; may exist if it is empty")
-    parser.add_argument("--prefix", default="images",
-                        help="shards are named PREFIX-000000.tar, ... (default: images)")
+    parser.add_argument("source", metavar="SOURCE", help="directory or tar of images")
+    parser.add_argument("--out", required=True, metavar="OUT", help="directory to create; may exist if it is empty")
+    parser.add_argument("--prefix", default="images", help="shards are named PREFIX-000000.tar, ... (default: images)")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--labels", metavar="FILE", help="classes of a tar of images without: ImageNet's devkit "
+                        "(ILSVRC2012_devkit_t12.tar.gz), or a text file with a line NAME CLASS for each image")
+    parser.add_argument("--resize", type=int, metavar="N",
+                        help="shrink larger images to a shorter side of N pixels and store them as JPEG")
+    parser.add_argument("--quality", type=int, metavar="Q", help="of these JPEG files (default: 95)")
+    parser.add_argument("--shuffle-seed", type=int, metavar="SEED",
+                        help="store images in a random order, for readers that only stream; training needs none")
+    parser.add_argument("--metadata", action="store_true", help="also store KEY.json: class, size, where it came from")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="leave undecodable images out and list them in skipped.json, instead of ending")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the number of cores)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    from gigatok_ds.data.packing import Packing, pack, worker_count
+    from gigatok_ds.data.sources import open_source
+    from gigatok_ds.errors import InputError
 
-    from gigatok_ds.data.folder import scan_image_folder
-    from gigatok_ds.data.index import safe_key
-    from gigatok_ds.data.shards import Sample, write_shards
-
-    folder = scan_image_folder(args.directory)
-
-    def samples():
-        for number, (path, label) in enumerate(zip(folder.paths, folder.labels, strict=True)):
-            # The number keeps keys unique; the (shortened) name lets a person find the file again.
-            yield Sample(key=f"{number:08d}_{safe_key(path.stem)[:20]}", image_bytes=path.read_bytes(),
-                         extension=path.suffix[1:], label=label, source=str(path))
-
-    written = write_shards(samples(), Path(args.out), prefix=args.prefix,
-                           samples_per_shard=args.samples_per_shard, classes=folder.classes,
-                           total=len(folder.paths))
+    if args.quality is not None and args.resize is None:
+        raise InputError("--quality goes with --resize; without it images are stored as they are")
+    packing = Packing(prefix=args.prefix, samples_per_shard=args.samples_per_shard, resize=args.resize,
+                      quality=95 if args.quality is None else args.quality, shuffle_seed=args.shuffle_seed,
+                      metadata=args.metadata, skip_bad=args.skip_bad)
+    workers = worker_count(args.workers)
+    source = open_source(args.source, args.labels)
+    written = pack(source, args.out, packing, workers=workers)
     size = sum(shard.size for shard in written.shards)
-    print(f"wrote {written.count} images of {len(folder.classes)} classes in {len(written.shards)} shards "
+    print(f"wrote {written.count} images of {len(source.classes) or 'unnamed'} classes in {len(written.shards)} shards "
           f"({size / 1e6:.1f} MB) to {written.directory}")
+    if written.count < len(source.images):
+        print(f"left out {len(source.images) - written.count} undecodable images, listed in skipped.json")
     return 0

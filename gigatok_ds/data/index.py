@@ -259,6 +259,17 @@ class ShardIndex:
             raise InputError(f"{self.directory / TABLE_FILE}: key {key!r} is not a safe name; {_REBUILD}")
         return key
 
+    def place(self, i: int) -> tuple[Path, int, int]:
+        """(tar, offset, size) of the data of sample `i`."""
+        number, offset, size = (int(self._table[column][i]) for column in ("shard", "offset", "size"))
+        return self._path(self.shards[number]), offset, size
+
+    def entries(self, shard: int) -> list[Entry]:
+        """The samples of a shard as they were indexed."""
+        rows = np.flatnonzero(self._table["shard"] == shard)
+        columns = [self._table[name][rows].tolist() for name in Entry._fields]
+        return [Entry(*row) for row in zip(*columns, strict=True)]
+
     def read(self, i: int) -> bytes:
         """The data of sample `i`. Raises InputError when its shard has changed since it was indexed."""
         number, offset, size, crc32 = (int(self._table[column][i])

@@ -68,7 +68,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
+def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
     """Bicubic resize to the given short side, after halving large images with a box filter."""
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -91,7 +91,7 @@ def random_crop(image: Image.Image, size: int, scale: tuple[float, float] = (0.8
     if not 0 < low <= high <= 1:
         raise InputError(f"crop scale is {scale}; it must be 0 < low <= high <= 1")
     short_side = int(rng.integers(math.ceil(size / high), math.ceil(size / low), endpoint=True))
-    image = _resize_short_side(image, short_side)
+    image = resize_short_side(image, short_side)
     top = int(rng.integers(image.height - size, endpoint=True))
     left = int(rng.integers(image.width - size, endpoint=True))
     return _window(image, left, top, size)
@@ -99,7 +99,7 @@ def random_crop(image: Image.Image, size: int, scale: tuple[float, float] = (0.8
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The middle size x size window of the image resized to short side `size`."""
-    image = _resize_short_side(image, size)
+    image = resize_short_side(image, size)
     return _window(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
 

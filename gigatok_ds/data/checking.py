@@ -1,0 +1,109 @@
+"""Checking a directory of image shards against its index, and saying what is in it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from gigatok_ds.data.index import Entry, Shard, ShardIndex, describe_shard, scan_tar
+from gigatok_ds.data.transforms import decode_image
+from gigatok_ds.errors import InputError
+
+
+@dataclass(kw_only=True)
+class ShardReport:
+    """What was found, in all shards or in one. `problems` names shard and sample; shorter sides (in pixels) and formats
+    are those of decoded images.
+    """
+
+    classes: list[str] = field(default_factory=list)
+    shards: int = 0
+    size: int = 0  # bytes
+    per_class: Counter = field(default_factory=Counter)
+    short_sides: Counter = field(default_factory=Counter)
+    formats: Counter = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return self.per_class.total()
+
+    def add(self, part: ShardReport) -> None:
+        for name in ("shards", "size", "per_class", "short_sides", "formats", "problems"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+
+    def lines(self) -> Iterator[str]:
+        """The summary for a person, without the problems."""
+        counts = self.per_class
+        yield f"{self.samples} images of {len(counts)} classes in {self.shards} shards, {self.size / 1e6:.1f} MB"
+        few, many = min(counts, key=counts.get), max(counts, key=counts.get)
+        yield (f"labels {min(counts)} to {max(counts)}; {counts[few]} images ({self._class_name(few)}) to "
+               f"{counts[many]} ({self._class_name(many)}) in a class")
+        if self.short_sides:
+            sides, numbers = zip(*sorted(self.short_sides.items()), strict=True)
+            yield f"shorter side {sides[0]} to {sides[-1]} pixels, median {int(np.median(np.repeat(sides, numbers)))}"
+            yield ", ".join(f"{number} {name}" for name, number in self.formats.most_common())
+
+    def _class_name(self, label: int) -> str:
+        return self.classes[label] if 0 <= label < len(self.classes) else f"class {label}"
+
+
+def check_shards(directory: str | Path, *, decode: bool = True, workers: int = 0) -> ShardReport:
+    """Compare every shard with the index (hash, samples, labels) and, with `decode`, decode every image.
+
+    Tars without an index are indexed. `workers` processes share the shards (0: this one does it). Raises InputError
+    when there is no readable index to compare with, or a shard is missing or of another size.
+    """
+    index = ShardIndex.open(directory)
+    numbers = range(len(index.shards))
+    tasks = [index.directory / shard.name for shard in index.shards], index.shards, map(index.entries, numbers)
+    report = ShardReport(classes=index.classes)
+    with tqdm(total=len(index), unit="image", disable=None) as bar:
+        for part in _run(tasks, decode, workers):
+            report.add(part)
+            bar.update(part.samples)
+    return report
+
+
+def _run(tasks: tuple, decode: bool, workers: int) -> Iterator[ShardReport]:
+    if workers == 0:
+        yield from map(_check_shard, *tasks, itertools.repeat(decode))
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_check_shard, *tasks, itertools.repeat(decode))
+
+
+def _check_shard(path: Path, shard: Shard, entries: list[Entry], decode: bool) -> ShardReport:
+    report = ShardReport(shards=1, size=shard.size, per_class=Counter(entry.label for entry in entries))
+    try:
+        found = scan_tar(path)
+        if describe_shard(path, found) != shard or found != entries:
+            raise InputError(f"{path} is not what was indexed: its bytes have changed")
+    except InputError as error:
+        report.problems.append(str(error))
+        return report
+    with open(path, "rb") as file:
+        for entry in entries if decode else ():
+            file.seek(entry.offset)
+            _look(file.read(entry.size), f"{path}: sample {entry.key!r}", report)
+    return report
+
+
+def _look(data: bytes, name: str, report: ShardReport) -> None:
+    try:
+        report.short_sides[min(decode_image(data, name).size)] += 1
+    except InputError as error:
+        report.problems.append(str(error))
+        return
+    with Image.open(io.BytesIO(data)) as image:
+        report.formats[f"{image.format} {image.mode}"] += 1

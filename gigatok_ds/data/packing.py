@@ -1,0 +1,248 @@
+"""Packing a source of images into WebDataset shards: in parallel, resumable, the same bytes whatever happened between.
+
+Shard k holds the images k * n ... k * n + n - 1 of the source. Everything is written in `OUT.partial`, which says from
+the beginning what it will become; a finished shard lies there with a note of what it holds. When all are there, the
+index is written and the directory takes its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from gigatok_ds.data.index import (
+    IMAGE_EXTENSIONS,
+    Entry,
+    Shard,
+    build_table,
+    describe_shard,
+    is_safe_key,
+    scan_tar,
+    write_atomically,
+    write_index,
+)
+from gigatok_ds.data.shards import Record, ShardSet, write_tar
+from gigatok_ds.data.sources import Source, SourceImage
+from gigatok_ds.data.transforms import decode_image, resize_short_side
+from gigatok_ds.errors import InputError
+from gigatok_ds.streams import numpy_stream
+
+PLAN_FILE = "packing.json"  # stays, and says where the shards came from
+SKIPPED_FILE = "skipped.json"
+_NOTE = ".note.json"  # what a finished shard holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a source becomes shards.
+
+    `resize` shrinks larger images to that shorter side and stores them as JPEG of `quality`; otherwise the bytes stay
+    as they are. `shuffle_seed` stores images in a random order, for readers that only stream. `metadata` adds KEY.json
+    (class, size in pixels, where it came from). `skip_bad` leaves undecodable images out instead of ending.
+    """
+
+    prefix: str = "images"
+    samples_per_shard: int = 1000
+    resize: int | None = None
+    quality: int = 95
+    shuffle_seed: int | None = None
+    metadata: bool = False
+    skip_bad: bool = False
+
+    def __post_init__(self):
+        if not is_safe_key(self.prefix):
+            raise InputError(f"shard prefix {self.prefix!r} may hold only letters, digits and _ + = @ -")
+        if self.samples_per_shard < 1:
+            raise InputError(f"samples per shard is {self.samples_per_shard}; it must be at least 1")
+        if self.resize is not None and self.resize < 1:
+            raise InputError(f"the shorter side to resize to is {self.resize}; it must be at least 1")
+        if not 1 <= self.quality <= 100:
+            raise InputError(f"JPEG quality is {self.quality}; it must be 1 to 100")
+
+
+def worker_count(given: int | None) -> int:
+    """How many processes to use: as many as there are cores, unless given. 0: this one does the work."""
+    if given is not None and given < 0:
+        raise InputError(f"--workers is {given}; it must be 0 or more")
+    return len(os.sched_getaffinity(0)) if given is None else given
+
+
+def pack(source: Source, out_dir: str | Path, packing: Packing, *, workers: int) -> ShardSet:
+    """Write the source's images as shards with an index into `out_dir`, which must not exist yet or be empty.
+
+    Interrupted, the same call goes on with the shards that are missing, in any number of `workers` (processes). Raises
+    InputError for an undecodable image, naming it (unless they are skipped), and when `out_dir` is in use or was begun
+    from something else; finished shards stay.
+    """
+    out_dir = Path(out_dir).resolve()
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise InputError(f"output directory {out_dir} exists and is not empty; choose another or remove it")
+    images = _in_order(source, packing)
+    partial = out_dir.with_name(f"{out_dir.name}.partial")
+    _claim(partial, _plan(source, images, packing))
+    starts = range(0, len(images), packing.samples_per_shard)
+    paths = [partial / f"{packing.prefix}-{number:06d}.tar" for number in range(len(starts))]
+    notes = {path: note for path in paths if (note := _read_note(path))}
+    parts = {path: images[start : start + packing.samples_per_shard]
+             for path, start in zip(paths, starts, strict=True) if path not in notes}
+    done = sum(note["images"] for note in notes.values())
+    try:
+        with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
+            for path in _write_all(parts, source.classes, packing, workers if len(parts) > 1 else 0):
+                notes[path] = _read_note(path)
+                bar.update(notes[path]["images"])
+    except InputError:
+        if not any(partial.glob(f"*{_NOTE}")):  # nothing to go on with
+            shutil.rmtree(partial)
+        raise
+    return _finish(partial, out_dir, source, [notes[path] for path in paths])
+
+
+def _in_order(source: Source, packing: Packing) -> list[SourceImage]:
+    if packing.shuffle_seed is None:
+        return source.images
+    order = numpy_stream(packing.shuffle_seed, "packing").permutation(len(source.images))
+    return [source.images[i] for i in order]
+
+
+def _plan(source: Source, images: list[SourceImage], packing: Packing) -> dict:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(repr((*image[:4], image.offset, image.size)).encode())
+    return {"packing": dataclasses.asdict(packing), "images": len(images), "source_sha256": digest.hexdigest(),
+            "classes": source.classes}
+
+
+def _claim(partial: Path, plan: dict) -> None:
+    """Make the directory ours, or find that it was begun by the same call."""
+    partial.mkdir(parents=True, exist_ok=True)
+    path = partial / PLAN_FILE
+    if not path.is_file():
+        if any(partial.glob("[!.]*")):
+            raise InputError(f"{partial} exists and is not an interrupted run; remove it")
+        write_atomically(path, json.dumps(plan, indent=1).encode())
+    found = json.loads(path.read_bytes())
+    different = [name for name in plan if found.get(name) != plan[name]]
+    if different:
+        raise InputError(f"{partial} was begun with another {' and '.join(different)}; repeat the first command to go "
+                         "on, or remove it")
+
+
+def _read_note(path: Path) -> dict | None:
+    """What a finished shard holds, or None when it has to be written (again)."""
+    try:
+        note = json.loads(path.with_suffix(_NOTE).read_bytes())
+        return note if path.stat().st_size == note["shard"]["size"] else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_all(parts: dict[Path, list[SourceImage]], classes: list[str], packing: Packing,
+               workers: int) -> Iterator[Path]:
+    """Write the shards and yield each when it is finished."""
+    if workers == 0:
+        for path, images in parts.items():
+            _write_shard(path, images, classes, packing)
+            yield path
+        return
+    # Not forked: this process may have threads. A bounded number of tasks waits, since each holds a list of images.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        running: dict[Future, Path] = {}
+        todo = iter(parts.items())
+        try:
+            while True:
+                for path, images in todo:
+                    running[pool.submit(_write_shard, path, images, classes, packing)] = path
+                    if len(running) >= 2 * workers:
+                        break
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    path = running.pop(future)
+                    future.result()
+                    yield path
+        except BrokenProcessPool:
+            raise InputError("a process that writes shards was killed (out of memory?); run the same command again, "
+                             "perhaps with fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write_shard(path: Path, images: list[SourceImage], classes: list[str], packing: Packing) -> None:
+    scratch = path.with_name(f".{path.name}")
+    skipped: list[str] = []
+    with open(scratch, "wb") as file:
+        write_tar(_records(images, classes, packing, skipped), file, set())
+        file.flush()
+        os.fsync(file.fileno())  # the name promises whole contents, after a power failure too
+    os.replace(scratch, path)
+    entries = scan_tar(path)
+    note = {"shard": dataclasses.asdict(describe_shard(path, entries)), "entries": entries, "images": len(images),
+            "skipped": skipped}
+    write_atomically(path.with_suffix(_NOTE), json.dumps(note).encode())
+
+
+def _records(images: list[SourceImage], classes: list[str], packing: Packing, skipped: list[str]) -> Iterator[Record]:
+    for image in images:
+        data = image.read()
+        try:
+            decoded = decode_image(data, image.name)
+        except InputError as error:
+            if not packing.skip_bad:
+                raise InputError(f"{error}; --skip-bad leaves such images out") from None
+            skipped.append(str(error))
+            continue
+        extension = _extension(data)
+        if packing.resize and min(decoded.size) > packing.resize:
+            decoded = resize_short_side(decoded, packing.resize)
+            buffer = io.BytesIO()
+            decoded.save(buffer, "JPEG", quality=packing.quality, subsampling=0)
+            data, extension = buffer.getvalue(), "jpg"
+        members = {extension: data, "cls": str(image.label).encode()}
+        if packing.metadata:
+            described = {"class": classes[image.label] if classes else image.label, "width": decoded.width,
+                         "height": decoded.height, "source": image.member or "/".join(Path(image.path).parts[-2:])}
+            members["json"] = json.dumps(described).encode()
+        yield image.key, members
+
+
+def _extension(data: bytes) -> str:
+    """By what the image is: the extension of its file may be wrong (one of ImageNet's JPEG files holds a PNG)."""
+    with Image.open(io.BytesIO(data)) as image:
+        extension = image.format.lower()
+    extension = {"jpeg": "jpg", "mpo": "jpg"}.get(extension, extension)
+    assert extension in IMAGE_EXTENSIONS
+    return extension
+
+
+def _finish(partial: Path, out_dir: Path, source: Source, notes: list[dict]) -> ShardSet:
+    """Write the index and give the directory its name."""
+    shards = [Shard(**note["shard"]) for note in notes if note["shard"]["samples"]]
+    entries = [[Entry(*entry) for entry in note["entries"]] for note in notes if note["entries"]]
+    if not shards:
+        raise InputError("no image can be decoded, so there is nothing to write")
+    write_index(partial, shards, build_table(shards, entries), source.classes)
+    skipped = [line for note in notes for line in note["skipped"]]
+    if skipped:
+        write_atomically(partial / SKIPPED_FILE, (json.dumps(skipped, indent=1) + "\n").encode())
+    named = {shard.name for shard in shards}
+    for path in partial.iterdir():
+        if path.name.endswith(_NOTE) or (path.suffix == ".tar" and path.name not in named):
+            path.unlink()
+    if out_dir.exists():
+        out_dir.rmdir()
+    os.rename(partial, out_dir)
+    return ShardSet(directory=out_dir, shards=shards, count=sum(shard.samples for shard in shards))
