@@ -9,10 +9,11 @@ from small_models import small_gpt, small_gpt_config
 from gigatok_ds import InputError, generate
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.model import TransformerSize
+from gigatok_ds.kernels import native
 from gigatok_ds.sampling.choose import choose_codes, uniform_numbers
 from gigatok_ds.sampling.generate import EagerDecoder, Sampler
 from gigatok_ds.sampling.guidance import guidance_scales
-from gigatok_ds.sampling.packed import can_pack, packed
+from gigatok_ds.sampling.packed import OneDNNLinear, PanelLinear, can_pack, packed
 
 # Wide enough that a plain matrix product gives other bits for other numbers of rows.
 WIDE = {"size": TransformerSize(width=192, layers=2, heads=4), "vocab_size": 512, "sequence_length": 12}
@@ -27,6 +28,15 @@ def in_batches(gpt, size, *, numbers=range(15), **settings):
     return torch.cat([sampler.codes(CLASSES[list(part)], part, seed=3, **settings) for part in parts])
 
 
+@pytest.fixture(params=[PanelLinear, OneDNNLinear])
+def kernels(request, monkeypatch):
+    """What multiplies: our kernel, or oneDNN where there is none."""
+    monkeypatch.setenv("GIGATOK_KERNELS", "torch" if request.param is OneDNNLinear else "auto")
+    if request.param is PanelLinear and "cpu" not in native.load().devices:
+        pytest.skip("no native kernels")
+    return request.param
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
@@ -35,7 +45,7 @@ def threads():
 
 
 @pytest.mark.parametrize("settings", [{}, GUIDED, GUIDED | {"cfg_interval": 4}])
-def test_an_images_codes_do_not_depend_on_its_company(threads, settings):
+def test_an_images_codes_do_not_depend_on_its_company(threads, kernels, settings):
     gpt = small_gpt(**WIDE)
     threads(1)
     alone = in_batches(gpt, 1, **settings)
@@ -47,10 +57,11 @@ def test_an_images_codes_do_not_depend_on_its_company(threads, settings):
     assert torch.equal(generate(gpt, CLASSES[5:9], images=range(5, 9), seed=3, **settings), alone[5:9])
 
 
-def test_logits_are_the_same_bits_for_any_number_of_rows_and_threads(threads):
+def test_logits_are_the_same_bits_for_any_number_of_rows_and_threads(threads, kernels):
     gpt = small_gpt(**WIDE)
     assert can_pack(gpt)
     fast, tokens = EagerDecoder(packed(gpt)), torch.arange(33) % 5
+    assert isinstance(fast.gpt.output, kernels)
 
     def logits(rows):
         with torch.no_grad():

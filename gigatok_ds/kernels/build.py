@@ -26,7 +26,8 @@ from pathlib import Path
 NAME = "gigatok_native"
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
-OPERATORS = ("nearest_code", "entropy_forward", "entropy_backward", "code_histogram", "cpu_capability")
+OPERATORS = ("nearest_code", "entropy_forward", "entropy_backward", "code_histogram", "few_row_product",
+             "cpu_capability")
 SECONDS = {False: 40, True: 120}  # to compile, roughly: for CPUs only, and with CUDA
 _TIMEOUT = 1800.0
 _TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable interface of torch 2.11

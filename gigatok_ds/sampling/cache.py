@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gigatok_ds.sampling.large_pages import large_empty
+
 
 class PrefixCache:
     """Keys and values (B, heads, slots, head_dim) of one layer; slot p holds the token at position p."""
@@ -24,12 +26,17 @@ class PrefixCache:
         holds its own heads."""
         if self.keys is None:
             rows, heads, _, head_dim = key.shape
-            self.keys, self.values = (key.new_empty(rows, heads, self.slots, head_dim) for _ in range(2))
+            self.keys, self.values = (large_empty((rows, heads, self.slots, head_dim), key) for _ in range(2))
         rows, end = len(query), self.position + 1
         self.keys[:rows, :, self.position] = key[:, :, 0]
         self.values[:rows, :, self.position] = value[:, :, 0]
         # One new token sees all of the past and itself, so no mask is needed.
-        return F.scaled_dot_product_attention(query, self.keys[:rows, :, :end], self.values[:rows, :, :end])
+        keys, values = self.keys[:rows, :, :end], self.values[:rows, :, :end]
+        if query.device.type == "cpu":
+            # torch's fused attention is made for many queries: with one, two plain products are a fifth faster.
+            scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(2, 3)
+            return scores.softmax(-1) @ values
+        return F.scaled_dot_product_attention(query, keys, values)
 
 
 class FixedCache:

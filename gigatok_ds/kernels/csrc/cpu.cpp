@@ -190,6 +190,42 @@ Tensor code_histogram(const Tensor& codes, int64_t size) {
   return counts;
 }
 
+// Rows (rows, depth) as product.h wants them.
+std::unique_ptr<float[]> in_tiles(const float* rows, int count, int depth, int tile_rows) {
+  std::unique_ptr<float[]> tiles(new float[static_cast<int64_t>(count) * depth]);
+  for (int first = 0; first < count; first += tile_rows) {
+    const int size = std::min(tile_rows, count - first);
+    float* tile = tiles.get() + static_cast<int64_t>(first) * depth;
+    const float* from = rows + static_cast<int64_t>(first) * depth;
+    for (int k = 0; k < depth; ++k)
+      for (int row = 0; row < size; ++row) *tile++ = from[static_cast<int64_t>(row) * depth + k];
+  }
+  return tiles;
+}
+
+Tensor few_row_product(const Tensor& rows, const Tensor& panels, int64_t columns) {
+  STD_TORCH_CHECK(rows.dim() == 2 && panels.dim() == 3 && panels.size(1) == rows.size(1) && panels.size(2) == PANEL &&
+                      panels.size(0) == (columns + PANEL - 1) / PANEL && columns > 0,
+                  "rows and panels must be (R, D) and (columns / 16 rounded up, D, 16)");
+  STD_TORCH_CHECK(rows.is_contiguous() && panels.is_contiguous() && rows.scalar_type() == ScalarType::Float &&
+                      panels.scalar_type() == ScalarType::Float,
+                  "rows and panels must be contiguous and float32");
+  STD_TORCH_CHECK(rows.size(0) < (1 << 24) && rows.size(1) < (1 << 24), "at most 2^24 rows and 2^24 of depth");
+  Tensor outputs = torch::stable::new_empty(rows, {rows.size(0), columns});
+  const Level& chosen = level();
+  Product product{};
+  product.rows = static_cast<int>(rows.size(0));
+  product.depth = static_cast<int>(rows.size(1));
+  product.columns = columns;
+  const auto tiles = in_tiles(rows.const_data_ptr<float>(), product.rows, product.depth, chosen.tile_rows);
+  product.weights = panels.const_data_ptr<float>();
+  product.inputs = tiles.get();
+  product.outputs = outputs.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, panels.size(0), 1,
+                              [&](int64_t begin, int64_t end) { chosen.run_product(product, begin, end); });
+  return outputs;
+}
+
 std::string cpu_capability() {
   return level().name;
 }
@@ -206,6 +242,7 @@ STABLE_TORCH_LIBRARY(gigatok_native, library) {
       "entropy_backward(Tensor latents, Tensor codebook, Tensor indices, Tensor state, Tensor entropy_gradient, "
       "Tensor average_gradient, float temperature) -> (Tensor latents, Tensor codebook)");
   library.def("code_histogram(Tensor codes, int size) -> Tensor");
+  library.def("few_row_product(Tensor rows, Tensor panels, int columns) -> Tensor");
   library.def("cpu_capability() -> str");
 }
 
@@ -214,6 +251,7 @@ STABLE_TORCH_LIBRARY_IMPL(gigatok_native, CPU, library) {
   library.impl("entropy_forward", TORCH_BOX(&gigatok::entropy_forward));
   library.impl("entropy_backward", TORCH_BOX(&gigatok::entropy_backward));
   library.impl("code_histogram", TORCH_BOX(&gigatok::code_histogram));
+  library.impl("few_row_product", TORCH_BOX(&gigatok::few_row_product));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gigatok_native, CompositeExplicitAutograd, library) {

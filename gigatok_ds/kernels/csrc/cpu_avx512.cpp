@@ -9,9 +9,11 @@
 #define GIGATOK_LEVEL avx512
 #define GIGATOK_WIDTH 16
 #include "cpu_level.h"
+#include "product.h"
 
 #pragma GCC pop_options
-const gigatok::Level gigatok::avx512_level{"avx512", gigatok::avx512::WIDTH, gigatok::avx512::run_pass};
+const gigatok::Level gigatok::avx512_level{
+    "avx512", gigatok::avx512::WIDTH, gigatok::avx512::TILE_ROWS, gigatok::avx512::run_pass, gigatok::avx512::run_product};
 #else
-const gigatok::Level gigatok::avx512_level{"avx512", 0, nullptr};
+const gigatok::Level gigatok::avx512_level{"avx512", 0, 0, nullptr, nullptr};
 #endif
