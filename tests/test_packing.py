@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -80,14 +81,26 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, images, shards, monke
     assert tree(out) == tree(shards) and not (tmp_path / "out.partial").exists()
 
 
+def children(pid):
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:  # it has ended by itself
+        return []
+
+
 def test_a_killed_command_goes_on_where_it_was(tmp_path, images, shards):
     command = [sys.executable, "-m", "gigatok_ds", "make-shards", str(images), "--out", str(tmp_path / "out"),
                "--prefix", "x", "--samples-per-shard", str(PER_SHARD), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("out.partial/*.note.json")) and process.poll() is None:
         time.sleep(0.01)
+    workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if (tmp_path / "out").exists() and process.returncode == 0:  # it was faster than the signal
         assert "not empty" in finished.stderr

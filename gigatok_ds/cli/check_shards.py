@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.data.checking import check_shards
-    from gigatok_ds.data.packing import worker_count
+    from gigatok_ds.data.workers import worker_count
 
     report = check_shards(args.shards, decode=args.decode, workers=worker_count(args.workers))
     for line in report.lines():

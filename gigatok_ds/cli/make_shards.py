@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gigatok_ds.data.packing import Packing, pack, worker_count
+    from gigatok_ds.data.packing import Packing, pack
     from gigatok_ds.data.sources import open_source
+    from gigatok_ds.data.workers import worker_count
     from gigatok_ds.errors import InputError
 
     if args.quality is not None and args.resize is None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from tqdm import tqdm
 
 from gigatok_ds.data.index import Entry, Shard, ShardIndex, describe_shard, scan_tar
 from gigatok_ds.data.transforms import decode_image
+from gigatok_ds.data.workers import process_pool
 from gigatok_ds.errors import InputError
 
 
@@ -79,7 +78,7 @@ def _run(tasks: tuple, decode: bool, workers: int) -> Iterator[ShardReport]:
     if workers == 0:
         yield from map(_check_shard, *tasks, itertools.repeat(decode))
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with process_pool(workers) as pool:
         yield from pool.map(_check_shard, *tasks, itertools.repeat(decode))
 
 

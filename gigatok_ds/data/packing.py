@@ -11,11 +11,10 @@ import dataclasses
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from gigatok_ds.data.index import (
 from gigatok_ds.data.shards import Record, ShardSet, write_tar
 from gigatok_ds.data.sources import Source, SourceImage
 from gigatok_ds.data.transforms import decode_image, resize_short_side
+from gigatok_ds.data.workers import process_pool
 from gigatok_ds.errors import InputError
 from gigatok_ds.streams import numpy_stream
 
@@ -71,13 +71,6 @@ class Packing:
             raise InputError(f"the shorter side to resize to is {self.resize}; it must be at least 1")
         if not 1 <= self.quality <= 100:
             raise InputError(f"JPEG quality is {self.quality}; it must be 1 to 100")
-
-
-def worker_count(given: int | None) -> int:
-    """How many processes to use: as many as there are cores, unless given. 0: this one does the work."""
-    if given is not None and given < 0:
-        raise InputError(f"--workers is {given}; it must be 0 or more")
-    return len(os.sched_getaffinity(0)) if given is None else given
 
 
 def pack(source: Source, out_dir: str | Path, packing: Packing, *, workers: int) -> ShardSet:
@@ -158,8 +151,8 @@ def _write_all(parts: dict[Path, list[SourceImage]], classes: list[str], packing
             _write_shard(path, images, classes, packing)
             yield path
         return
-    # Not forked: this process may have threads. A bounded number of tasks waits, since each holds a list of images.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with process_pool(workers) as pool:
+        # A bounded number of tasks waits, since each holds a list of images.
         running: dict[Future, Path] = {}
         todo = iter(parts.items())
         try:
