@@ -1,5 +1,8 @@
 """Fast sampling: an image's codes do not depend on its company, and guidance is what plain recomputation gives."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +12,11 @@ from small_models import small_gpt, small_gpt_config
 from gigatok_ds import InputError, generate
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.model import TransformerSize
-from gigatok_ds.kernels import native
+from gigatok_ds.kernels.product import has_few_row_product
 from gigatok_ds.sampling.choose import choose_codes, uniform_numbers
 from gigatok_ds.sampling.generate import EagerDecoder, Sampler
 from gigatok_ds.sampling.guidance import guidance_scales
+from gigatok_ds.sampling.large_pages import large_empty
 from gigatok_ds.sampling.packed import OneDNNLinear, PanelLinear, can_pack, packed
 
 # Wide enough that a plain matrix product gives other bits for other numbers of rows.
@@ -32,8 +36,8 @@ def in_batches(gpt, size, *, numbers=range(15), **settings):
 def kernels(request, monkeypatch):
     """What multiplies: our kernel, or oneDNN where there is none."""
     monkeypatch.setenv("GIGATOK_KERNELS", "torch" if request.param is OneDNNLinear else "auto")
-    if request.param is PanelLinear and "cpu" not in native.load().devices:
-        pytest.skip("no native kernels")
+    if request.param is PanelLinear and not has_few_row_product(torch.ones(1)):
+        pytest.skip("no native kernel, or no AVX-512")
     return request.param
 
 
@@ -164,3 +168,17 @@ def test_what_cannot_be_sampled_is_refused(tmp_path):
     with pytest.raises(InputError, match="cfg_interval is -2"):
         generate(gpt, torch.tensor([0]), cfg_scale=2.0, cfg_interval=-2)
     assert generate(gpt, torch.empty(0, dtype=torch.long)).shape == (0, small_gpt_config().sequence_length)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages on request")
+def test_large_memory_asks_for_large_pages():
+    tensor = large_empty((5, 2**20), torch.empty(0))
+    assert tensor.shape == (5, 2**20) and tensor.dtype == torch.float32
+    middle, flags = tensor.data_ptr() + 2**22, None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        elif line.startswith("VmFlags:") and start <= middle < end:
+            flags = line.split()
+    assert "hg" in flags
+    assert large_empty((3,), torch.empty(0)).shape == (3,)

@@ -2,8 +2,8 @@
 
   gigatok-ds check-shards shards/train
 
-Every tar is read once: its hash, its samples and labels are compared with the index, and every image is decoded as in
-training. Exit code 1: something is damaged or has changed; each problem is one line.
+The hash of every tar, its samples and labels are compared with the index, and every image is decoded as in training.
+Exit code 1: something is damaged or has changed; each problem is one line.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quality is not None and args.resize is None:
         raise InputError("--quality goes with --resize; without it images are stored as they are")
     packing = Packing(prefix=args.prefix, samples_per_shard=args.samples_per_shard, resize=args.resize,
-                      quality=95 if args.quality is None else args.quality, shuffle_seed=args.shuffle_seed,
+                      quality=Packing.quality if args.quality is None else args.quality, shuffle_seed=args.shuffle_seed,
                       metadata=args.metadata, skip_bad=args.skip_bad)
     workers = worker_count(args.workers)
     source = open_source(args.source, args.labels)

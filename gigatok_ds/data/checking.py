@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from gigatok_ds.data.index import Entry, Shard, ShardIndex, describe_shard, scan_tar
-from gigatok_ds.data.transforms import decode_image
-from gigatok_ds.data.workers import process_pool
+from gigatok_ds.data.transforms import decode_image, open_image
+from gigatok_ds.data.workers import in_processes
 from gigatok_ds.errors import InputError
 
 
@@ -64,22 +61,14 @@ def check_shards(directory: str | Path, *, decode: bool = True, workers: int = 0
     when there is no readable index to compare with, or a shard is missing or of another size.
     """
     index = ShardIndex.open(directory)
-    numbers = range(len(index.shards))
-    tasks = [index.directory / shard.name for shard in index.shards], index.shards, map(index.entries, numbers)
+    tasks = ((index.directory / shard.name, shard, entries, decode)
+             for shard, entries in zip(index.shards, index.entries(), strict=True))
     report = ShardReport(classes=index.classes)
     with tqdm(total=len(index), unit="image", disable=None) as bar:
-        for part in _run(tasks, decode, workers):
+        for part in in_processes(_check_shard, tasks, workers):
             report.add(part)
             bar.update(part.samples)
     return report
-
-
-def _run(tasks: tuple, decode: bool, workers: int) -> Iterator[ShardReport]:
-    if workers == 0:
-        yield from map(_check_shard, *tasks, itertools.repeat(decode))
-        return
-    with process_pool(workers) as pool:
-        yield from pool.map(_check_shard, *tasks, itertools.repeat(decode))
 
 
 def _check_shard(path: Path, shard: Shard, entries: list[Entry], decode: bool) -> ShardReport:
@@ -104,5 +93,5 @@ def _look(data: bytes, name: str, report: ShardReport) -> None:
     except InputError as error:
         report.problems.append(str(error))
         return
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         report.formats[f"{image.format} {image.mode}"] += 1

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from gigatok_ds.data.index import (
     scan_tar,
     write_atomically,
     write_index,
+    written_aside,
 )
 from gigatok_ds.data.shards import new_directory, write_tar
 from gigatok_ds.errors import InputError
@@ -156,18 +156,8 @@ class CodeDirectory:
         return entries
 
     def _write(self, shard: int, samples: Iterable[CodeSample]) -> None:
-        path = self.path(shard)
-        descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=self.directory)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                write_tar(code_records(self._checked(shard, samples), self.metadata), file, set())
-                file.flush()
-                os.fsync(file.fileno())  # the name promises whole contents, after a power failure too
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, path)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        with written_aside(self.path(shard)) as file:
+            write_tar(code_records(self._checked(shard, samples), self.metadata), file, set())
 
     def _checked(self, shard: int, samples: Iterable[CodeSample]) -> Iterator[CodeSample]:
         for number, sample in zip(self.numbers(shard), samples, strict=True):

@@ -33,7 +33,7 @@ def scan_image_folder(root: str | Path) -> ImageFolder:
         raise InputError(f"image directory {root} does not exist or is not a directory")
     children = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     directories = [path for path in children if path.is_dir()]
-    loose = [path for path in children if _is_image(path.name) and path.is_file()]
+    loose = [path for path in children if is_image(path.name) and path.is_file()]
     if directories and loose:
         raise InputError(f"{root} holds both images ({loose[0].name}) and directories "
                          f"({directories[0].name}); keep images alone (one class) or one directory per class")
@@ -53,7 +53,8 @@ def scan_image_folder(root: str | Path) -> ImageFolder:
                        classes=classes)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name (without directories) is an image, and not hidden."""
     return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "." in name
 
 
@@ -61,5 +62,5 @@ def _images_below(directory: Path) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if _is_image(name)]
+        found += [Path(folder, name) for name in names if is_image(name)]
     return sorted(found)

@@ -19,9 +19,11 @@ import tempfile
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -101,7 +103,8 @@ def scan_tar(path: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> list
                     payloads[key] = (member.offset_data, member.size, zlib.crc32(data))
     except tarfile.TarError as error:
         raise InputError(f"{path} is not a whole uncompressed tar ({error}); write it again") from None
-    _check_end(path, end)
+    with open(path, "rb") as file:
+        check_end(file, end, str(path))
     for key in sorted(labels.keys() ^ payloads.keys()):
         lacking = "label (KEY.cls)" if key in payloads else f"data (KEY.{' or KEY.'.join(extensions)})"
         raise InputError(f"{path}: sample {key!r} has no {lacking}")
@@ -125,12 +128,14 @@ def _parse_label(path: Path, key: str, data: bytes) -> int:
     return int(data)
 
 
-def _check_end(path: Path, end: int) -> None:
-    # tarfile takes a damaged header after the first member for the end of the archive, without a word.
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(_BLOCK) != bytes(_BLOCK):
-            raise InputError(f"{path} is cut off or damaged at byte {end}; copy or write it again")
+def check_end(tar: BinaryIO, end: int, name: str) -> None:
+    """InputError, naming the tar, unless it ends where its last member does.
+
+    tarfile takes a damaged header after the first member for the end of the archive, without a word.
+    """
+    tar.seek(end)
+    if tar.read(_BLOCK) != bytes(_BLOCK):
+        raise InputError(f"{name} is cut off or damaged at byte {end}; copy or write it again")
 
 
 def describe_shard(path: Path, entries: list[Entry]) -> Shard:
@@ -171,14 +176,26 @@ def write_index(directory: Path, shards: list[Shard], table: dict[str, np.ndarra
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is either whole or absent (or as it was)."""
+    with written_aside(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` at the end, whole even after a power failure, or is removed.
+
+    Of a process that is killed a hidden file stays, named `path.name` between dots.
+    """
     descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
     except BaseException:
-        os.unlink(scratch)
+        Path(scratch).unlink(missing_ok=True)
         raise
 
 
@@ -264,11 +281,13 @@ class ShardIndex:
         number, offset, size = (int(self._table[column][i]) for column in ("shard", "offset", "size"))
         return self._path(self.shards[number]), offset, size
 
-    def entries(self, shard: int) -> list[Entry]:
-        """The samples of a shard as they were indexed."""
-        rows = np.flatnonzero(self._table["shard"] == shard)
-        columns = [self._table[name][rows].tolist() for name in Entry._fields]
-        return [Entry(*row) for row in zip(*columns, strict=True)]
+    def entries(self) -> Iterator[list[Entry]]:
+        """The samples of each shard as they were indexed."""
+        numbers = self._table["shard"]
+        ends = np.cumsum(np.bincount(numbers, minlength=len(self.shards)))
+        for rows in np.split(np.argsort(numbers, kind="stable"), ends[:-1]):
+            columns = [self._table[name][rows].tolist() for name in Entry._fields]
+            yield [Entry(*row) for row in zip(*columns, strict=True)]
 
     def read(self, i: int) -> bytes:
         """The data of sample `i`. Raises InputError when its shard has changed since it was indexed."""

@@ -14,12 +14,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from gigatok_ds.data.index import (
@@ -32,11 +29,12 @@ from gigatok_ds.data.index import (
     scan_tar,
     write_atomically,
     write_index,
+    written_aside,
 )
-from gigatok_ds.data.shards import Record, ShardSet, write_tar
+from gigatok_ds.data.shards import Record, ShardSet, unused, write_tar
 from gigatok_ds.data.sources import Source, SourceImage
-from gigatok_ds.data.transforms import decode_image, resize_short_side
-from gigatok_ds.data.workers import process_pool
+from gigatok_ds.data.transforms import decode_image, open_image, resize_short_side
+from gigatok_ds.data.workers import in_processes
 from gigatok_ds.errors import InputError
 from gigatok_ds.streams import numpy_stream
 
@@ -80,9 +78,7 @@ def pack(source: Source, out_dir: str | Path, packing: Packing, *, workers: int)
     InputError for an undecodable image, naming it (unless they are skipped), and when `out_dir` is in use or was begun
     from something else; finished shards stay.
     """
-    out_dir = Path(out_dir).resolve()
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise InputError(f"output directory {out_dir} exists and is not empty; choose another or remove it")
+    out_dir = unused(out_dir)
     images = _in_order(source, packing)
     partial = out_dir.with_name(f"{out_dir.name}.partial")
     _claim(partial, _plan(source, images, packing))
@@ -94,7 +90,8 @@ def pack(source: Source, out_dir: str | Path, packing: Packing, *, workers: int)
     done = sum(note["images"] for note in notes.values())
     try:
         with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
-            for path in _write_all(parts, source.classes, packing, workers if len(parts) > 1 else 0):
+            tasks = ((path, part, source.classes, packing) for path, part in parts.items())
+            for path, _ in zip(parts, in_processes(_write_shard, tasks, workers if len(parts) > 1 else 0), strict=True):
                 notes[path] = _read_note(path)
                 bar.update(notes[path]["images"])
     except InputError:
@@ -114,7 +111,7 @@ def _in_order(source: Source, packing: Packing) -> list[SourceImage]:
 def _plan(source: Source, images: list[SourceImage], packing: Packing) -> dict:
     digest = hashlib.sha256()
     for image in images:
-        digest.update(repr((*image[:4], image.offset, image.size)).encode())
+        digest.update(repr(image[:5]).encode())
     return {"packing": dataclasses.asdict(packing), "images": len(images), "source_sha256": digest.hexdigest(),
             "classes": source.classes}
 
@@ -127,7 +124,10 @@ def _claim(partial: Path, plan: dict) -> None:
         if any(partial.glob("[!.]*")):
             raise InputError(f"{partial} exists and is not an interrupted run; remove it")
         write_atomically(path, json.dumps(plan, indent=1).encode())
-    found = json.loads(path.read_bytes())
+    try:
+        found = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove {partial}") from None
     different = [name for name in plan if found.get(name) != plan[name]]
     if different:
         raise InputError(f"{partial} was begun with another {' and '.join(different)}; repeat the first command to go "
@@ -143,45 +143,10 @@ def _read_note(path: Path) -> dict | None:
         return None
 
 
-def _write_all(parts: dict[Path, list[SourceImage]], classes: list[str], packing: Packing,
-               workers: int) -> Iterator[Path]:
-    """Write the shards and yield each when it is finished."""
-    if workers == 0:
-        for path, images in parts.items():
-            _write_shard(path, images, classes, packing)
-            yield path
-        return
-    with process_pool(workers) as pool:
-        # A bounded number of tasks waits, since each holds a list of images.
-        running: dict[Future, Path] = {}
-        todo = iter(parts.items())
-        try:
-            while True:
-                for path, images in todo:
-                    running[pool.submit(_write_shard, path, images, classes, packing)] = path
-                    if len(running) >= 2 * workers:
-                        break
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    path = running.pop(future)
-                    future.result()
-                    yield path
-        except BrokenProcessPool:
-            raise InputError("a process that writes shards was killed (out of memory?); run the same command again, "
-                             "perhaps with fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _write_shard(path: Path, images: list[SourceImage], classes: list[str], packing: Packing) -> None:
-    scratch = path.with_name(f".{path.name}")
     skipped: list[str] = []
-    with open(scratch, "wb") as file:
+    with written_aside(path) as file:
         write_tar(_records(images, classes, packing, skipped), file, set())
-        file.flush()
-        os.fsync(file.fileno())  # the name promises whole contents, after a power failure too
-    os.replace(scratch, path)
     entries = scan_tar(path)
     note = {"shard": dataclasses.asdict(describe_shard(path, entries)), "entries": entries, "images": len(images),
             "skipped": skipped}
@@ -214,7 +179,7 @@ def _records(images: list[SourceImage], classes: list[str], packing: Packing, sk
 
 def _extension(data: bytes) -> str:
     """By what the image is: the extension of its file may be wrong (one of ImageNet's JPEG files holds a PNG)."""
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         extension = image.format.lower()
     extension = {"jpeg": "jpg", "mpo": "jpg"}.get(extension, extension)
     assert extension in IMAGE_EXTENSIONS
@@ -233,7 +198,8 @@ def _finish(partial: Path, out_dir: Path, source: Source, notes: list[dict]) -> 
         write_atomically(partial / SKIPPED_FILE, (json.dumps(skipped, indent=1) + "\n").encode())
     named = {shard.name for shard in shards}
     for path in partial.iterdir():
-        if path.name.endswith(_NOTE) or (path.suffix == ".tar" and path.name not in named):
+        left_by_a_killed_process = path.name.startswith(".")
+        if left_by_a_killed_process or path.name.endswith(_NOTE) or (path.suffix == ".tar" and path.name not in named):
             path.unlink()
     if out_dir.exists():
         out_dir.rmdir()

@@ -54,15 +54,21 @@ class ShardSet:
     count: int
 
 
+def unused(out_dir: str | Path) -> Path:
+    """`out_dir`, resolved. InputError when it exists and is not an empty directory."""
+    out_dir = Path(out_dir).resolve()
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise InputError(f"output directory {out_dir} exists and is not empty; choose another or remove it")
+    return out_dir
+
+
 @contextmanager
 def new_directory(out_dir: str | Path) -> Iterator[Path]:
     """A hidden sibling of `out_dir` to write into: it becomes `out_dir` at the end, or is removed.
 
     Raises InputError when `out_dir` exists and is not an empty directory, which stays as it is.
     """
-    out_dir = Path(out_dir).resolve()
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise InputError(f"output directory {out_dir} exists and is not empty; choose another or remove it")
+    out_dir = unused(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:

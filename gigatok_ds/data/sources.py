@@ -18,8 +18,8 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from gigatok_ds.data.folder import scan_image_folder
-from gigatok_ds.data.index import IMAGE_EXTENSIONS, ShardIndex, safe_key
+from gigatok_ds.data.folder import is_image, scan_image_folder
+from gigatok_ds.data.index import ShardIndex, check_end, safe_key
 from gigatok_ds.errors import InputError
 
 _SYNSET_TAR = re.compile(r"n\d{8}\.tar")
@@ -31,7 +31,6 @@ class SourceImage(NamedTuple):
 
     key: str
     label: int
-    extension: str
     path: str
     offset: int = 0
     size: int | None = None
@@ -88,7 +87,7 @@ def open_source(path: str | Path, labels: str | Path | None = None) -> Source:
 
 def _folder(path: Path) -> Source:
     folder = scan_image_folder(path)
-    images = [SourceImage(_numbered(number, file.stem), label, file.suffix[1:].lower(), str(file))
+    images = [SourceImage(_numbered(number, file.stem), label, str(file))
               for number, (file, label) in enumerate(zip(folder.paths, folder.labels, strict=True))]
     return Source(images=images, classes=folder.classes)
 
@@ -98,7 +97,7 @@ def _shards(path: Path) -> Source:
     images = []
     for i in range(len(index)):
         file, offset, size = index.place(i)
-        images.append(SourceImage(index.key(i), index.label(i), "", str(file), offset, size, index.key(i)))
+        images.append(SourceImage(index.key(i), index.label(i), str(file), offset, size, index.key(i)))
     return Source(images=images, classes=index.classes)
 
 
@@ -121,10 +120,7 @@ def _members(path: Path, offset: int, size: int, name: str) -> Iterator[_Member]
                     end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         except tarfile.TarError as error:
             raise InputError(f"{path}: {name} is not a whole uncompressed tar ({error}); copy it again") from None
-        # tarfile takes a damaged header after the first member for the end of the archive, without a word.
-        part.seek(end)
-        if part.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise InputError(f"{path}: {name} is cut off or damaged at byte {end}; copy it again")
+        check_end(part, end, f"{path}: {name}")
 
 
 class _Part(io.RawIOBase):
@@ -162,7 +158,7 @@ def _class_tars(tars: list[tuple[Path, int, int, str]]) -> Source:
         raise InputError(f"{tars[0][0]}: two tars have the same class name")
     images: list[SourceImage] = []
     for label, (path, offset, size, name) in enumerate(tqdm(tars, desc="reading", unit="class", disable=None)):
-        found = sorted(member for member in _members(path, offset, size, name) if _is_image(member.name))
+        found = sorted(member for member in _members(path, offset, size, name) if is_image(Path(member.name).name))
         if not found:
             raise InputError(f"{path}: {name} holds no images")
         images += [_image(len(images) + number, member, label, path) for number, member in enumerate(found)]
@@ -170,7 +166,7 @@ def _class_tars(tars: list[tuple[Path, int, int, str]]) -> Source:
 
 
 def _labelled_tar(path: Path, members: list[_Member], labels: str | Path | None) -> Source:
-    found = sorted(member for member in members if _is_image(member.name))
+    found = sorted(member for member in members if is_image(Path(member.name).name))
     if not found:
         raise InputError(f"{path} holds neither images nor tars of images")
     if labels is None:
@@ -230,15 +226,9 @@ def _devkit_classes(path: Path, count: int) -> list[str]:
     return classes
 
 
-def _is_image(name: str) -> bool:
-    base = name.rpartition("/")[2]
-    return "." in base and not base.startswith(".") and base.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-
-
 def _image(number: int, member: _Member, label: int, path: Path) -> SourceImage:
-    base = Path(member.name)
-    return SourceImage(_numbered(number, base.stem), label, base.suffix[1:].lower(), str(path), member.offset,
-                       member.size, member.name)
+    key = _numbered(number, Path(member.name).stem)
+    return SourceImage(key, label, str(path), member.offset, member.size, member.name)
 
 
 def _numbered(number: int, stem: str) -> str:

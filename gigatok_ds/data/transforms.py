@@ -23,6 +23,11 @@ _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 Transform = Callable[[Image.Image, np.random.Generator], Tensor]
 
 
+def open_image(data: bytes) -> Image.Image:
+    """An image of the formats that are read, not decoded yet. Raises what Pillow raises."""
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
 def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode a JPEG, PNG, WebP or BMP into an upright 8-bit RGB image.
 
@@ -31,7 +36,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     the last byte, is larger than MAX_PIXELS or thinner than MAX_ASPECT_RATIO.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = open_image(data)
         _check_shape(image, name)
         image.load()
         return _to_rgb(_upright(image))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from gigatok_ds.errors import InputError
 
@@ -17,9 +20,30 @@ def worker_count(given: int | None) -> int:
     return len(os.sched_getaffinity(0)) if given is None else given
 
 
-def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Not forked, since this process may have threads."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
+    """function(*task) of each task, in their order; with `workers` processes, or in this one (0).
+
+    Tasks are drawn when there is something to do for them. An exception of the function ends it, and InputError says
+    that a process was killed.
+    """
+    if workers == 0:
+        yield from (function(*task) for task in tasks)
+        return
+    # Not forked, since this process may have threads.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    waiting: deque = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(function, *task))
+            if len(waiting) >= 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise InputError("a worker process was killed (out of memory?); run the same command again, perhaps with fewer "
+                         "--workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:

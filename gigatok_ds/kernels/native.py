@@ -34,13 +34,23 @@ def kernels_for(*tensors: Tensor):
     Raises InputError when GIGATOK_KERNELS forces the native kernels and there are none.
     """
     choice = kernels_choice()
-    if choice == "torch" or any(tensor.dtype == torch.float64 for tensor in tensors):
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
         return None
-    device = tensors[0].device.type
     if tensors[0].ndim == 2 and tensors[0].shape[1] > LARGEST_DIM:
         if choice == "native":
             raise InputError(f"GIGATOK_KERNELS=native, but the codes have {tensors[0].shape[1]} dimensions and the native "
                              f"kernels take at most {LARGEST_DIM}; set GIGATOK_KERNELS=auto")
+        return None
+    return kernels_on(tensors[0].device.type)
+
+
+def kernels_on(device: str):
+    """The namespace torch.ops.gigatok_native if it has kernels for this type of device and may be used, else None.
+
+    Raises InputError when GIGATOK_KERNELS forces the native kernels and there are none.
+    """
+    choice = kernels_choice()
+    if choice == "torch":
         return None
     library = load()
     if device in library.devices:

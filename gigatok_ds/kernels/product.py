@@ -1,7 +1,8 @@
-"""A few rows times a large matrix on a CPU, in float32: decoding, where a step reads every weight and uses it a few times.
+"""A few rows times a large matrix, in float32 on a CPU: decoding, where a step uses every weight a few times.
 
-Weights are laid out in panels that are read from end to end, and fetched ahead of their use, which is what makes it
-faster than a library's product. Each result is a sum in one fixed order, whatever the number of rows and threads.
+Weights are laid out in panels that are read from end to end, and fetched ahead of their use, which makes it faster than
+oneDNN's product of up to about 32 rows (of 128 it is slower). Each result is a sum in one fixed order, whatever the
+number of rows and threads. It is for processors with AVX-512.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigatok_ds.kernels.native import kernels_for
+from gigatok_ds.kernels.native import kernels_on
 
 PANEL = 16  # output features side by side; see csrc/cpu.h
 
 
 def has_few_row_product(like: Tensor) -> bool:
-    """Whether there is a native kernel for float32 products on this tensor's device."""
-    return like.dtype == torch.float32 and like.device.type == "cpu" and kernels_for(like) is not None
+    """Whether there is a native kernel for products of this type on this device."""
+    kernels = kernels_on("cpu") if like.device.type == "cpu" and like.dtype == torch.float32 else None
+    return kernels is not None and kernels.cpu_capability() == "avx512"
 
 
 def in_panels(weight: Tensor) -> Tensor:

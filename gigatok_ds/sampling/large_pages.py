@@ -1,4 +1,4 @@
-"""Memory in large pages: what a step streams through arrives a quarter faster from a CPU's memory so."""
+"""Memory in large pages: what a decoding step streams through arrives faster from a CPU's memory so."""
 
 from __future__ import annotations
 

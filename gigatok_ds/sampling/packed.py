@@ -47,13 +47,13 @@ def can_pack(gpt: GPT) -> bool:
     """On a CPU, in float32, with whole layers none of which has a bias, and something to multiply packed layers."""
     weight = gpt.output.weight
     return (gpt.config.conditioning == "prefix" and isinstance(gpt.output, nn.Linear) and weight.device.type == "cpu"
-            and weight.dtype == torch.float32 and (torch.backends.mkldnn.is_available() or has_few_row_product(gpt.norm.weight)))
+            and weight.dtype == torch.float32 and (torch.backends.mkldnn.is_available() or has_few_row_product(weight)))
 
 
 def packed(gpt: GPT) -> GPT:
     """A copy of `gpt` in evaluation mode with packed projections; it shares all other parameters."""
     shared = {id(tensor): tensor for tensor in [*gpt.parameters(), *gpt.buffers()]}
-    kind = PanelLinear if has_few_row_product(gpt.norm.weight) else OneDNNLinear
+    kind = PanelLinear if has_few_row_product(gpt.output.weight) else OneDNNLinear
     result = copy.deepcopy(gpt, shared).eval()
     for module in list(result.modules()):
         for name, layer in module.named_children():

@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
     """Make the C library keep what is freed for the next allocation, where it is glibc; elsewhere do nothing.
 
     By itself it hands feature maps back to the operating system after each operation and has them made anew, page by
-    page: a third of a tokenizer's training step on a CPU (benchmarks/tokenizer_step.py).
+    page, in a tokenizer's training step on a CPU for seconds.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -191,10 +191,10 @@ Tensor code_histogram(const Tensor& codes, int64_t size) {
 }
 
 // Rows (rows, depth) as product.h wants them.
-std::unique_ptr<float[]> in_tiles(const float* rows, int count, int depth, int tile_rows) {
+std::unique_ptr<float[]> in_tiles(const float* rows, int count, int depth) {
   std::unique_ptr<float[]> tiles(new float[static_cast<int64_t>(count) * depth]);
-  for (int first = 0; first < count; first += tile_rows) {
-    const int size = std::min(tile_rows, count - first);
+  for (int first = 0; first < count; first += TILE_ROWS) {
+    const int size = std::min(TILE_ROWS, count - first);
     float* tile = tiles.get() + static_cast<int64_t>(first) * depth;
     const float* from = rows + static_cast<int64_t>(first) * depth;
     for (int k = 0; k < depth; ++k)
@@ -213,16 +213,20 @@ Tensor few_row_product(const Tensor& rows, const Tensor& panels, int64_t columns
   STD_TORCH_CHECK(rows.size(0) < (1 << 24) && rows.size(1) < (1 << 24), "at most 2^24 rows and 2^24 of depth");
   Tensor outputs = torch::stable::new_empty(rows, {rows.size(0), columns});
   const Level& chosen = level();
+  STD_TORCH_CHECK(chosen.run_product, "there is no such product for ", chosen.name);
   Product product{};
   product.rows = static_cast<int>(rows.size(0));
   product.depth = static_cast<int>(rows.size(1));
   product.columns = columns;
-  const auto tiles = in_tiles(rows.const_data_ptr<float>(), product.rows, product.depth, chosen.tile_rows);
+  const auto tiles = in_tiles(rows.const_data_ptr<float>(), product.rows, product.depth);
   product.weights = panels.const_data_ptr<float>();
   product.inputs = tiles.get();
   product.outputs = outputs.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, panels.size(0), 1,
-                              [&](int64_t begin, int64_t end) { chosen.run_product(product, begin, end); });
+                              [&](int64_t begin, int64_t end) {
+                                std::unique_ptr<float[]> sums(new float[rows.size(0) * PANEL]);
+                                chosen.run_product(product, begin, end, sums.get());
+                              });
   return outputs;
 }
 

@@ -9,11 +9,9 @@
 #define GIGATOK_LEVEL avx2
 #define GIGATOK_WIDTH 8
 #include "cpu_level.h"
-#include "product.h"
 
 #pragma GCC pop_options
-const gigatok::Level gigatok::avx2_level{
-    "avx2", gigatok::avx2::WIDTH, gigatok::avx2::TILE_ROWS, gigatok::avx2::run_pass, gigatok::avx2::run_product};
+const gigatok::Level gigatok::avx2_level{"avx2", gigatok::avx2::WIDTH, gigatok::avx2::run_pass, nullptr};
 #else
-const gigatok::Level gigatok::avx2_level{"avx2", 0, 0, nullptr, nullptr};
+const gigatok::Level gigatok::avx2_level{"avx2", 0, nullptr, nullptr};
 #endif

@@ -13,7 +13,7 @@
 
 #pragma GCC pop_options
 const gigatok::Level gigatok::avx512_level{
-    "avx512", gigatok::avx512::WIDTH, gigatok::avx512::TILE_ROWS, gigatok::avx512::run_pass, gigatok::avx512::run_product};
+    "avx512", gigatok::avx512::WIDTH, gigatok::avx512::run_pass, gigatok::avx512::run_product};
 #else
-const gigatok::Level gigatok::avx512_level{"avx512", 0, 0, nullptr, nullptr};
+const gigatok::Level gigatok::avx512_level{"avx512", 0, nullptr, nullptr};
 #endif
