@@ -5,8 +5,8 @@
 
 The direct loop decodes as the original does: a cache of 264 slots, attention over all of them with a boolean mask by
 the math backend, both halves of the guided batch at every step, torch.multinomial. Both draw the same model (random
-weights, guidance 4, all codes) in one process, in turns of BLOCK steps, so that both see the same machine. "steps" are spread evenly
-over the sequence: each is run and timed at its position, with a cache that holds noise up to there.
+weights, guidance 4, all codes) in one process, in turns of BLOCK steps, so that both see the same machine. "steps" are
+spread evenly over the sequence: each is run and timed at its position, with a cache that holds noise up to there.
 
 The roofline is the time that the machine takes to read, once for each step, the weights and the keys and values of the
 past. Bandwidth is measured in the same process, as the best of reading a large tensor (a sum, and a matrix-vector
