@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from gigatok_ds.config.losses import TokenizerLossConfig
@@ -80,7 +80,27 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageDataConfig:
+class ImageReadingConfig:
+    """How training images are read.
+
+    `decoding` "exact" gives the original's pixels, "fast" nearly the same ones in less time (docs/data.md). With
+    `shuffle_shards` n an epoch takes the tars in a random order and mixes the samples of n at a time, so that storage
+    reads whole tars; null mixes all of the data. Samples that cannot be used are replaced; if they are more than
+    `max_bad_fraction` of the samples, the run ends.
+    """
+
+    decoding: Literal["exact", "fast"] = "exact"
+    shuffle_shards: int | None = None
+    max_bad_fraction: float = 0.001
+
+    def __post_init__(self):
+        at_least(1, "data", shuffle_shards=self.shuffle_shards)
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise InputError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataConfig(ImageReadingConfig):
     """Image shards (directories of WebDataset tars) and the training augmentation."""
 
     train: str | None = None
@@ -90,6 +110,7 @@ class ImageDataConfig:
     flip: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(0, "data", workers=self.workers)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
@@ -97,13 +118,13 @@ class ImageDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeDataConfig:
+class CodeDataConfig(ImageReadingConfig):
     """Code shards written by `gigatok-ds extract-codes` or, with `tokenizer`, image shards.
 
     `tokenizer` is a standalone tokenizer's directory: frozen and in float32, it makes the codes of training images when
     they are needed, each time of another crop, mirrored half the time. `second` is a directory of code shards of the
     same images under other augmentations: each access takes it instead of `train` with probability 0.5 (the original's
-    mixture of two ten-crops).
+    mixture of two ten-crops). How images are read is for `tokenizer` only.
     """
 
     train: str | None = None
@@ -113,7 +134,13 @@ class CodeDataConfig:
     workers: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(0, "data", workers=self.workers)
+        for setting in fields(ImageReadingConfig):
+            value = getattr(self, setting.name)
+            if self.tokenizer is None and value != setting.default:
+                raise InputError(f"data.{setting.name} is {value}, but without data.tokenizer there are no images to read; "
+                                 "leave it out, or set data.tokenizer")
         if self.tokenizer is not None and self.second is not None:
             raise InputError("data.second is set, but with data.tokenizer there are no code shards to mix; set one of "
                              "them to null")

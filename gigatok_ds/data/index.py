@@ -215,6 +215,7 @@ class ShardIndex:
         self.labels = table["label"]
         self._table = table
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
+        self._read_ahead: dict[int, int] = {}  # the epoch in which a tar was last read ahead
         for shard in shards:
             self._check_size(shard, self._path(shard))
 
@@ -265,6 +266,11 @@ class ShardIndex:
         content = [self.classes, [[shard.sha256, shard.samples] for shard in self.shards]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @property
+    def shard_numbers(self) -> np.ndarray:
+        """The number of each sample's tar: int32 (N,)."""
+        return self._table["shard"]
+
     def label(self, i: int) -> int:
         """The class number of sample `i`, as stored; see `check_labels`."""
         return int(self.labels[i])
@@ -299,14 +305,29 @@ class ShardIndex:
                              f"changed since it was indexed; copy the shard again, or {_REBUILD}")
         return data
 
-    def check_labels(self, num_classes: int) -> None:
-        """Raise InputError, naming the first such sample, when a label is not in 0 ... num_classes - 1."""
+    def read_ahead(self, i: int, epoch: int) -> None:
+        """Have the operating system read the whole tar of sample `i`, in one run, once in each epoch."""
+        number = int(self._table["shard"][i])
+        if self._read_ahead.get(number) != epoch and hasattr(os, "posix_fadvise"):
+            self._read_ahead[number] = epoch
+            os.posix_fadvise(self._file(number).fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def check_labels(self, num_classes: int, max_bad_fraction: float = 0.0) -> None:
+        """Raise InputError, naming the first such sample, when more labels are not in 0 ... num_classes - 1."""
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes))
-        if len(wrong):
-            i = int(wrong[0])
-            raise InputError(f"{self.directory}: sample {self.key(i)!r} has label {self.label(i)}; a model "
-                             f"with num_classes {num_classes} allows 0 to {num_classes - 1} "
-                             f"({len(wrong)} such samples)")
+        if len(wrong) > max_bad_fraction * len(self):
+            try:
+                self.check_label(int(wrong[0]), num_classes)
+            except InputError as error:
+                raise InputError(f"{error} ({len(wrong)} such samples)") from None
+
+    def check_label(self, i: int, num_classes: int | None) -> None:
+        """Raise InputError when sample `i` has no label, or one that is not below `num_classes`."""
+        label = self.label(i)
+        if label < 0 or (num_classes is not None and label >= num_classes):
+            allowed = "it must be 0 or more" if num_classes is None else (
+                f"a model with num_classes {num_classes} allows 0 to {num_classes - 1}")
+            raise InputError(f"{self.directory}: sample {self.key(i)!r} has label {label}; {allowed}")
 
     def _path(self, shard: Shard) -> Path:
         return self.directory / shard.name

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from gigatok_ds.data.bad_samples import BadSample, BadSamples
 from gigatok_ds.data.index import ShardIndex
-from gigatok_ds.data.reader import GlobalBatches, MicroBatches, SampleAddress
-from gigatok_ds.data.transforms import Transform, decode_image, evaluation_transform
+from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, SampleAddress
+from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.streams import numpy_stream, torch_stream
 
 MAX_REPLACEMENTS = 16  # undecodable images in a row before the data as a whole is taken to be bad
 
-Batch = dict[str, Tensor]
+_BAD = "bad"  # a batch's BadSamples, on their way from a worker
 
-logger = logging.getLogger(__name__)
+Batch = dict[str, Tensor]
 
 
 class _Checked(Dataset):
@@ -36,7 +35,11 @@ class _Checked(Dataset):
 
 
 def _collate(items: list) -> Batch | InputError:
-    return next((item for item in items if isinstance(item, InputError)), None) or default_collate(items)
+    error = next((item for item in items if isinstance(item, InputError)), None)
+    if error is not None:
+        return error
+    bad = [found for item in items for found in item.pop(_BAD, ())]
+    return default_collate(items) | ({_BAD: bad} if bad else {})
 
 
 class BatchLoader:
@@ -75,8 +78,8 @@ class TrainingBatches(BatchLoader):
 
     def __init__(self, dataset: Dataset, count: int, *, global_batch_size: int, micro_batch_size: int,
                  seed: int, data_rank: int = 0, data_size: int = 1, start_step: int = 0, workers: int = 0,
-                 shuffle: bool = True, pin_memory: bool = False):
-        self.batches = GlobalBatches(count, global_batch_size, seed, shuffle)
+                 shuffle: bool = True, locality: Locality | None = None, pin_memory: bool = False):
+        self.batches = GlobalBatches(count, global_batch_size, seed, shuffle, locality=locality)
         sampler = MicroBatches(self.batches, micro_batch_size, data_rank, data_size, start_step)
         self.micro_steps = sampler.micro_steps
         super().__init__(dataset, sampler, workers=workers, pin_memory=pin_memory)
@@ -91,58 +94,82 @@ def address_fields(address: SampleAddress) -> dict[str, int]:
     return {"position": address.position, "epoch": address.epoch, "sample": address.sample}
 
 
-def _decode(index: ShardIndex, sample: int, data: bytes) -> Image.Image:
-    return decode_image(data, f"sample {index.key(sample)!r} of {index.directory}")
+def image_name(index: ShardIndex, sample: int) -> str:
+    """What messages call an image."""
+    return f"sample {index.key(sample)!r} of {index.directory}"
+
+
+def as_floats(batch: Batch) -> Batch:
+    """The batch with `images` as float32 (B, 3, S, S) in [-1, 1] instead of bytes (B, S, S, 3)."""
+    return batch | {"images": scale_pixels(batch["images"])}
 
 
 class _AugmentedImages(Dataset):
-    def __init__(self, index: ShardIndex, transform: Transform, seed: int):
-        self.index = index
-        self.transform = transform
-        self.seed = seed
+    def __init__(self, index: ShardIndex, transform: TrainingTransform, seed: int, num_classes: int | None,
+                 read_ahead: bool):
+        self.index, self.transform, self.seed, self.num_classes = index, transform, seed, num_classes
+        self.read_ahead = read_ahead
 
     def __getitem__(self, address: SampleAddress) -> dict:
-        rng = numpy_stream(self.seed, "augment", address.epoch, address.sample)
-        image, sample = self._decode_or_replace(address.sample)
-        return {"images": self.transform(image, rng), "labels": self.index.label(sample),
-                "replaced": sample != address.sample, **address_fields(address)}
-
-    def _decode_or_replace(self, sample: int) -> tuple[Image.Image, int]:
-        """The image or, if it cannot be decoded, the next one: a bad file must not end a long run."""
-        for candidate in range(sample, sample + MAX_REPLACEMENTS):
-            candidate %= len(self.index)
-            data = self.index.read(candidate)
+        """Of the sample or, if it cannot be used, the next one that can: a bad file must not end a long run."""
+        bad: list[BadSample] = []
+        if self.read_ahead:
+            self.index.read_ahead(address.sample, address.epoch)
+        while len(bad) < MAX_REPLACEMENTS:
+            sample = (address.sample + len(bad)) % len(self.index)
+            data = self.index.read(sample)
+            rng = numpy_stream(self.seed, "augment", address.epoch, address.sample)
             try:
-                return _decode(self.index, candidate, data), candidate
+                self.index.check_label(sample, self.num_classes)
+                pixels = self.transform.decode(data, image_name(self.index, sample), rng)
             except InputError as error:
-                last = error
-                logger.warning("%s; its neighbour takes its place", error)
-        raise InputError(f"{last} ({MAX_REPLACEMENTS} samples in a row)")
+                bad.append(BadSample(sample, str(error)))
+                continue
+            return {"images": pixels, "labels": self.index.label(sample), "replaced": bool(bad), _BAD: bad,
+                    **address_fields(address)}
+        raise InputError(f"{bad[-1].reason} ({MAX_REPLACEMENTS} samples in a row)")
 
 
 class ImageBatches(TrainingBatches):
     """Augmented images: the augmentation of a sample in an epoch is a stream of (seed, epoch, sample).
 
-    Yields `images` float32 (B, 3, S, S) in [-1, 1], `labels` int64 (B,), `position`, `epoch` and `sample`
-    int64 (B,), and `replaced` bool (B,): undecodable images whose place the next sample in the data has
-    taken. The keyword arguments are those of TrainingBatches. Raises InputError when a shard has changed
-    since it was indexed.
+    Yields `images` float32 (B, 3, S, S) in [-1, 1] or, with `as_bytes`, uint8 (B, S, S, 3), which `on_device` makes
+    floats of; `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,), and `replaced` bool (B,): samples whose
+    place the next one in the data has taken, because they cannot be decoded, have no label, or one that is not below
+    `num_classes`. `max_bad_fraction` of the rank's samples may be so. With `shuffle_shards` each tar is read ahead as a
+    whole. The other keyword arguments are those of TrainingBatches. Raises InputError when too many samples are bad,
+    and when a shard has changed since it was indexed.
     """
 
-    def __init__(self, index: ShardIndex, transform: Transform, *, seed: int, **arguments):
-        super().__init__(_AugmentedImages(index, transform, seed), len(index), seed=seed, **arguments)
+    def __init__(self, index: ShardIndex, transform: TrainingTransform, *, seed: int, num_classes: int | None = None,
+                 max_bad_fraction: float | None = None, shuffle_shards: int | None = None, as_bytes: bool = False,
+                 data_size: int = 1, **arguments):
+        self.as_bytes = as_bytes
+        self.bad_samples = BadSamples(index, max_bad_fraction, len(index) / data_size)
+        dataset = _AugmentedImages(index, transform, seed, num_classes, read_ahead=shuffle_shards is not None)
+        super().__init__(dataset, len(index), seed=seed, data_size=data_size, **arguments,
+                         locality=None if shuffle_shards is None else Locality(index.shard_numbers, shuffle_shards))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            self.bad_samples.add(batch.pop(_BAD, ()), len(batch["replaced"]), int(batch["replaced"].sum()))
+            yield batch if self.as_bytes else as_floats(batch)
 
 
 class _EvaluationImages(Dataset):
     def __init__(self, index: ShardIndex, size: int, images: int):
-        self.index, self.images = index, images
-        self.transform = evaluation_transform(size)
+        self.index, self.size, self.images = index, size, images
 
     def __getitem__(self, position: int) -> dict:
         sample = min(position, self.images - 1) * len(self.index) // self.images
-        image = _decode(self.index, sample, self.index.read(sample))
-        return {"images": self.transform(image, None), "labels": self.index.label(sample), "sample": sample,
-                "valid": position < self.images}
+        image = decode_image(self.index.read(sample), image_name(self.index, sample))
+        return {"images": pixels_of(center_crop(image, self.size)), "labels": self.index.label(sample),
+                "sample": sample, "valid": position < self.images}
+
+
+class _FloatImages(BatchLoader):
+    def __iter__(self) -> Iterator[Batch]:
+        return map(as_floats, super().__iter__())
 
 
 def evaluation_batches(index: ShardIndex, size: int, batch_size: int, data_rank: int = 0, data_size: int = 1,
@@ -158,4 +185,4 @@ def evaluation_batches(index: ShardIndex, size: int, batch_size: int, data_rank:
     images, per_round = len(index) if images is None else images, batch_size * data_size
     starts = range(data_rank * batch_size, -(-images // per_round) * per_round, per_round)
     positions = [list(range(start, start + batch_size)) for start in starts]
-    return BatchLoader(_EvaluationImages(index, size, images), positions, workers=workers, pin_memory=pin_memory)
+    return _FloatImages(_EvaluationImages(index, size, images), positions, workers=workers, pin_memory=pin_memory)

@@ -1,7 +1,7 @@
 """Which sample is read when: a pure function of seed and step, whatever the ranks, workers and restarts.
 
 Samples form one endless stream of global positions 0, 1, 2, ...; global batch number s covers the positions s
-* G ... s * G + G - 1. Every epoch is a fresh permutation of the data.
+* G ... s * G + G - 1. Every epoch is a fresh permutation of the data, or of groups of its tars.
 """
 
 from __future__ import annotations
@@ -23,9 +23,25 @@ class SampleAddress(NamedTuple):
     sample: int
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of epoch `epoch`: a permutation of 0 ... count - 1, int64."""
-    return numpy_stream(seed, "order", epoch).permutation(count)
+class Locality(NamedTuple):
+    """Samples are mixed with those of few tars: `shards` (N,) has the number of each one's, `mixed` are mixed at a time."""
+
+    shards: np.ndarray
+    mixed: int
+
+
+def epoch_order(count: int, seed: int, epoch: int, locality: Locality | None = None) -> np.ndarray:
+    """The order of epoch `epoch`: a permutation of 0 ... count - 1, int64.
+
+    With `locality` the tars are put in a random order and cut into groups of `mixed`: the samples of a group come in a
+    random order, before those of the next group.
+    """
+    draws = numpy_stream(seed, "order", epoch)
+    order = draws.permutation(count)
+    if locality is None:
+        return order
+    groups = draws.permutation(int(locality.shards.max()) + 1) // locality.mixed
+    return order[np.argsort(groups[locality.shards[order]], kind="stable")]
 
 
 class GlobalBatches:
@@ -37,7 +53,7 @@ class GlobalBatches:
     """
 
     def __init__(self, count: int, global_batch_size: int, seed: int, shuffle: bool = True,
-                 drop_last: bool = True):
+                 drop_last: bool = True, locality: Locality | None = None):
         if not 1 <= global_batch_size <= count:
             raise InputError(f"training.global_batch_size is {global_batch_size}, the data has {count} "
                              f"samples; set training.global_batch_size to 1 ... {count}")
@@ -45,6 +61,7 @@ class GlobalBatches:
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.locality = locality
         self.epoch_length = count // global_batch_size * global_batch_size if drop_last else count
         self._orders: dict[int, np.ndarray] = {}
 
@@ -69,7 +86,9 @@ class GlobalBatches:
         return epochs, samples
 
     def _order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.count, self.seed, epoch) if self.shuffle else np.arange(self.count)
+        if not self.shuffle:
+            return np.arange(self.count)
+        return epoch_order(self.count, self.seed, epoch, self.locality)
 
 
 def micro_steps(global_batch_size: int, data_size: int, micro_batch: int) -> int:

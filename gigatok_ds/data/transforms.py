@@ -7,10 +7,12 @@ import io
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from gigatok_ds.errors import InputError
@@ -18,10 +20,8 @@ from gigatok_ds.errors import InputError
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own threshold for a decompression bomb
 MAX_ASPECT_RATIO = 256  # a thinner image would grow to a huge one when its short side is enlarged
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_UNREADABLE = (SyntaxError, ValueError, TypeError, OSError, struct.error)  # metadata, which then says nothing
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-
-Transform = Callable[[Image.Image, np.random.Generator], Tensor]
-
 
 def open_image(data: bytes) -> Image.Image:
     """An image of the formats that are read, not decoded yet. Raises what Pillow raises."""
@@ -37,7 +37,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """
     try:
         image = open_image(data)
-        _check_shape(image, name)
+        check_shape(image, name)
         image.load()
         return _to_rgb(_upright(image))
     except InputError:
@@ -47,7 +47,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise InputError(f"{name}: cannot decode this image ({reason}); replace or remove it") from None
 
 
-def _check_shape(image: Image.Image, name: str) -> None:
+def check_shape(image: Image.Image, name: str) -> None:
+    """InputError, naming the image, when it is larger than MAX_PIXELS or thinner than MAX_ASPECT_RATIO."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded, shrink it")
@@ -56,11 +57,21 @@ def _check_shape(image: Image.Image, name: str) -> None:
                          f"{MAX_ASPECT_RATIO}, crop or remove it")
 
 
+def is_upright(image: Image.Image) -> bool:
+    """Whether its EXIF data, if it has readable ones, does not ask for it to be turned or mirrored."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
+    except _UNREADABLE:
+        return True
+
+
 def _upright(image: Image.Image) -> Image.Image:
+    if is_upright(image):
+        return image
     try:
         return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, TypeError, OSError, struct.error):
-        return image  # unreadable metadata says nothing about orientation
+    except _UNREADABLE:
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -75,19 +86,63 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
     """Bicubic resize to the given short side, after halving large images with a box filter."""
+    image = _halved(image, short_side)
+    return image.resize(_scaled_size(image.size, short_side), Image.Resampling.BICUBIC)
+
+
+def _halved(image: Image.Image, short_side: int) -> Image.Image:
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = short_side / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return image
+
+
+def _scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    scale = short_side / min(size)
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def resized_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(width, height) of what `resize_short_side` makes of an image of this size."""
+    while min(size) >= 2 * short_side:
+        size = size[0] // 2, size[1] // 2
+    return _scaled_size(size, short_side)
+
+
+def resized_window(image: Image.Image, short_side: int, left: int, top: int, size: int) -> Image.Image:
+    """A size x size window of `resize_short_side(image, short_side)`: the same bytes for less work.
+
+    Pillow resizes each row by itself and then each column, so neither the rows that no pixel of the window is made of
+    nor the columns beside it are needed. (Of tall images, since version 13, it may begin with the columns.)
+    """
+    image = _halved(image, short_side)
+    width, height = _scaled_size(image.size, short_side)
+    if height > width:
+        return _window(image.resize((width, height), Image.Resampling.BICUBIC), left, top, size)
+    step = image.height / height
+    reach = 2 * max(step, 1) + 1  # of the bicubic filter, rounded up
+    first, last = max(int(top * step - reach), 0), min(int((top + size) * step + reach) + 1, image.height)
+    rows = image.crop((0, first, image.width, last)).resize((width, last - first), Image.Resampling.BICUBIC)
+    columns = Image.new("RGB", (size, image.height))
+    columns.paste(rows.crop((left, 0, left + size, last - first)), (0, first))
+    return columns.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
 
 
 def _window(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def random_crop(image: Image.Image, size: int, scale: tuple[float, float] = (0.8, 1.0), *,
-                rng: np.random.Generator) -> Image.Image:
-    """A random size x size window of the image resized to a random short side.
+class Crop(NamedTuple):
+    """The window at (left, top) of an image resized to a short side, mirrored or not; in pixels."""
+
+    short_side: int
+    left: int
+    top: int
+    mirrored: bool = False
+
+
+def draw_crop(image_size: tuple[int, int], size: int, scale: tuple[float, float], *, flip: bool = False,
+              rng: np.random.Generator) -> Crop:
+    """A random size x size window of an image (width, height); with `flip`, mirrored with probability one half.
 
     The short side is uniform over the integers from ceil(size / high) to ceil(size / low), both included, for
     scale = (low, high); the window is uniform over all places. Raises InputError unless 0 < low <= high <= 1.
@@ -96,16 +151,23 @@ def random_crop(image: Image.Image, size: int, scale: tuple[float, float] = (0.8
     if not 0 < low <= high <= 1:
         raise InputError(f"crop scale is {scale}; it must be 0 < low <= high <= 1")
     short_side = int(rng.integers(math.ceil(size / high), math.ceil(size / low), endpoint=True))
-    image = resize_short_side(image, short_side)
-    top = int(rng.integers(image.height - size, endpoint=True))
-    left = int(rng.integers(image.width - size, endpoint=True))
-    return _window(image, left, top, size)
+    width, height = resized_size(image_size, short_side)
+    top = int(rng.integers(height - size, endpoint=True))
+    left = int(rng.integers(width - size, endpoint=True))
+    return Crop(short_side, left, top, flip and bool(rng.random() < 0.5))
+
+
+def random_crop(image: Image.Image, size: int, scale: tuple[float, float] = (0.8, 1.0), *,
+                rng: np.random.Generator) -> Image.Image:
+    """A random size x size window of the image resized to a random short side, as `draw_crop` draws it."""
+    crop = draw_crop(image.size, size, scale, rng=rng)
+    return resized_window(image, crop.short_side, crop.left, crop.top, size)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The middle size x size window of the image resized to short side `size`."""
-    image = resize_short_side(image, size)
-    return _window(image, (image.width - size) // 2, (image.height - size) // 2, size)
+    width, height = resized_size(image.size, size)
+    return resized_window(image, size, (width - size) // 2, (height - size) // 2, size)
 
 
 def ten_crop(image: Image.Image, size: int, crop_range: float = 1.1) -> list[Image.Image]:
@@ -125,7 +187,12 @@ def ten_crop(image: Image.Image, size: int, crop_range: float = 1.1) -> list[Ima
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as float32 (3, H, W) in [-1, 1]."""
-    return scale_pixels(torch.from_numpy(np.array(image, dtype=np.uint8)))
+    return scale_pixels(pixels_of(image))
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """The bytes of an RGB image: uint8 (H, W, 3)."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8))
 
 
 def scale_pixels(pixels: Tensor) -> Tensor:
@@ -135,24 +202,44 @@ def scale_pixels(pixels: Tensor) -> Tensor:
     return pixels.movedim(-1, -3).contiguous().float().div_(divisor).sub_(0.5).div_(0.5)
 
 
-def training_transform(size: int, crop_scale: tuple[float, float] = (0.8, 1.0),
-                       flip: bool = True) -> Transform:
-    """Random crop and, with probability one half if `flip`, a mirror image: (image, rng) -> float32 (3, size,
-    size).
-    """
-    return functools.partial(_augment, size=size, crop_scale=crop_scale, flip=flip)
+@dataclass(frozen=True)
+class TrainingTransform:
+    """Random crop and, with probability one half if `flip`, a mirror image: (image, rng) -> float32 (3, size, size)."""
+
+    size: int
+    crop_scale: tuple[float, float] = (0.8, 1.0)
+    flip: bool = True
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        return scale_pixels(self._pixels(image, rng))
+
+    def decode(self, data: bytes, name: str, rng: np.random.Generator) -> Tensor:
+        """The same of an encoded image, as bytes (size, size, 3). Raises what `decode_image` raises."""
+        return self._pixels(decode_image(data, name), rng)
+
+    def draw(self, image_size: tuple[int, int], rng: np.random.Generator) -> Crop:
+        """The crop of an image of this (width, height)."""
+        return draw_crop(image_size, self.size, self.crop_scale, flip=self.flip, rng=rng)
+
+    def _pixels(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        crop = self.draw(image.size, rng)
+        image = resized_window(image, crop.short_side, crop.left, crop.top, self.size)
+        return pixels_of(ImageOps.mirror(image) if crop.mirrored else image)
 
 
-def _augment(image: Image.Image, rng: np.random.Generator, *, size: int, crop_scale: tuple[float, float],
-             flip: bool) -> Tensor:
-    image = random_crop(image, size, crop_scale, rng=rng)
-    if flip and rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    return to_tensor(image)
+def training_transform(size: int, crop_scale: tuple[float, float] = (0.8, 1.0), flip: bool = True,
+                       decoding: str = "exact") -> TrainingTransform:
+    """The training crop by `decoding`: "exact", the original's pixels, or "fast" (see data.fast)."""
+    if decoding == "exact":
+        return TrainingTransform(size, crop_scale, flip)
+    from gigatok_ds.data.fast import FastTransform
+
+    assert decoding == "fast"
+    return FastTransform(size, crop_scale, flip)
 
 
-def evaluation_transform(size: int) -> Transform:
-    """Center crop: (image, rng) -> float32 (3, size, size); the generator is not used and may be None."""
+def evaluation_transform(size: int) -> Callable[..., Tensor]:
+    """Center crop: image -> float32 (3, size, size); a second argument, a generator, is not used."""
     return functools.partial(_evaluate, size=size)
 
 

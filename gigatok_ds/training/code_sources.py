@@ -109,17 +109,21 @@ class TokenizedImages:
         self.recipe, self.topology = recipe, topology
         self.own_images = micro_batch_size // topology.tensor_size
         self.train, self.held_out = ShardIndex.open(recipe.data.train), ShardIndex.open(recipe.data.validation)
-        for index in (self.train, self.held_out):
-            index.check_labels(recipe.model.num_classes)
+        self.train.check_labels(recipe.model.num_classes, recipe.data.max_bad_fraction)
+        self.held_out.check_labels(recipe.model.num_classes)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, device=str(topology.device))
         self._encoded: tuple[np.ndarray, np.ndarray] | None = None
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
-        training, topology = self.recipe.training, self.topology
+        data, training, topology = self.recipe.data, self.recipe.training, self.topology
         # A data rank's tensor ranks are neighbours, so all ranks in their order share its micro batch in its order.
         batches = ImageBatches(
             self.train,
-            training_transform(self.tokenizer.config.image_size),
+            training_transform(self.tokenizer.config.image_size, decoding=data.decoding),
+            num_classes=self.recipe.model.num_classes,
+            shuffle_shards=data.shuffle_shards,
+            max_bad_fraction=data.max_bad_fraction,
+            as_bytes=True,
             global_batch_size=training.global_batch_size,
             micro_batch_size=self.own_images,
             seed=training.seed,

@@ -76,7 +76,10 @@ class TokenizerTask:
         # A data rank's tensor ranks are neighbours, so all ranks in their order share its micro batch in its order.
         batches = ImageBatches(
             self.train_index,
-            training_transform(self.recipe.model.image_size, data.crop_scale, data.flip),
+            training_transform(self.recipe.model.image_size, data.crop_scale, data.flip, data.decoding),
+            shuffle_shards=data.shuffle_shards,
+            max_bad_fraction=data.max_bad_fraction,
+            as_bytes=True,
             global_batch_size=training.global_batch_size,
             micro_batch_size=self.own_images,
             seed=training.seed,
