@@ -19,8 +19,9 @@ from PIL import Image
 from gigatok_ds.cli import make_shards
 from gigatok_ds.data import index as index_module
 from gigatok_ds.data.folder import scan_image_folder
-from gigatok_ds.data.index import ShardIndex, is_safe_key, safe_key, scan_tar
+from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.shards import Sample, write_shards
+from gigatok_ds.data.tar_scan import is_safe_key, safe_key, scan_tar
 from gigatok_ds.errors import InputError
 
 CLASSES = ["bird", "cat", "dog"]
@@ -431,11 +432,12 @@ def test_a_table_of_another_directory_is_refused(shards, tmp_path):
 
 
 def test_an_unsafe_key_in_the_table_is_not_handed_out(shards):
-    replace_table(shards, key=np.array(["../../escape"] + [f"k{i}" for i in range(22)]))
+    replace_table(shards, key=np.array([b"../../escape", b"\xff"] + [f"é{i}".encode() for i in range(21)]))
     index = ShardIndex.open(shards)
-    with pytest.raises(InputError, match="not a safe name"):
-        index.key(0)
-    assert index.key(1) == "k0"
+    for i in range(2):
+        with pytest.raises(InputError, match="not a safe name"):
+            index.key(i)
+    assert index.key(2) == "é0"
 
 
 def test_safe_keys():
@@ -504,3 +506,38 @@ def test_make_shards_names_the_bad_file(tmp_path):
     with pytest.raises(InputError, match="data/cat/bad.jpg: cannot decode"):
         run_command(root, "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def incomplete_tars(path):
+    """Ten samples, of which three lack something; the next tar is cut off in the middle of its third."""
+    members = [member for sample in samples(10) for member in (
+        (f"{sample.key}.jpg", sample.image_bytes), (f"{sample.key}.cls", str(sample.label).encode()))]
+    del members[19], members[4]  # the label of the last one, the data of the third
+    members[1] = members[1][0], b"cat"
+    plain_tar(path / "a.tar", members)
+    directory = plain_tar(path / "b.tar", [(name.replace("s", "t", 1), data) for name, data in members[5:]])
+    data = (path / "b.tar").read_bytes()
+    (path / "b.tar").write_bytes(data[: data.index(b"t0005") + 600])
+    return directory
+
+
+def test_what_samples_lack_is_tolerated_up_to_a_fraction(tmp_path, caplog):
+    directory = incomplete_tars(tmp_path)
+    with pytest.raises(InputError, match="label of sample 's0000' is b'cat'"):
+        ShardIndex.open(directory)
+    with pytest.raises(InputError, match=r"'s0000' is b'cat'.*and 3 more problems"):
+        ShardIndex.open(directory, max_bad_fraction=0.3)
+    assert not (directory / "index.json").exists()
+    for _ in range(2):  # indexed, then from its index
+        caplog.clear()
+        index = ShardIndex.open(directory, max_bad_fraction=0.4)
+        assert "and 3 more problems" in caplog.text and "such samples are replaced" in caplog.text
+        keys = [index.key(i) for i in range(len(index))]
+        assert keys == [f"s{i:04d}" for i in (0, 1, 3, 4, 5, 6, 7, 8, 9, 2)] + ["t0003", "t0004"]
+        assert index.labels[[0, 8]].tolist() == [-1, -1] and index.label(9) == 2
+        assert index.read(9) == b"" and index.read(1) == list(samples(2))[1].image_bytes
+    problems = json.loads((directory / "index.json").read_bytes())["problems"]
+    assert [part for problem in problems for part in ("'s0000'", "'s0002'", "'s0009'", "b.tar") if part in problem] == [
+        "'s0000'", "'s0002'", "'s0009'", "b.tar"]
+    with pytest.raises(InputError, match="'s0000' is b'cat'"):  # strict readers still refuse it
+        ShardIndex.open(directory)

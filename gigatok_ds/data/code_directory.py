@@ -32,15 +32,14 @@ from gigatok_ds.data.codes import (
 from gigatok_ds.data.index import (
     INDEX_FILE,
     TABLE_FILE,
-    Entry,
     build_table,
     describe_shard,
-    scan_tar,
     write_atomically,
     write_index,
     written_aside,
 )
 from gigatok_ds.data.shards import new_directory, write_tar
+from gigatok_ds.data.tar_scan import Entry, scan_tar
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.launched import LaunchedRank
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from gigatok_ds.data.index import IMAGE_EXTENSIONS
+from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
 from gigatok_ds.errors import InputError
 
 

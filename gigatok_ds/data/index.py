@@ -1,7 +1,7 @@
 """Random access to the samples inside WebDataset tars.
 
 A directory of tars carries two sidecars: `index.json` (classes, shards with size and SHA-256) and `index.npz`
-(one row per sample: where its data lies in which shard, its label, CRC-32 and key). Tars that come without
+(one row per sample: where its data lies in which shard, its label, CRC-32 and key, in UTF-8). Tars that come without
 them are scanned on first use.
 """
 
@@ -13,45 +13,31 @@ import io
 import json
 import logging
 import os
-import re
-import tarfile
 import tempfile
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
+from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar
 from gigatok_ds.errors import InputError
 
-FORMAT = "gigatok-ds-shards/1"
+FORMAT = "gigatok-ds-shards/2"
 INDEX_FILE = "index.json"
 TABLE_FILE = "index.npz"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 OPEN_SHARDS = 128  # files held open at once by one index in one process; far below the usual limit of 1024
 
 _TABLE_TYPES = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32,
                 "crc32": np.uint32}
-_BLOCK = 512  # of the tar format
-_UNSAFE = re.compile(r"[^\w+=@-]")  # a key ends at the first dot, and must be usable as a file name
 
 logger = logging.getLogger(__name__)
-
-
-class Entry(NamedTuple):
-    """One sample of a tar: `size` bytes of image or codes at byte `offset`."""
-
-    key: str
-    offset: int
-    size: int
-    label: int
-    crc32: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,80 +48,6 @@ class Shard:
     size: int
     sha256: str
     samples: int
-
-
-def safe_key(text: str) -> str:
-    """`text` with everything that a key may not hold (slashes, dots, spaces, ...) replaced by underscores."""
-    return _UNSAFE.sub("_", text)
-
-
-def is_safe_key(key: str) -> bool:
-    """Whether `key` is not empty and holds only letters, digits and _ + = @ -."""
-    return bool(key) and not _UNSAFE.search(key)
-
-
-def scan_tar(path: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> list[Entry]:
-    """The samples of a WebDataset tar, in its order: members KEY.cls and KEY.x with one x of `extensions`.
-
-    Directories in a member's name become part of the key; other members are ignored. Raises InputError,
-    naming shard and sample, when the tar is compressed, cut off or damaged, holds links or names that lead
-    outside, or when a sample lacks its data or its label, has one of them twice, or its label is not an
-    integer.
-    """
-    payloads: dict[str, tuple[int, int, int]] = {}
-    labels: dict[str, int] = {}
-    end = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                key, extension = _split_name(path, member.name)
-                if member.isdir() or not key or extension not in (*extensions, "cls"):
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise InputError(f"{path}: {member.name!r} is not a plain file; links are not followed")
-                if key in (labels if extension == "cls" else payloads):
-                    raise InputError(f"{path}: sample {key!r} occurs twice; keys must be unique")
-                data = tar.extractfile(member).read()
-                if extension == "cls":
-                    labels[key] = _parse_label(path, key, data)
-                else:
-                    payloads[key] = (member.offset_data, member.size, zlib.crc32(data))
-    except tarfile.TarError as error:
-        raise InputError(f"{path} is not a whole uncompressed tar ({error}); write it again") from None
-    with open(path, "rb") as file:
-        check_end(file, end, str(path))
-    for key in sorted(labels.keys() ^ payloads.keys()):
-        lacking = "label (KEY.cls)" if key in payloads else f"data (KEY.{' or KEY.'.join(extensions)})"
-        raise InputError(f"{path}: sample {key!r} has no {lacking}")
-    return [Entry(key, offset, size, labels[key], crc32) for key, (offset, size, crc32) in payloads.items()]
-
-
-def _split_name(path: Path, name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a member: its name is cut at the first dot of its last part."""
-    *folders, base = name.split("/")
-    if name.startswith("/") or ".." in (*folders, base):
-        raise InputError(f"{path}: member name {name!r} leads outside its directory; such tars are refused")
-    stem, _, extension = base.partition(".")
-    parts = [part for part in folders if part not in ("", ".")]
-    return stem and safe_key("/".join([*parts, stem])), extension.lower()
-
-
-def _parse_label(path: Path, key: str, data: bytes) -> int:
-    if not re.fullmatch(rb"-?[0-9]{1,9}", data.strip()):
-        raise InputError(f"{path}: label of sample {key!r} is {data[:40]!r}; it must be a class number, such "
-                         "as 207")
-    return int(data)
-
-
-def check_end(tar: BinaryIO, end: int, name: str) -> None:
-    """InputError, naming the tar, unless it ends where its last member does.
-
-    tarfile takes a damaged header after the first member for the end of the archive, without a word.
-    """
-    tar.seek(end)
-    if tar.read(_BLOCK) != bytes(_BLOCK):
-        raise InputError(f"{name} is cut off or damaged at byte {end}; copy or write it again")
 
 
 def describe_shard(path: Path, entries: list[Entry]) -> Shard:
@@ -158,17 +70,20 @@ def build_table(shards: list[Shard], entries: list[list[Entry]]) -> dict[str, np
     table = {name: np.array([getattr(entry, name) for _, entry in rows], kind)
              for name, kind in _TABLE_TYPES.items() if name != "shard"}
     return table | {"shard": np.array([number for number, _ in rows], _TABLE_TYPES["shard"]),
-                    "key": np.array([entry.key for _, entry in rows])}
+                    "key": np.array([entry.key.encode() for _, entry in rows])}
 
 
-def write_index(directory: Path, shards: list[Shard], table: dict[str, np.ndarray],
-                classes: list[str]) -> None:
-    """Write both sidecars: `index.json` comes last and holds the hash of `index.npz` (no mixed pairs)."""
+def write_index(directory: Path, shards: list[Shard], table: dict[str, np.ndarray], classes: list[str],
+                problems: Sequence[str] = ()) -> None:
+    """Write both sidecars: `index.json` comes last and holds the hash of `index.npz` (no mixed pairs).
+
+    `problems` are those that `scan_tar` has found.
+    """
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{name: table[name] for name in sorted(table)})
     data = buffer.getvalue()
     description = {"format": FORMAT, "classes": classes, "count": len(table["label"]),
-                   "table_sha256": hashlib.sha256(data).hexdigest(),
+                   "table_sha256": hashlib.sha256(data).hexdigest(), "problems": list(problems),
                    "shards": [dataclasses.asdict(shard) for shard in shards]}
     write_atomically(directory / TABLE_FILE, data)
     write_atomically(directory / INDEX_FILE, (json.dumps(description, indent=1) + "\n").encode())
@@ -220,12 +135,14 @@ class ShardIndex:
             self._check_size(shard, self._path(shard))
 
     @classmethod
-    def open(cls, directory: str | Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> ShardIndex:
+    def open(cls, directory: str | Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS, *,
+             max_bad_fraction: float = 0.0) -> ShardIndex:
         """Open a directory of tars, indexing it first when it has no index.
 
         A new index is also written into the directory if that is writable. Raises InputError when the
         directory holds no tars, when its index is damaged, or when a shard is missing, new or of another size
-        than indexed; and what `scan_tar` raises.
+        than indexed; and what `scan_tar` raises. It tolerates as many of its problems as `max_bad_fraction` of the
+        samples.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -234,25 +151,27 @@ class ShardIndex:
         if not names:
             raise InputError(f"{directory} holds no shards: looked for uncompressed *.tar files")
         if not (directory / INDEX_FILE).is_file():
-            return cls._scan(directory, names, extensions)
-        shards, classes, table = _load_index(directory)
+            return cls._scan(directory, names, extensions, max_bad_fraction)
+        shards, classes, table, problems = _load_index(directory)
         unknown = sorted(set(names) - {shard.name for shard in shards})
         if unknown:
             raise InputError(f"shard {directory / unknown[0]} is not in the index; {_REBUILD}")
+        _check_problems(problems, max_bad_fraction * len(table["label"]))
         return cls(directory, shards, classes, table)
 
     @classmethod
-    def _scan(cls, directory: Path, names: list[str], extensions: tuple[str, ...]) -> ShardIndex:
-        shards, entries = [], []
+    def _scan(cls, directory: Path, names: list[str], extensions: tuple[str, ...], max_bad_fraction: float) -> ShardIndex:
+        shards, entries, problems = [], [], []
         for name in tqdm(names, desc=f"indexing {directory}", unit="shard", disable=None):
-            entries.append(scan_tar(directory / name, extensions))
+            entries.append(scan_tar(directory / name, extensions, problems if max_bad_fraction else None))
             shards.append(describe_shard(directory / name, entries[-1]))
         try:
             table = build_table(shards, entries)
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
+        _check_problems(problems, max_bad_fraction * len(table["label"]))
         try:
-            write_index(directory, shards, table, classes=[])
+            write_index(directory, shards, table, classes=[], problems=problems)
         except OSError as error:
             logger.warning("%s: the index is kept in memory only; the next start scans again (%s)",
                            directory, error)
@@ -277,7 +196,7 @@ class ShardIndex:
 
     def key(self, i: int) -> str:
         """The key of sample `i`: unique, and safe as a file name (else InputError)."""
-        key = str(self._table["key"][i])
+        key = self._table["key"][i].decode(errors="replace")
         if not is_safe_key(key):
             raise InputError(f"{self.directory / TABLE_FILE}: key {key!r} is not a safe name; {_REBUILD}")
         return key
@@ -293,7 +212,7 @@ class ShardIndex:
         ends = np.cumsum(np.bincount(numbers, minlength=len(self.shards)))
         for rows in np.split(np.argsort(numbers, kind="stable"), ends[:-1]):
             columns = [self._table[name][rows].tolist() for name in Entry._fields]
-            yield [Entry(*row) for row in zip(*columns, strict=True)]
+            yield [Entry(key.decode(), *row) for key, *row in zip(*columns, strict=True)]
 
     def read(self, i: int) -> bytes:
         """The data of sample `i`. Raises InputError when its shard has changed since it was indexed."""
@@ -355,27 +274,36 @@ class ShardIndex:
         return self.__dict__ | {"_files": OrderedDict()}
 
 
+def _check_problems(problems: list[str], allowed: float) -> None:
+    if not problems:
+        return
+    told = problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more problems)"
+    if len(problems) > allowed:
+        raise InputError(told)
+    logger.warning("%s; such samples are replaced", told)
+
+
 _REBUILD = f"delete {INDEX_FILE} and {TABLE_FILE} to index the directory again"
 
 
-def _load_index(directory: Path) -> tuple[list[Shard], list[str], dict[str, np.ndarray]]:
+def _load_index(directory: Path) -> tuple[list[Shard], list[str], dict[str, np.ndarray], list[str]]:
     """Read and check both sidecars: nothing in them may lead outside the directory or its shards."""
     try:
         description = json.loads((directory / INDEX_FILE).read_bytes())
         if description["format"] != FORMAT:
             raise InputError(f"its format is {description['format']!r}, this version reads {FORMAT!r}")
         shards = [Shard(**shard) for shard in description["shards"]]
-        classes = [str(name) for name in description["classes"]]
+        classes, problems = ([str(text) for text in description[name]] for name in ("classes", "problems"))
         data = (directory / TABLE_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != description["table_sha256"]:
             raise InputError(f"{TABLE_FILE} does not belong to {INDEX_FILE}")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             table = {name: arrays[name].astype(kind, casting="safe") for name, kind in _TABLE_TYPES.items()}
-            table["key"] = arrays["key"]
+            table["key"] = arrays["key"].astype(np.bytes_, casting="safe", copy=False)
         _check_table(description["count"], shards, table)
     except (InputError, ValueError, KeyError, TypeError, FileNotFoundError, zipfile.BadZipFile) as error:
         raise InputError(f"the index of {directory} is damaged ({error}); {_REBUILD}") from None
-    return shards, classes, table
+    return shards, classes, table, problems
 
 
 def _check_table(count: int, shards: list[Shard], table: dict[str, np.ndarray]) -> None:

@@ -19,20 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gigatok_ds.data.index import (
-    IMAGE_EXTENSIONS,
-    Entry,
-    Shard,
-    build_table,
-    describe_shard,
-    is_safe_key,
-    scan_tar,
-    write_atomically,
-    write_index,
-    written_aside,
-)
+from gigatok_ds.data.index import Shard, build_table, describe_shard, write_atomically, write_index, written_aside
 from gigatok_ds.data.shards import Record, ShardSet, unused, write_tar
 from gigatok_ds.data.sources import Source, SourceImage
+from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar
 from gigatok_ds.data.transforms import decode_image, open_image, resize_short_side
 from gigatok_ds.data.workers import in_processes
 from gigatok_ds.errors import InputError

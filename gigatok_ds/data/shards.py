@@ -15,15 +15,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from gigatok_ds.data.index import (
-    IMAGE_EXTENSIONS,
-    Shard,
-    build_table,
-    describe_shard,
-    is_safe_key,
-    scan_tar,
-    write_index,
-)
+from gigatok_ds.data.index import Shard, build_table, describe_shard, write_index
+from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, is_safe_key, scan_tar
 from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.errors import InputError
 

@@ -19,7 +19,8 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from gigatok_ds.data.folder import is_image, scan_image_folder
-from gigatok_ds.data.index import ShardIndex, check_end, safe_key
+from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.tar_scan import check_end, safe_key
 from gigatok_ds.errors import InputError
 
 _SYNSET_TAR = re.compile(r"n\d{8}\.tar")

@@ -108,7 +108,8 @@ class TokenizedImages:
     def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int):
         self.recipe, self.topology = recipe, topology
         self.own_images = micro_batch_size // topology.tensor_size
-        self.train, self.held_out = ShardIndex.open(recipe.data.train), ShardIndex.open(recipe.data.validation)
+        self.train = ShardIndex.open(recipe.data.train, max_bad_fraction=recipe.data.max_bad_fraction)
+        self.held_out = ShardIndex.open(recipe.data.validation)
         self.train.check_labels(recipe.model.num_classes, recipe.data.max_bad_fraction)
         self.held_out.check_labels(recipe.model.num_classes)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, device=str(topology.device))

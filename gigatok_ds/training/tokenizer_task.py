@@ -43,7 +43,7 @@ class TokenizerTask:
         self.recipe, self.topology = recipe, topology
         # Of a data rank's micro batch, the images that this tensor rank reads, convolves and judges.
         self.own_images = settings["train_micro_batch_size_per_gpu"] // topology.tensor_size
-        self.train_index = ShardIndex.open(recipe.data.train)
+        self.train_index = ShardIndex.open(recipe.data.train, max_bad_fraction=recipe.data.max_bad_fraction)
         self.validation_index = ShardIndex.open(recipe.data.validation)
         self.image_scale = FP16_IMAGE_SCALE if recipe.training.precision == "fp16" else 1.0
         seed, parallel = recipe.training.seed, recipe.parallel
