@@ -70,6 +70,7 @@ TRAIN = [
     "megatron-core==0.16.1",
     "webdataset>=1.0",
     "torchvision",
+    "simplejpeg>=1.8",
     "timm>=1.0.20",
     "lpips>=0.1.4",
     "tensorboard",

@@ -25,7 +25,7 @@ from gigatok_ds.data import code_directory
 from gigatok_ds.data.codes import CodeDataset
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.shards import Sample, new_directory, write_shards, write_tars
-from gigatok_ds.data.transforms import center_crop, decode_image, scale_pixels, to_tensor
+from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of, scale_pixels, to_tensor
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.launched import LaunchedRank, launched_rank
@@ -363,7 +363,7 @@ def test_ten_crops_are_those_of_torchvision():
     pixels = np.random.default_rng(0).integers(0, 256, (610, 700, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     views = views_of("ten-crop", 256)
-    ours = scale_pixels(torch.from_numpy(np.stack([np.asarray(view) for view in views(image, 0)])))
+    ours = scale_pixels(torch.stack([pixels_of(view) for view in views(image, 0)]))
     # The original: halve by boxes, bicubic to a short side of int(256 * 1.1), the middle square, TenCrop, [-1, 1].
     resized = image.resize((350, 305), Image.Resampling.BOX).resize((322, 281), Image.Resampling.BICUBIC)
     crops = transforms.TenCrop(256)(resized.crop((20, 0, 20 + 281, 281)))

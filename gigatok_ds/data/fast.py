@@ -1,10 +1,12 @@
 """The fast way from a JPEG to a training crop: the same window, with small differences in its pixels.
 
-libjpeg-turbo decodes images that are at least twice too large at a fraction of their size, with its faster integer
-transform and without smoothing chroma; torch's kernel for bytes resizes them. docs/data.md has the differences.
+libjpeg-turbo decodes images that are at least twice too large at a fraction of their size, and torch's kernel for bytes
+resizes them. docs/data.md has the differences.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -16,18 +18,19 @@ from gigatok_ds.data.transforms import (
     TrainingTransform,
     check_shape,
     decode_image,
-    is_upright,
-    open_image,
     resized_size,
 )
+
+_METADATA = (b"Exif\0", b"http://ns.adobe.com/xap/1.0/")  # what may say how an image is to be turned begins so
+_UP = 1 + 1e-9
 
 
 class FastTransform(TrainingTransform):
     """TrainingTransform, but `decode` makes the same crop from fewer operations."""
 
     def decode(self, data: bytes, name: str, rng: np.random.Generator) -> Tensor:
-        """A training crop of an encoded image, as bytes (size, size, 3). Raises what `decode_image` raises."""
-        size = _size_of_plain_jpeg(data, name)
+        """A training crop of an encoded image, as bytes (3, size, size). Raises what `decode_image` raises."""
+        size = _size_of_plain_jpeg(data)
         if size is not None:
             crop = self.draw(size, rng)
             pixels = _decode(data, crop.short_side)
@@ -38,15 +41,18 @@ class FastTransform(TrainingTransform):
         return _window(np.array(image), image.size, crop, self.size)
 
 
-def _size_of_plain_jpeg(data: bytes, name: str) -> tuple[int, int] | None:
-    """(width, height) of an upright gray or YCbCr JPEG; None for everything else."""
-    try:
-        with open_image(data) as image:
-            check_shape(image, name)
-            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and is_upright(image)
-            return image.size if plain else None
-    except Exception:  # the other decoder says what is wrong with it
+def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a gray or YCbCr JPEG without metadata that could turn it; None for everything else."""
+    import simplejpeg
+
+    if any(name in data for name in _METADATA):
         return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        check_shape(width, height, "")
+    except ValueError:
+        return None
+    return (width, height) if colours in ("YCbCr", "Gray") else None
 
 
 def _decode(data: bytes, short_side: int) -> np.ndarray | None:
@@ -54,15 +60,26 @@ def _decode(data: bytes, short_side: int) -> np.ndarray | None:
     import simplejpeg
 
     try:
-        return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, min_height=short_side,
-                                      min_width=short_side, min_factor=2)
+        return simplejpeg.decode_jpeg(data, min_height=short_side, min_width=short_side, min_factor=2)
     except ValueError:
         return None
 
 
 def _window(pixels: np.ndarray, image_size: tuple[int, int], crop: Crop, size: int) -> Tensor:
     width, height = resized_size(image_size, crop.short_side)
-    channels_last = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = F.interpolate(channels_last, size=(height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    window = resized[crop.top : crop.top + size, crop.left : crop.left + size]
-    return window.flip(1) if crop.mirrored else window.contiguous()
+    rows, columns = pixels.shape[:2]
+    part = pixels[: _needed(rows, height, crop.top + size), : _needed(columns, width, crop.left + size)]
+    # Rounded up, so that a whole side becomes as long as it should.
+    factors = height / rows * _UP, width / columns * _UP
+    channels_last = torch.from_numpy(part).permute(2, 0, 1)[None]
+    resized = F.interpolate(channels_last, scale_factor=factors, mode="bicubic", antialias=True)[0]
+    window = resized[:, crop.top : crop.top + size, crop.left : crop.left + size]
+    return window.flip(2) if crop.mirrored else window
+
+
+def _needed(length: int, resized: int, end: int) -> int:
+    """Of the pixels along a side, how many the first `end` of the resized ones are made of."""
+    if resized >= length:
+        return length
+    reach = 3  # of the bicubic filter, in resized pixels
+    return min(length, math.ceil((end + reach) * length / resized))

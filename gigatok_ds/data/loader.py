@@ -12,6 +12,7 @@ from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, SampleAddress
 from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError
+from gigatok_ds.freed_memory import keep_freed_memory
 from gigatok_ds.streams import numpy_stream, torch_stream
 
 MAX_REPLACEMENTS = 16  # undecodable images in a row before the data as a whole is taken to be bad
@@ -42,6 +43,10 @@ def _collate(items: list) -> Batch | InputError:
     return default_collate(items) | ({_BAD: bad} if bad else {})
 
 
+def _keep_memory(worker: int) -> None:
+    keep_freed_memory()
+
+
 class BatchLoader:
     """A torch DataLoader over `batch_sampler`; its length is the sampler's. Raises the samples' InputErrors.
 
@@ -54,7 +59,7 @@ class BatchLoader:
         self._loader = DataLoader(
             _Checked(dataset), batch_sampler=batch_sampler, num_workers=workers,
             persistent_workers=workers > 0, pin_memory=pin_memory, collate_fn=_collate,
-            generator=torch_stream(0, "data workers"))
+            generator=torch_stream(0, "data workers"), worker_init_fn=_keep_memory)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -69,7 +74,7 @@ class BatchLoader:
 
 
 class TrainingBatches(BatchLoader):
-    """Micro batches of one data-parallel rank, without end, from global batch `start_step` (0-based) on.
+    """Micro batches of one data-parallel rank, from global batch `start_step` (0-based) to before `stop_step` or endless.
 
     `dataset` maps a SampleAddress to a dictionary. `micro_steps` consecutive micro batches are the rank's
     share of one global batch. Order and content depend on neither `workers`, nor the layout, nor where the
@@ -77,10 +82,11 @@ class TrainingBatches(BatchLoader):
     """
 
     def __init__(self, dataset: Dataset, count: int, *, global_batch_size: int, micro_batch_size: int,
-                 seed: int, data_rank: int = 0, data_size: int = 1, start_step: int = 0, workers: int = 0,
-                 shuffle: bool = True, locality: Locality | None = None, pin_memory: bool = False):
+                 seed: int, data_rank: int = 0, data_size: int = 1, start_step: int = 0,
+                 stop_step: int | None = None, workers: int = 0, shuffle: bool = True,
+                 locality: Locality | None = None, pin_memory: bool = False):
         self.batches = GlobalBatches(count, global_batch_size, seed, shuffle, locality=locality)
-        sampler = MicroBatches(self.batches, micro_batch_size, data_rank, data_size, start_step)
+        sampler = MicroBatches(self.batches, micro_batch_size, data_rank, data_size, start_step, stop_step)
         self.micro_steps = sampler.micro_steps
         super().__init__(dataset, sampler, workers=workers, pin_memory=pin_memory)
 
@@ -100,7 +106,7 @@ def image_name(index: ShardIndex, sample: int) -> str:
 
 
 def as_floats(batch: Batch) -> Batch:
-    """The batch with `images` as float32 (B, 3, S, S) in [-1, 1] instead of bytes (B, S, S, 3)."""
+    """The batch with `images` as float32 (B, 3, S, S) in [-1, 1] instead of bytes."""
     return batch | {"images": scale_pixels(batch["images"])}
 
 
@@ -133,7 +139,7 @@ class _AugmentedImages(Dataset):
 class ImageBatches(TrainingBatches):
     """Augmented images: the augmentation of a sample in an epoch is a stream of (seed, epoch, sample).
 
-    Yields `images` float32 (B, 3, S, S) in [-1, 1] or, with `as_bytes`, uint8 (B, S, S, 3), which `on_device` makes
+    Yields `images` float32 (B, 3, S, S) in [-1, 1] or, with `as_bytes`, uint8 of that shape, which `on_device` makes
     floats of; `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,), and `replaced` bool (B,): samples whose
     place the next one in the data has taken, because they cannot be decoded, have no label, or one that is not below
     `num_classes`. `max_bad_fraction` of the rank's samples may be so. With `shuffle_shards` each tar is read ahead as a

@@ -6,6 +6,7 @@ Samples form one endless stream of global positions 0, 1, 2, ...; global batch n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -116,22 +117,24 @@ def rank_slice(batch: np.ndarray, data_rank: int, data_size: int, micro_batch: i
 
 
 class MicroBatches:
-    """A batch sampler: one data-parallel rank's micro batches from global batch `start_step` on, endless."""
+    """A batch sampler: one data-parallel rank's micro batches of the global batches from `start_step` on.
+
+    Without `stop_step`, which is not read any more, there is no end.
+    """
 
     def __init__(self, batches: GlobalBatches, micro_batch: int, data_rank: int = 0, data_size: int = 1,
-                 start_step: int = 0):
+                 start_step: int = 0, stop_step: int | None = None):
         self.batches = batches
         self.micro_steps = micro_steps(batches.global_batch_size, data_size, micro_batch)
         self.layout = (data_rank, data_size, micro_batch)
-        self.start_step = start_step
+        self.start_step, self.stop_step = start_step, stop_step
 
     def __iter__(self) -> Iterator[list[SampleAddress]]:
-        step = self.start_step
-        while True:
+        steps = itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
+        for step in steps:
             epochs, samples = self.batches.locate(step)
             first = step * self.batches.global_batch_size
             addresses = np.stack([first + np.arange(len(samples)), epochs, samples], axis=1)
             for micro_index in range(self.micro_steps):
                 share = rank_slice(addresses, *self.layout, micro_index)
                 yield [SampleAddress(*row) for row in share.tolist()]
-            step += 1

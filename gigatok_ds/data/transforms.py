@@ -37,7 +37,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """
     try:
         image = open_image(data)
-        check_shape(image, name)
+        check_shape(*image.size, name)
         image.load()
         return _to_rgb(_upright(image))
     except InputError:
@@ -47,9 +47,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise InputError(f"{name}: cannot decode this image ({reason}); replace or remove it") from None
 
 
-def check_shape(image: Image.Image, name: str) -> None:
+def check_shape(width: int, height: int, name: str) -> None:
     """InputError, naming the image, when it is larger than MAX_PIXELS or thinner than MAX_ASPECT_RATIO."""
-    width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded, shrink it")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
@@ -57,7 +56,7 @@ def check_shape(image: Image.Image, name: str) -> None:
                          f"{MAX_ASPECT_RATIO}, crop or remove it")
 
 
-def is_upright(image: Image.Image) -> bool:
+def _is_upright(image: Image.Image) -> bool:
     """Whether its EXIF data, if it has readable ones, does not ask for it to be turned or mirrored."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
@@ -66,7 +65,7 @@ def is_upright(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    if is_upright(image):
+    if _is_upright(image):
         return image
     try:
         return ImageOps.exif_transpose(image)
@@ -112,11 +111,11 @@ def resized_window(image: Image.Image, short_side: int, left: int, top: int, siz
     """A size x size window of `resize_short_side(image, short_side)`: the same bytes for less work.
 
     Pillow resizes each row by itself and then each column, so neither the rows that no pixel of the window is made of
-    nor the columns beside it are needed. (Of tall images, since version 13, it may begin with the columns.)
+    nor the columns beside it are needed. (With tall images version 13 begins with the columns.)
     """
     image = _halved(image, short_side)
     width, height = _scaled_size(image.size, short_side)
-    if height > width:
+    if image.height > 1.5 * image.width:
         return _window(image.resize((width, height), Image.Resampling.BICUBIC), left, top, size)
     step = image.height / height
     reach = 2 * max(step, 1) + 1  # of the bicubic filter, rounded up
@@ -191,15 +190,19 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def pixels_of(image: Image.Image) -> Tensor:
-    """The bytes of an RGB image: uint8 (H, W, 3)."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8))
+    """The bytes of an RGB image: uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
 def scale_pixels(pixels: Tensor) -> Tensor:
-    """RGB bytes (..., H, W, 3) as float32 (..., 3, H, W) in [-1, 1], the same numbers on every device."""
+    """Bytes (B, ...) as float32 in [-1, 1], the same numbers on every device."""
+    floats = torch.empty(pixels.shape, device=pixels.device)
     # A tensor as divisor: CUDA multiplies by the rounded reciprocal of a plain number.
     divisor = torch.tensor(255.0, device=pixels.device)
-    return pixels.movedim(-1, -3).contiguous().float().div_(divisor).sub_(0.5).div_(0.5)
+    one_by_one = pixels.device.type == "cpu"  # what is scaled stays in the cache
+    for scaled, image in zip(floats, pixels) if one_by_one else [(floats, pixels)]:
+        torch.div(image, divisor, out=scaled).sub_(0.5).mul_(2)
+    return floats
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ class TrainingTransform:
         return scale_pixels(self._pixels(image, rng))
 
     def decode(self, data: bytes, name: str, rng: np.random.Generator) -> Tensor:
-        """The same of an encoded image, as bytes (size, size, 3). Raises what `decode_image` raises."""
+        """The same of an encoded image, as bytes (3, size, size). Raises what `decode_image` raises."""
         return self._pixels(decode_image(data, name), rng)
 
     def draw(self, image_size: tuple[int, int], rng: np.random.Generator) -> Crop:

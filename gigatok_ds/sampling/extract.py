@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from gigatok_ds.data.code_directory import CodeDirectory
 from gigatok_ds.data.codes import CodeSample, new_metadata
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import BatchLoader
-from gigatok_ds.data.transforms import decode_image, scale_pixels
+from gigatok_ds.data.transforms import decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.launched import LaunchedRank
@@ -59,11 +59,11 @@ def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, 
 
 
 class _ImageViews(Dataset):
-    """The views of image number i: bytes (views, S, S, 3), a quarter of what floats would take between processes."""
+    """The views of image number i: bytes (views, 3, S, S), a quarter of what floats would take between processes."""
 
     def __init__(self, index: ShardIndex, views: Views):
         self.index, self.views = index, views
 
     def __getitem__(self, i: int) -> dict:
         image = decode_image(self.index.read(i), f"sample {self.index.key(i)!r} of {self.index.directory}")
-        return {"pixels": np.stack([np.asarray(view) for view in self.views(image, i)]), "sample": i}
+        return {"pixels": torch.stack([pixels_of(view) for view in self.views(image, i)]), "sample": i}

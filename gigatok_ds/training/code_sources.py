@@ -95,6 +95,7 @@ class ExtractedCodes:
             data_rank=topology.data_rank,
             data_size=topology.data_size,
             start_step=start_step,
+            stop_step=training.steps,
         )
         return on_device(batches, ("codes", "labels"), topology.device)
 
@@ -133,6 +134,7 @@ class TokenizedImages:
             data_rank=topology.rank,
             data_size=topology.world_size,
             start_step=start_step,
+            stop_step=training.steps,
         )
         for batch in on_device(batches, ("images", "labels"), topology.device):
             codes, labels = self._encode(batch)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from gigatok_ds.config.recipe import OptimizerConfig
 from gigatok_ds.errors import InputError
+from gigatok_ds.freed_memory import keep_freed_memory
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.parallel.consistency import check_spread, global_gradient_norm
 from gigatok_ds.parallel.dropout import name_dropouts
@@ -36,7 +37,6 @@ from gigatok_ds.parallel.partial import sum_partial_gradients
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.training.ema import Fragment, ShardedEMA
-from gigatok_ds.training.memory import keep_freed_memory
 
 _TAG = "state"  # DeepSpeed wants a tag below the directory; the directory itself names the step
 _TENSOR_RANK = re.compile(r"mp_rank_\d+_")

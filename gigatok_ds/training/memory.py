@@ -1,9 +1,7 @@
-"""How much memory a training process takes, and what it does to take less."""
+"""How much memory a training process takes."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import resource
 import sys
 
@@ -12,7 +10,6 @@ import torch
 from gigatok_ds.config.recipe import Recipe
 
 GB = 1e9
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def peak_memory(device: torch.device) -> float:
@@ -21,18 +18,6 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GB
     unit = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
-
-
-def keep_freed_memory() -> None:
-    """Make the C library keep what is freed for the next allocation, where it is glibc; elsewhere do nothing.
-
-    By itself it hands feature maps back to the operating system after each operation and has them made anew, page by
-    page, in a tokenizer's training step on a CPU for seconds.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def memory_line(peak: float, stage: int, recipe: Recipe) -> str:

@@ -88,6 +88,7 @@ class TokenizerTask:
             data_rank=topology.rank,
             data_size=topology.world_size,
             start_step=start_step,
+            stop_step=training.steps,
         )
         return on_device(batches, ("images",), topology.device)
 
