@@ -28,11 +28,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles
 from gigatok_ds.errors import InputError
 
 FORMAT = "gigatok-ds-shards/1"
-INDEX_FILE = "index.json"
-TABLE_FILE = "index.npz"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 OPEN_SHARDS = 128  # files held open at once by one index in one process; far below the usual limit of 1024
 
@@ -199,28 +198,39 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def scan_shards(files: ShardFiles, names: list[str], extensions: tuple[str, ...]
+                ) -> tuple[list[Shard], dict[str, np.ndarray]]:
+    """Shards and table of the tars of these names, in this order. Raises what `scan_tar` and `build_table` raise."""
+    shards, entries = [], []
+    for name in tqdm(names, desc=f"indexing {files.location}", unit="shard", disable=None):
+        with files.held(name) as path:
+            entries.append(scan_tar(path, extensions))
+            shards.append(describe_shard(path, entries[-1]))
+    try:
+        return shards, build_table(shards, entries)
+    except InputError as error:
+        raise InputError(f"{files.location}: {error}") from None
+
+
 class ShardIndex:
-    """The samples of a directory of tars, numbered from 0 in shard order.
+    """The samples of a set of tars, numbered from 0 in shard order.
 
     `classes` holds the class names, or nothing when the tars came without them; `labels` is int32 (N,).
     Reading uses positioned reads, which share no file offset: an index may be used on both sides of a fork,
     and it can be pickled.
     """
 
-    def __init__(self, directory: Path, shards: list[Shard], classes: list[str],
-                 table: dict[str, np.ndarray]):
-        self.directory = directory
+    def __init__(self, tars: ShardFiles, shards: list[Shard], classes: list[str], table: dict[str, np.ndarray]):
+        self.tars = tars
         self.shards = shards
         self.classes = classes
         self.labels = table["label"]
         self._table = table
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
-        for shard in shards:
-            self._check_size(shard, self._path(shard))
 
     @classmethod
     def open(cls, directory: str | Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> ShardIndex:
-        """Open a directory of tars, indexing it first when it has no index.
+        """Open a directory of tars, indexing it first when it has no index; `remote.open_shards` opens URLs, too.
 
         A new index is also written into the directory if that is writable. Raises InputError when the
         directory holds no tars, when its index is damaged, or when a shard is missing, new or of another size
@@ -234,31 +244,36 @@ class ShardIndex:
             raise InputError(f"{directory} holds no shards: looked for uncompressed *.tar files")
         if not (directory / INDEX_FILE).is_file():
             return cls._scan(directory, names, extensions)
-        shards, classes, table = _load_index(directory)
+        try:
+            shards, classes, table = load_index(directory)
+        except InputError as error:
+            raise InputError(f"the index of {directory} is damaged ({error}); {REBUILD}") from None
         unknown = sorted(set(names) - {shard.name for shard in shards})
         if unknown:
-            raise InputError(f"shard {directory / unknown[0]} is not in the index; {_REBUILD}")
-        return cls(directory, shards, classes, table)
+            raise InputError(f"shard {directory / unknown[0]} is not in the index; {REBUILD}")
+        index = cls(LocalFiles(directory), shards, classes, table)
+        for shard in shards:
+            index._check_size(shard, directory / shard.name)
+        return index
 
     @classmethod
     def _scan(cls, directory: Path, names: list[str], extensions: tuple[str, ...]) -> ShardIndex:
-        shards, entries = [], []
-        for name in tqdm(names, desc=f"indexing {directory}", unit="shard", disable=None):
-            entries.append(scan_tar(directory / name, extensions))
-            shards.append(describe_shard(directory / name, entries[-1]))
-        try:
-            table = build_table(shards, entries)
-        except InputError as error:
-            raise InputError(f"{directory}: {error}") from None
+        files = LocalFiles(directory)
+        shards, table = scan_shards(files, names, extensions)
         try:
             write_index(directory, shards, table, classes=[])
         except OSError as error:
             logger.warning("%s: the index is kept in memory only; the next start scans again (%s)",
                            directory, error)
-        return cls(directory, shards, [], table)
+        return cls(files, shards, [], table)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def location(self) -> str:
+        """The directory, URL or command that the tars come from."""
+        return self.tars.location
 
     def identity(self) -> str:
         """SHA-256, in hexadecimal, over the shards' hashes, in their order, and the class names."""
@@ -273,13 +288,13 @@ class ShardIndex:
         """The key of sample `i`: unique, and safe as a file name (else InputError)."""
         key = str(self._table["key"][i])
         if not is_safe_key(key):
-            raise InputError(f"{self.directory / TABLE_FILE}: key {key!r} is not a safe name; {_REBUILD}")
+            raise InputError(f"{self.location}/{TABLE_FILE}: key {key!r} is not a safe name; {REBUILD}")
         return key
 
-    def place(self, i: int) -> tuple[Path, int, int]:
-        """(tar, offset, size) of the data of sample `i`."""
+    def place(self, i: int) -> tuple[str, int, int]:
+        """(tar's file name, offset, size) of the data of sample `i`."""
         number, offset, size = (int(self._table[column][i]) for column in ("shard", "offset", "size"))
-        return self._path(self.shards[number]), offset, size
+        return self.shards[number].name, offset, size
 
     def entries(self) -> Iterator[list[Entry]]:
         """The samples of each shard as they were indexed."""
@@ -295,8 +310,8 @@ class ShardIndex:
                                        for column in ("shard", "offset", "size", "crc32"))
         data = os.pread(self._file(number).fileno(), size, offset)
         if len(data) != size or zlib.crc32(data) != crc32:
-            raise InputError(f"sample {self.key(i)!r} in {self._path(self.shards[number])} is damaged or has "
-                             f"changed since it was indexed; copy the shard again, or {_REBUILD}")
+            raise InputError(f"sample {self.key(i)!r} in {self.tars.name(self.shards[number].name)} is damaged or has "
+                             f"changed since it was indexed; {self.tars.advice}")
         return data
 
     def check_labels(self, num_classes: int) -> None:
@@ -304,41 +319,47 @@ class ShardIndex:
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes))
         if len(wrong):
             i = int(wrong[0])
-            raise InputError(f"{self.directory}: sample {self.key(i)!r} has label {self.label(i)}; a model "
+            raise InputError(f"{self.location}: sample {self.key(i)!r} has label {self.label(i)}; a model "
                              f"with num_classes {num_classes} allows 0 to {num_classes - 1} "
                              f"({len(wrong)} such samples)")
 
-    def _path(self, shard: Shard) -> Path:
-        return self.directory / shard.name
-
     def _check_size(self, shard: Shard, file: Path | int) -> None:
+        name, advice = self.tars.name(shard.name), self.tars.advice
         try:
             size = os.stat(file).st_size
         except FileNotFoundError:
-            raise InputError(f"shard {self._path(shard)} is missing; copy it again, or {_REBUILD}") from None
+            raise InputError(f"shard {name} is missing; {advice}") from None
         if size != shard.size:
-            raise InputError(f"shard {self._path(shard)} has changed since it was indexed: {size} bytes, not "
-                             f"{shard.size}; copy it again, or {_REBUILD}")
+            raise InputError(f"shard {name} has changed since it was indexed: {size} bytes, not {shard.size}; {advice}")
 
     def _file(self, number: int) -> io.FileIO:
         if number not in self._files:
-            file = open(self._path(self.shards[number]), "rb", buffering=0)
-            self._check_size(self.shards[number], file.fileno())
+            self._close_removed()
+            shard = self.shards[number]
+            with self.tars.held(shard.name, shard) as path:
+                file = open(path, "rb", buffering=0)
+            self._check_size(shard, file.fileno())
             self._files[number] = file
             if len(self._files) > OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(number)
         return self._files[number]
 
+    def _close_removed(self) -> None:
+        """Tars that were removed to make room take it up until nobody has them open."""
+        if self.tars.transient:
+            for number in [number for number, file in self._files.items() if not os.fstat(file.fileno()).st_nlink]:
+                self._files.pop(number).close()
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_files": OrderedDict()}
 
 
-_REBUILD = f"delete {INDEX_FILE} and {TABLE_FILE} to index the directory again"
+def load_index(directory: Path) -> tuple[list[Shard], list[str], dict[str, np.ndarray]]:
+    """Shards, class names and table of both sidecars.
 
-
-def _load_index(directory: Path) -> tuple[list[Shard], list[str], dict[str, np.ndarray]]:
-    """Read and check both sidecars: nothing in them may lead outside the directory or its shards."""
+    Nothing in them may lead outside the directory or its shards: then, or when they are damaged, InputError says why.
+    """
     try:
         description = json.loads((directory / INDEX_FILE).read_bytes())
         if description["format"] != FORMAT:
@@ -352,8 +373,8 @@ def _load_index(directory: Path) -> tuple[list[Shard], list[str], dict[str, np.n
             table = {name: arrays[name].astype(kind, casting="safe") for name, kind in _TABLE_TYPES.items()}
             table["key"] = arrays["key"]
         _check_table(description["count"], shards, table)
-    except (InputError, ValueError, KeyError, TypeError, FileNotFoundError, zipfile.BadZipFile) as error:
-        raise InputError(f"the index of {directory} is damaged ({error}); {_REBUILD}") from None
+    except (ValueError, KeyError, TypeError, FileNotFoundError, zipfile.BadZipFile) as error:
+        raise InputError(str(error)) from None
     return shards, classes, table
 
 

@@ -92,7 +92,7 @@ def address_fields(address: SampleAddress) -> dict[str, int]:
 
 
 def _decode(index: ShardIndex, sample: int, data: bytes) -> Image.Image:
-    return decode_image(data, f"sample {index.key(sample)!r} of {index.directory}")
+    return decode_image(data, f"sample {index.key(sample)!r} of {index.location}")
 
 
 class _AugmentedImages(Dataset):
