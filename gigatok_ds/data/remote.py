@@ -140,8 +140,8 @@ class RemoteTars:
             listed = persistently(lambda: transport.tars(self.location), self.location, attempts)
             found = {name: listed[name] for name in sorted(listed) if not name.startswith(".")}
             if not found:
-                raise InputError(f"{self.location} lists no shards: looked for uncompressed *.tar files; where there are "
-                                 "no listings, give a pattern, such as .../train-{000000..000146}.tar")
+                raise InputError(f"{self.location} lists no shards: looked for uncompressed *.tar files; where there "
+                                 "are no listings, give a pattern, such as .../train-{000000..000146}.tar")
         else:
             found = dict.fromkeys(self.urls)
         unknown = {name: self.name(name) for name, size in found.items() if size is None}

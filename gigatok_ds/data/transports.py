@@ -21,7 +21,7 @@ ATTEMPTS = 6
 BACKOFF = 1.0  # seconds, at most, before the second attempt; the next waits are up to twice as long each
 TIMEOUT = 60.0  # seconds without a byte after which a connection counts as broken
 
-_PASSING = (408, 425, 429)  # of the HTTP statuses from 400 to 499, those that may be others a little later
+_REFUSALS = set(range(400, 500)) - {408, 425, 429}  # HTTP statuses that will not be others a little later
 _MISTAKES = (TypeError, AttributeError, NameError, AssertionError)  # of programs, not of networks
 
 T = TypeVar("T")
@@ -74,8 +74,8 @@ def persistently(action: Callable[[], T], name: str, attempts: int | None = None
             if refusal := _refusal(name, error):
                 raise refusal from None
             if attempt >= attempts:
-                raise Unreachable(f"{name} cannot be read after {attempts} attempts ({_said(error)}); check the "
-                                  "network and run the same command again") from None
+                raise Unreachable(f"{name} cannot be read after {attempts} attempts ({_said(error)}); check "
+                                  "location and network, and run the same command again") from None
             wait = BACKOFF * 2 ** (attempt - 1) * chance.uniform(0.5, 1)
             logger.warning("%s: attempt %d of %d failed (%s); the next one in %.1f s",
                            name, attempt, attempts, _said(error), wait)
@@ -89,7 +89,7 @@ def _refusal(name: str, error: Exception) -> InputError | None:
         return Missing(f"{name} does not exist; check the location")
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
         return InputError(f"{name} may not be read ({_said(error)}); check the location and your credentials")
-    if isinstance(error, (ValueError, InvalidURL)) or status is not None and 400 <= status < 500 and status not in _PASSING:
+    if isinstance(error, (ValueError, InvalidURL)) or status in _REFUSALS:
         return InputError(f"{name} cannot be read ({_said(error)}); check the location")
     return None
 
