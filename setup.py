@@ -70,7 +70,7 @@ TRAIN = [
     "megatron-core==0.16.1",
     "webdataset>=1.0",
     "braceexpand",
-    "fsspec>=2024.2",
+    "fsspec>=2023.5",
     "torchvision",
     "timm>=1.0.20",
     "lpips>=0.1.4",

@@ -463,6 +463,14 @@ def test_the_least_recently_used_tar_goes_and_open_ones_stay_readable(shards, se
     only_error(lambda: fresh.read(6), "demo-000001.tar cannot be read")
 
 
+def test_removed_tars_do_not_stay_open(shards, serve, tmp_path):
+    index = open_shards(serve(shards).url, cache=ShardCache(tmp_path / "cache", limit=65_000))
+    for i in range(0, 23, 5):
+        index.read(i)
+        removed = [file for file in index._files.values() if not os.fstat(file.fileno()).st_nlink]
+        assert len(removed) == (i >= 10)  # the one that has just made room
+
+
 def test_room_for_less_than_one_shard_is_refused(shards, serve, tmp_path):
     only_error(lambda: open_shards(serve(shards).url, cache=ShardCache(tmp_path / "cache", limit=1000)),
                "data.cache_gb is 1e-06", "a single shard")

@@ -130,7 +130,7 @@ class RemoteTars:
             except InputError as error:
                 if expected is not None:
                     raise
-                path.unlink()  # a copy that cannot be indexed is no use
+                path.unlink(missing_ok=True)  # a copy that cannot be indexed is no use
                 raise InputError(str(error).replace(str(path), self.name(tar))) from None
 
     def sizes(self, attempts: int | None = None) -> dict[str, int | None]:
@@ -174,6 +174,7 @@ class RemoteTars:
         return persistently(attempt, url, attempts)
 
     def _fetch(self, path: Path, expected: Shard | None) -> None:
+        """Copy a tar, whose exclusive lock is held, so that making room leaves it."""
         for leftover in os.scandir(self.directory):  # of processes that were killed
             if leftover.name.startswith(f".{path.name}."):
                 os.unlink(leftover)
@@ -183,7 +184,7 @@ class RemoteTars:
             if expected is not None and (size, digest) != (expected.size, expected.sha256):
                 raise InputError(f"{url} has changed since it was indexed: {size} bytes with SHA-256 {digest[:8]}..., "
                                  f"not {expected.size} with {expected.sha256[:8]}...; {self.advice}")
-        self.cache.shrink(keep=path)
+        self.cache.shrink()
 
     def _copy(self, url: str, file: BinaryIO) -> tuple[int, str]:
         """Size and SHA-256 of what is now in the file."""
@@ -268,7 +269,8 @@ def _adopt(tars: RemoteTars, description: bytes) -> None:
                        tars.location)
     for path in tars.directory.glob("*.tar"):
         if path.name not in {shard.name for shard in shards if shard in before}:
-            path.unlink()
+            with locked(lock_of(path)):
+                path.unlink(missing_ok=True)
     for name in (TABLE_FILE, INDEX_FILE):
         os.replace(scratch / name, tars.directory / name)
     scratch.rmdir()
@@ -279,8 +281,9 @@ def _build(tars: RemoteTars, extensions: tuple[str, ...]) -> Index:
     sizes = tars.sizes()
     for name, size in sizes.items():
         copy = tars.directory / name
-        if size is not None and copy.exists() and copy.stat().st_size != size:
-            copy.unlink()
+        with locked(lock_of(copy)):
+            if size is not None and copy.exists() and copy.stat().st_size != size:
+                copy.unlink()
     try:
         shards, table = scan_shards(tars, list(sizes), extensions)
     except InputError as error:

@@ -43,8 +43,8 @@ class ShardCache:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def shrink(self, keep: Path) -> None:
-        """Remove what was not used for the longest time until the rest fits, but neither `keep` nor what is in use."""
+    def shrink(self) -> None:
+        """Remove what was not used for the longest time until the rest fits, but nothing that is locked."""
         if self.limit is None:
             return
         with locked(self.root / "shrink.lock"):
@@ -54,7 +54,7 @@ class ShardCache:
                     used[path] = path.stat()
             excess = sum(status.st_size for status in used.values()) - self.limit
             for path in sorted(used, key=lambda path: used[path].st_mtime_ns):
-                if excess > 0 and path != keep and _removed(path):
+                if excess > 0 and _removed(path):
                     excess -= used[path].st_size
 
     def check_room(self, location: str, shards: list[Shard]) -> str | None:

@@ -168,7 +168,7 @@ def _file_system(url: str):
     """fsspec's file system of a URL, and the path in it."""
     scheme = url.partition("://")[0]
     try:
-        from fsspec import url_to_fs
+        from fsspec.core import url_to_fs
         from fsspec.registry import known_implementations
     except ImportError:
         raise InputError(f"reading {url} needs fsspec; pip install fsspec") from None
