@@ -3,7 +3,8 @@
   gigatok-ds check-shards shards/train
 
 The hash of every tar, its samples and labels are compared with the index, and every image is decoded as in training.
-Of a URL (see docs/data.md), the copies in the cache are checked. Exit code 1: something is damaged or has changed; each problem is one line.
+Of a URL (docs/data.md, "Remote shards") the copies in the cache are checked, fetched first where there are none yet.
+Exit code 1: something is damaged or has changed; each problem is one line.
 """
 
 from __future__ import annotations
