@@ -23,8 +23,9 @@ from gigatok_ds.sampling.views import Views
 def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, views: Views, provenance: dict,
                   batch_size: int = 32, samples_per_shard: int = 10_000, workers: int = 0,
                   rank: LaunchedRank = LaunchedRank()) -> None:
-    """Encode every view of every image of `shards` (a directory or URL) once into code shards (views, T) with the images' keys and labels.
+    """Encode every view of every image of `shards`, a directory or a URL, once into code shards (views, T).
 
+    They have the images' keys and labels.
     Every rank writes the shards whose turn is its own and keeps those that are whole: run it again after an
     interruption, with any number of ranks, and the files end up the same. Batches are of `batch_size` views, whole
     images and at least one, counted from the beginning of each shard: what a batch holds may change the last bits of a
