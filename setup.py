@@ -69,6 +69,8 @@ TRAIN = [
     "deepspeed==0.19.8",
     "megatron-core==0.16.1",
     "webdataset>=1.0",
+    "braceexpand",
+    "fsspec>=2023.5",
     "torchvision",
     "simplejpeg>=1.8",
     "timm>=1.0.20",

@@ -10,7 +10,7 @@ import numpy as np
 from photograph_crops import PHOTOGRAPHS, find_photograph
 from PIL import Image
 
-from gigatok_ds.data.index import Shard, ShardIndex, write_index
+from gigatok_ds.data.index import Contents, Shard, ShardIndex, write_index
 from gigatok_ds.data.packing import Packing, pack
 from gigatok_ds.data.sources import open_source
 from gigatok_ds.data.transforms import decode_image
@@ -66,4 +66,4 @@ def make_large_index(shards: Path, directory: Path, count: int) -> None:
     table["shard"] = np.repeat(np.arange(links, dtype=np.int32), len(entries))
     table["key"] = np.array([f"{number:07d}_n{number % 10**8:08d}_{number % 9973}".encode()
                              for number in range(links * len(entries))])
-    write_index(directory, copies, table, index.classes)
+    write_index(directory, Contents(copies, index.classes, table))

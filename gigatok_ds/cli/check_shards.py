@@ -3,20 +3,20 @@
   gigatok-ds check-shards shards/train
 
 The hash of every tar, its samples and labels are compared with the index, and every image is decoded as in training.
+Of a URL (docs/data.md, "Remote shards") the copies in the cache are checked, fetched first where there are none yet.
 Exit code 1: something is damaged or has changed; each problem is one line.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 HELP = "verify image shards against their index, and summarise them"
 SHOWN = 20  # problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", type=Path, help="directory of image shards")
+    parser.add_argument("shards", help="directory or URL of image shards")
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="leave images undecoded: much faster")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the number of cores)")
 

@@ -21,7 +21,7 @@ HELP = "image shards + tokenizer -> code shards"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tokenizer", type=Path, nargs="?", help="standalone tokenizer checkpoint")
-    parser.add_argument("shards", type=Path, nargs="?", help="directory of image shards")
+    parser.add_argument("shards", nargs="?", help="directory or URL of image shards")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of code shards to write")
     parser.add_argument("--crops", metavar="KIND", help="center, flip, ten-crop (default, as GigaTok) or random-N")
     parser.add_argument("--batch-size", type=int, metavar="N", help="crops in a forward pass (default: 32)")

@@ -26,10 +26,10 @@ from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 
 _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
-# Settings of a run that may change when it is resumed: how often it reports, what is compiled, and where the same
-# frozen weights (their SHA-256 is compared) are found.
-_CHANGEABLE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "compile", "workers", "weights",
-               "backbone_weights")
+# Settings of a run that may change when it is resumed: how often it reports, what is compiled, where copies of data are
+# kept, how much of it may be bad, and where the same frozen weights (their SHA-256 is compared) are found.
+_CHANGEABLE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "compile", "workers", "cache",
+               "cache_gb", "max_bad_fraction", "weights", "backbone_weights")
 _SHOWN = 3  # problems named in one error
 
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.

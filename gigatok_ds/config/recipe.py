@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from gigatok_ds.config.location import check_cache
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
 from gigatok_ds.config.monitor import MonitorConfig, TokenizerMonitorConfig
@@ -101,10 +102,16 @@ class ImageReadingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataConfig(ImageReadingConfig):
-    """Image shards (directories of WebDataset tars) and the training augmentation."""
+    """Image shards (directories, URLs or commands that WebDataset tars come from) and the training augmentation.
+
+    `cache` is the directory of each host for copies of remote tars (null: one in the user's cache directory), and
+    `cache_gb` bounds its size in 10^9 bytes (null: without bounds).
+    """
 
     train: str | None = None
     validation: str | None = None
+    cache: str | None = None
+    cache_gb: float | None = None
     workers: int = 8
     crop_scale: tuple[float, float] = (0.8, 1.0)
     flip: bool = True
@@ -112,6 +119,7 @@ class ImageDataConfig(ImageReadingConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least(0, "data", workers=self.workers)
+        check_cache(self.cache, self.cache_gb, train=self.train, validation=self.validation)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"data.crop_scale is {self.crop_scale}; it must be 0 < low <= high <= 1")
@@ -124,13 +132,16 @@ class CodeDataConfig(ImageReadingConfig):
     `tokenizer` is a standalone tokenizer's directory: frozen and in float32, it makes the codes of training images when
     they are needed, each time of another crop, mirrored half the time. `second` is a directory of code shards of the
     same images under other augmentations: each access takes it instead of `train` with probability 0.5 (the original's
-    mixture of two ten-crops). How images are read is for `tokenizer` only.
+    mixture of two ten-crops). `cache` and `cache_gb` are those of image shards; how images are read is for `tokenizer`
+    only.
     """
 
     train: str | None = None
     validation: str | None = None
     tokenizer: str | None = None
     second: str | None = None
+    cache: str | None = None
+    cache_gb: float | None = None
     workers: int = 0
 
     def __post_init__(self):
@@ -144,6 +155,8 @@ class CodeDataConfig(ImageReadingConfig):
         if self.tokenizer is not None and self.second is not None:
             raise InputError("data.second is set, but with data.tokenizer there are no code shards to mix; set one of "
                              "them to null")
+        second = {} if self.second is None else {"second": self.second}
+        check_cache(self.cache, self.cache_gb, train=self.train, validation=self.validation, **second)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,11 +49,11 @@ class BadSamples:
         if self.limit is not None and self.replaced > self.limit * max(self.read, self.per_epoch):
             raise InputError(f"{self.replaced} of {self.read} samples could not be used, more than "
                              f"data.max_bad_fraction {self.limit:g} allows: {self.summary()}; gigatok-ds check-shards "
-                             f"{self.index.directory} lists all of them")
+                             f"{self.index.location} lists all of them")
 
     def summary(self) -> str:
         """The tars with most of them, and the last reason."""
-        tars = Counter(self.index.place(sample)[0].name for sample in self.reasons)
+        tars = Counter(self.index.place(sample)[0] for sample in self.reasons)
         named = ", ".join(f"{count} in {tar}" for tar, count in tars.most_common(_NAMED))
         rest = f" and {len(tars) - _NAMED} more shards" if len(tars) > _NAMED else ""
         return f"{named}{rest} (the last: {next(reversed(self.reasons.values()))})"

@@ -1,4 +1,4 @@
-"""Checking a directory of image shards against its index, and saying what is in it."""
+"""Checking image shards against their index, and saying what is in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_ds.data.index import Shard, ShardIndex, describe_shard
+from gigatok_ds.data.index import Shard, describe_shard
+from gigatok_ds.data.remote import open_shards
+from gigatok_ds.data.shard_files import ShardFiles
 from gigatok_ds.data.tar_scan import Entry, scan_tar
 from gigatok_ds.data.transforms import decode_image, open_image
 from gigatok_ds.data.workers import in_processes
@@ -55,14 +57,15 @@ class ShardReport:
         return self.classes[label] if 0 <= label < len(self.classes) else f"class {label}"
 
 
-def check_shards(directory: str | Path, *, decode: bool = True, workers: int = 0) -> ShardReport:
+def check_shards(location: str | Path, *, decode: bool = True, workers: int = 0) -> ShardReport:
     """Compare every shard with the index (hash, samples, labels) and, with `decode`, decode every image.
 
-    Tars without an index are indexed. `workers` processes share the shards (0: this one does it). Raises InputError
-    when there is no readable index to compare with, or a shard is missing or of another size.
+    Tars without an index are indexed; of a URL, the copies in the cache are checked. `workers` processes share the
+    shards (0: this one does it). Raises InputError when there is no readable index to compare with, or a local shard is
+    missing or of another size.
     """
-    index = ShardIndex.open(directory, max_bad_fraction=1.0)
-    tasks = ((index.directory / shard.name, shard, entries, decode)
+    index = open_shards(location, max_bad_fraction=1.0)
+    tasks = ((index.tars, shard, entries, decode)
              for shard, entries in zip(index.shards, index.entries(), strict=True))
     report = ShardReport(classes=index.classes)
     with tqdm(total=len(index), unit="image", disable=None) as bar:
@@ -72,22 +75,31 @@ def check_shards(directory: str | Path, *, decode: bool = True, workers: int = 0
     return report
 
 
-def _check_shard(path: Path, shard: Shard, entries: list[Entry], decode: bool) -> ShardReport:
+def _check_shard(tars: ShardFiles, shard: Shard, entries: list[Entry], decode: bool) -> ShardReport:
     report = ShardReport(shards=1, size=shard.size, per_class=Counter(entry.label for entry in entries))
     try:
-        found = scan_tar(path, problems=report.problems)
-        if describe_shard(path, found) != shard or found != entries:
-            raise InputError(f"{path} is not what was indexed: its bytes have changed")
+        with tars.held(shard.name, shard) as path:
+            _compare(path, shard, entries, report)
+            if decode:
+                _look_at_all(path, entries, report)
     except InputError as error:
         report.problems.append(str(error))
-        return report
+    return report
+
+
+def _compare(path: Path, shard: Shard, entries: list[Entry], report: ShardReport) -> None:
+    found = scan_tar(path, problems=report.problems)
+    if describe_shard(path, found) != shard or found != entries:
+        raise InputError(f"{path} is not what was indexed: its bytes have changed")
+
+
+def _look_at_all(path: Path, entries: list[Entry], report: ShardReport) -> None:
     with open(path, "rb") as file:
-        for entry in entries if decode else ():
+        for entry in entries:
             if not entry.size:
                 continue  # without data, which the scan has reported
             file.seek(entry.offset)
             _look(file.read(entry.size), f"{path}: sample {entry.key!r}", report)
-    return report
 
 
 def _look(data: bytes, name: str, report: ShardReport) -> None:

@@ -30,6 +30,7 @@ from gigatok_ds.data.codes import (
     metadata_bytes,
 )
 from gigatok_ds.data.index import (
+    Contents,
     INDEX_FILE,
     TABLE_FILE,
     build_table,
@@ -193,7 +194,7 @@ class CodeDirectory:
         bar = tqdm(range(self.shards), desc=f"indexing {self.directory}", unit="shard", disable=None)
         entries = [self._scan(shard) for shard in bar]
         shards = [describe_shard(self.path(shard), found) for shard, found in enumerate(entries)]
-        write_index(self.directory, shards, build_table(shards, entries), self.classes)
+        write_index(self.directory, Contents(shards, self.classes, build_table(shards, entries)))
         for pattern in (".codes-*.tar.*", f".{INDEX_FILE}.*", f".{TABLE_FILE}.*"):
             for leftover in self.directory.glob(pattern):
                 leftover.unlink()

@@ -18,6 +18,8 @@ from tqdm import tqdm
 from gigatok_ds.data.index import ShardIndex, write_atomically
 from gigatok_ds.data.loader import TrainingBatches, address_fields
 from gigatok_ds.data.reader import SampleAddress
+from gigatok_ds.data.remote import open_shards, read_beside
+from gigatok_ds.data.shard_cache import ShardCache
 from gigatok_ds.data.shards import Record, ShardSet, new_directory, write_tars
 from gigatok_ds.errors import InputError
 from gigatok_ds.streams import numpy_stream
@@ -112,7 +114,7 @@ def _check_codes(codes: np.ndarray, codebook_size: int, name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CodeDataset:
-    """A directory of code shards in memory: `codes` unsigned or int32 (N, A, T), `labels` int32 (N,)."""
+    """Code shards in memory: `codes` unsigned or int32 (N, A, T), `labels` int32 (N,)."""
 
     codes: np.ndarray
     labels: np.ndarray
@@ -120,11 +122,13 @@ class CodeDataset:
     index: ShardIndex
 
     @classmethod
-    def open(cls, directory: str | Path) -> CodeDataset:
-        """Load what `write_code_shards` wrote. Raises InputError when it is incomplete or damaged."""
-        directory = Path(directory)
-        metadata = _read_metadata(directory)
-        index = ShardIndex.open(directory, CODE_EXTENSIONS)
+    def open(cls, directory: str | Path, cache: ShardCache | None = None) -> CodeDataset:
+        """Load what `write_code_shards` wrote, from its directory or from the URL of a copy of that; see `open_shards`.
+
+        Raises InputError when it is incomplete or damaged.
+        """
+        metadata = _read_metadata(directory, cache)
+        index = open_shards(directory, CODE_EXTENSIONS, cache)
         if len(index) != metadata["count"]:
             raise InputError(f"{directory} holds {len(index)} samples, its {METADATA_FILE} says "
                              f"{metadata['count']}; extract the codes again")
@@ -150,16 +154,16 @@ class CodeDataset:
         self.index.check_labels(num_classes)
 
 
-def _read_metadata(directory: Path) -> dict:
-    file = directory / METADATA_FILE
-    if not file.is_file():
-        if (directory / PARTIAL_FILE).is_file():
+def _read_metadata(directory: str | Path, cache: ShardCache | None) -> dict:
+    file, data = f"{directory}/{METADATA_FILE}", read_beside(directory, METADATA_FILE, cache)
+    if data is None:
+        if read_beside(directory, PARTIAL_FILE, cache) is not None:
             raise InputError(f"the codes in {directory} are incomplete; run the same gigatok-ds extract-codes command "
                              "again to complete them")
         raise InputError(f"{directory} is not a directory of code shards: it has no {METADATA_FILE}; write one with "
                          "gigatok-ds extract-codes (which also converts the original's .npy folders: --from-npy)")
     try:
-        metadata = json.loads(file.read_bytes())
+        metadata = json.loads(data)
         if metadata["format"] != FORMAT:
             raise InputError(f"{file}: format {metadata['format']!r}, this version reads {FORMAT!r}")
         for name in ("codebook_size", "latent_tokens", "augmentations", "count"):

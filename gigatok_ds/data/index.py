@@ -21,17 +21,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar
 from gigatok_ds.errors import InputError
 
 FORMAT = "gigatok-ds-shards/2"
-INDEX_FILE = "index.json"
-TABLE_FILE = "index.npz"
 OPEN_SHARDS = 128  # files held open at once by one index in one process; far below the usual limit of 1024
 
 _TABLE_TYPES = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32,
@@ -73,12 +72,9 @@ def build_table(shards: list[Shard], entries: list[list[Entry]]) -> dict[str, np
                     "key": np.array([entry.key.encode() for _, entry in rows])}
 
 
-def write_index(directory: Path, shards: list[Shard], table: dict[str, np.ndarray], classes: list[str],
-                problems: Sequence[str] = ()) -> None:
-    """Write both sidecars: `index.json` comes last and holds the hash of `index.npz` (no mixed pairs).
-
-    `problems` are those that `scan_tar` has found.
-    """
+def write_index(directory: Path, contents: Contents) -> None:
+    """Write both sidecars: `index.json` comes last and holds the hash of `index.npz` (no mixed pairs)."""
+    shards, classes, table, problems = contents
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{name: table[name] for name in sorted(table)})
     data = buffer.getvalue()
@@ -114,30 +110,62 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+class Contents(NamedTuple):
+    """What an index knows: the tars, class names (or none), a row per sample, and what `scan_tar` found amiss."""
+
+    shards: list[Shard]
+    classes: list[str]
+    table: dict[str, np.ndarray]
+    problems: Sequence[str] = ()
+
+    def check_problems(self, max_bad_fraction: float) -> None:
+        """Raise InputError, with the first problem, when they are more than that fraction of the samples."""
+        if not self.problems:
+            return
+        more = len(self.problems) - 1
+        told = f"{self.problems[0]} (and {more} more problems)" if more else self.problems[0]
+        if len(self.problems) > max_bad_fraction * len(self.table["label"]):
+            raise InputError(told)
+        logger.warning("%s; such samples are replaced", told)
+
+
+def scan_shards(files: ShardFiles, names: list[str], extensions: tuple[str, ...],
+                max_bad_fraction: float = 0.0) -> Contents:
+    """Read the tars of these names, in this order. Raises what `scan_tar`, `build_table` and `check_problems` raise."""
+    shards, entries, problems = [], [], []
+    for name in tqdm(names, desc=f"indexing {files.location}", unit="shard", disable=None):
+        with files.held(name) as path:
+            entries.append(scan_tar(path, extensions, problems if max_bad_fraction else None))
+            shards.append(describe_shard(path, entries[-1]))
+    try:
+        contents = Contents(shards, [], build_table(shards, entries), problems)
+    except InputError as error:
+        raise InputError(f"{files.location}: {error}") from None
+    contents.check_problems(max_bad_fraction)
+    return contents
+
+
 class ShardIndex:
-    """The samples of a directory of tars, numbered from 0 in shard order.
+    """The samples of a set of tars, numbered from 0 in shard order.
 
     `classes` holds the class names, or nothing when the tars came without them; `labels` is int32 (N,).
     Reading uses positioned reads, which share no file offset: an index may be used on both sides of a fork,
     and it can be pickled.
     """
 
-    def __init__(self, directory: Path, shards: list[Shard], classes: list[str],
-                 table: dict[str, np.ndarray]):
-        self.directory = directory
-        self.shards = shards
-        self.classes = classes
-        self.labels = table["label"]
-        self._table = table
+    def __init__(self, tars: ShardFiles, contents: Contents):
+        self.tars = tars
+        self.shards = contents.shards
+        self.classes = contents.classes
+        self.labels = contents.table["label"]
+        self._table = contents.table
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
         self._read_ahead: dict[int, int] = {}  # the epoch in which a tar was last read ahead
-        for shard in shards:
-            self._check_size(shard, self._path(shard))
 
     @classmethod
     def open(cls, directory: str | Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS, *,
              max_bad_fraction: float = 0.0) -> ShardIndex:
-        """Open a directory of tars, indexing it first when it has no index.
+        """Open a directory of tars, indexing it first when it has no index; `remote.open_shards` opens URLs, too.
 
         A new index is also written into the directory if that is writable. Raises InputError when the
         directory holds no tars, when its index is damaged, or when a shard is missing, new or of another size
@@ -152,33 +180,37 @@ class ShardIndex:
             raise InputError(f"{directory} holds no shards: looked for uncompressed *.tar files")
         if not (directory / INDEX_FILE).is_file():
             return cls._scan(directory, names, extensions, max_bad_fraction)
-        shards, classes, table, problems = _load_index(directory)
-        unknown = sorted(set(names) - {shard.name for shard in shards})
+        try:
+            contents = load_index(directory)
+        except InputError as error:
+            raise InputError(f"the index of {directory} is damaged ({error}); {REBUILD}") from None
+        unknown = sorted(set(names) - {shard.name for shard in contents.shards})
         if unknown:
-            raise InputError(f"shard {directory / unknown[0]} is not in the index; {_REBUILD}")
-        _check_problems(problems, max_bad_fraction * len(table["label"]))
-        return cls(directory, shards, classes, table)
+            raise InputError(f"shard {directory / unknown[0]} is not in the index; {REBUILD}")
+        contents.check_problems(max_bad_fraction)
+        index = cls(LocalFiles(directory), contents)
+        for shard in contents.shards:
+            index._check_size(shard, directory / shard.name)
+        return index
 
     @classmethod
     def _scan(cls, directory: Path, names: list[str], extensions: tuple[str, ...], max_bad_fraction: float) -> ShardIndex:
-        shards, entries, problems = [], [], []
-        for name in tqdm(names, desc=f"indexing {directory}", unit="shard", disable=None):
-            entries.append(scan_tar(directory / name, extensions, problems if max_bad_fraction else None))
-            shards.append(describe_shard(directory / name, entries[-1]))
+        files = LocalFiles(directory)
+        contents = scan_shards(files, names, extensions, max_bad_fraction)
         try:
-            table = build_table(shards, entries)
-        except InputError as error:
-            raise InputError(f"{directory}: {error}") from None
-        _check_problems(problems, max_bad_fraction * len(table["label"]))
-        try:
-            write_index(directory, shards, table, classes=[], problems=problems)
+            write_index(directory, contents)
         except OSError as error:
             logger.warning("%s: the index is kept in memory only; the next start scans again (%s)",
                            directory, error)
-        return cls(directory, shards, [], table)
+        return cls(files, contents)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def location(self) -> str:
+        """The directory, URL or command that the tars come from."""
+        return self.tars.location
 
     def identity(self) -> str:
         """SHA-256, in hexadecimal, over the shards' hashes, in their order, and the class names."""
@@ -198,13 +230,13 @@ class ShardIndex:
         """The key of sample `i`: unique, and safe as a file name (else InputError)."""
         key = self._table["key"][i].decode(errors="replace")
         if not is_safe_key(key):
-            raise InputError(f"{self.directory / TABLE_FILE}: key {key!r} is not a safe name; {_REBUILD}")
+            raise InputError(f"{self.location}/{TABLE_FILE}: key {key!r} is not a safe name; {REBUILD}")
         return key
 
-    def place(self, i: int) -> tuple[Path, int, int]:
-        """(tar, offset, size) of the data of sample `i`."""
+    def place(self, i: int) -> tuple[str, int, int]:
+        """(tar's file name, offset, size) of the data of sample `i`."""
         number, offset, size = (int(self._table[column][i]) for column in ("shard", "offset", "size"))
-        return self._path(self.shards[number]), offset, size
+        return self.shards[number].name, offset, size
 
     def entries(self) -> Iterator[list[Entry]]:
         """The samples of each shard as they were indexed."""
@@ -220,8 +252,8 @@ class ShardIndex:
                                        for column in ("shard", "offset", "size", "crc32"))
         data = os.pread(self._file(number).fileno(), size, offset)
         if len(data) != size or zlib.crc32(data) != crc32:
-            raise InputError(f"sample {self.key(i)!r} in {self._path(self.shards[number])} is damaged or has "
-                             f"changed since it was indexed; copy the shard again, or {_REBUILD}")
+            raise InputError(f"sample {self.key(i)!r} in {self.tars.name(self.shards[number].name)} is damaged or has "
+                             f"changed since it was indexed; {self.tars.advice}")
         return data
 
     def read_ahead(self, i: int, epoch: int) -> None:
@@ -246,48 +278,45 @@ class ShardIndex:
         if label < 0 or (num_classes is not None and label >= num_classes):
             allowed = "it must be 0 or more" if num_classes is None else (
                 f"a model with num_classes {num_classes} allows 0 to {num_classes - 1}")
-            raise InputError(f"{self.directory}: sample {self.key(i)!r} has label {label}; {allowed}")
-
-    def _path(self, shard: Shard) -> Path:
-        return self.directory / shard.name
+            raise InputError(f"{self.location}: sample {self.key(i)!r} has label {label}; {allowed}")
 
     def _check_size(self, shard: Shard, file: Path | int) -> None:
+        name, advice = self.tars.name(shard.name), self.tars.advice
         try:
             size = os.stat(file).st_size
         except FileNotFoundError:
-            raise InputError(f"shard {self._path(shard)} is missing; copy it again, or {_REBUILD}") from None
+            raise InputError(f"shard {name} is missing; {advice}") from None
         if size != shard.size:
-            raise InputError(f"shard {self._path(shard)} has changed since it was indexed: {size} bytes, not "
-                             f"{shard.size}; copy it again, or {_REBUILD}")
+            raise InputError(f"shard {name} has changed since it was indexed: {size} bytes, not {shard.size}; {advice}")
 
     def _file(self, number: int) -> io.FileIO:
         if number not in self._files:
-            file = open(self._path(self.shards[number]), "rb", buffering=0)
-            self._check_size(self.shards[number], file.fileno())
+            self._close_removed()
+            shard = self.shards[number]
+            with self.tars.held(shard.name, shard) as path:
+                file = open(path, "rb", buffering=0)
+            self._check_size(shard, file.fileno())
             self._files[number] = file
             if len(self._files) > OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(number)
         return self._files[number]
 
+    def _close_removed(self) -> None:
+        """Tars that were removed to make room take it up until nobody has them open."""
+        if self.tars.transient:
+            for number in [number for number, file in self._files.items() if not os.fstat(file.fileno()).st_nlink]:
+                self._files.pop(number).close()
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_files": OrderedDict()}
 
 
-def _check_problems(problems: list[str], allowed: float) -> None:
-    if not problems:
-        return
-    told = problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more problems)"
-    if len(problems) > allowed:
-        raise InputError(told)
-    logger.warning("%s; such samples are replaced", told)
+def load_index(directory: Path) -> Contents:
+    """What both sidecars say.
 
-
-_REBUILD = f"delete {INDEX_FILE} and {TABLE_FILE} to index the directory again"
-
-
-def _load_index(directory: Path) -> tuple[list[Shard], list[str], dict[str, np.ndarray], list[str]]:
-    """Read and check both sidecars: nothing in them may lead outside the directory or its shards."""
+    Nothing in them may lead outside the directory or its shards: then, or when they are damaged, InputError says why.
+    """
     try:
         description = json.loads((directory / INDEX_FILE).read_bytes())
         if description["format"] != FORMAT:
@@ -301,9 +330,9 @@ def _load_index(directory: Path) -> tuple[list[Shard], list[str], dict[str, np.n
             table = {name: arrays[name].astype(kind, casting="safe") for name, kind in _TABLE_TYPES.items()}
             table["key"] = arrays["key"].astype(np.bytes_, casting="safe", copy=False)
         _check_table(description["count"], shards, table)
-    except (InputError, ValueError, KeyError, TypeError, FileNotFoundError, zipfile.BadZipFile) as error:
-        raise InputError(f"the index of {directory} is damaged ({error}); {_REBUILD}") from None
-    return shards, classes, table, problems
+    except (ValueError, KeyError, TypeError, FileNotFoundError, zipfile.BadZipFile) as error:
+        raise InputError(str(error)) from None
+    return Contents(shards, classes, table, problems)
 
 
 def _check_table(count: int, shards: list[Shard], table: dict[str, np.ndarray]) -> None:

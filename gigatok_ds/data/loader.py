@@ -102,7 +102,7 @@ def address_fields(address: SampleAddress) -> dict[str, int]:
 
 def image_name(index: ShardIndex, sample: int) -> str:
     """What messages call an image."""
-    return f"sample {index.key(sample)!r} of {index.directory}"
+    return f"sample {index.key(sample)!r} of {index.location}"
 
 
 def as_floats(batch: Batch) -> Batch:

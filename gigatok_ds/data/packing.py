@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gigatok_ds.data.index import Shard, build_table, describe_shard, write_atomically, write_index, written_aside
+from gigatok_ds.data.index import Contents, Shard, build_table, describe_shard, write_atomically, write_index, written_aside
 from gigatok_ds.data.shards import Record, ShardSet, unused, write_tar
 from gigatok_ds.data.sources import Source, SourceImage
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar
@@ -182,7 +182,7 @@ def _finish(partial: Path, out_dir: Path, source: Source, notes: list[dict]) -> 
     entries = [[Entry(*entry) for entry in note["entries"]] for note in notes if note["entries"]]
     if not shards:
         raise InputError("no image can be decoded, so there is nothing to write")
-    write_index(partial, shards, build_table(shards, entries), source.classes)
+    write_index(partial, Contents(shards, source.classes, build_table(shards, entries)))
     skipped = [line for note in notes for line in note["skipped"]]
     if skipped:
         write_atomically(partial / SKIPPED_FILE, (json.dumps(skipped, indent=1) + "\n").encode())

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from gigatok_ds.data.index import Shard, build_table, describe_shard, write_index
+from gigatok_ds.data.index import Contents, Shard, build_table, describe_shard, write_index
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, is_safe_key, scan_tar
 from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.errors import InputError
@@ -93,7 +93,7 @@ def write_tars(records: Iterable[Record], directory: Path, *, prefix: str, sampl
         shards.append(describe_shard(path, entries[-1]))
     if not shards:
         raise InputError("there are no samples to write")
-    write_index(directory, shards, build_table(shards, entries), classes)
+    write_index(directory, Contents(shards, classes, build_table(shards, entries)))
     return shards
 
 

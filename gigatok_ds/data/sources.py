@@ -97,8 +97,8 @@ def _shards(path: Path) -> Source:
     index = ShardIndex.open(path)
     images = []
     for i in range(len(index)):
-        file, offset, size = index.place(i)
-        images.append(SourceImage(index.key(i), index.label(i), str(file), offset, size, index.key(i)))
+        name, offset, size = index.place(i)
+        images.append(SourceImage(index.key(i), index.label(i), str(path / name), offset, size, index.key(i)))
     return Source(images=images, classes=index.classes)
 
 

@@ -12,6 +12,7 @@ from gigatok_ds.data.code_directory import CodeDirectory
 from gigatok_ds.data.codes import CodeSample, new_metadata
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import BatchLoader
+from gigatok_ds.data.remote import open_shards, short_name
 from gigatok_ds.data.transforms import decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.tokenizer import Tokenizer
@@ -22,8 +23,9 @@ from gigatok_ds.sampling.views import Views
 def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, views: Views, provenance: dict,
                   batch_size: int = 32, samples_per_shard: int = 10_000, workers: int = 0,
                   rank: LaunchedRank = LaunchedRank()) -> None:
-    """Encode every view of every image of `shards` once into code shards (views, T) with the images' keys and labels.
+    """Encode every view of every image of `shards`, a directory or a URL, once into code shards (views, T).
 
+    They have the images' keys and labels.
     Every rank writes the shards whose turn is its own and keeps those that are whole: run it again after an
     interruption, with any number of ranks, and the files end up the same. Batches are of `batch_size` views, whole
     images and at least one, counted from the beginning of each shard: what a batch holds may change the last bits of a
@@ -34,10 +36,10 @@ def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, 
     """
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; it must be at least 1")
-    index, config = ShardIndex.open(shards), tokenizer.config
+    index, config = open_shards(shards), tokenizer.config
     device = tokenizer.quant_conv.weight.device
     settings = views.describe() | {
-        "shards": Path(shards).resolve().name, "shards_sha256": index.identity(),
+        "shards": short_name(shards), "shards_sha256": index.identity(),
         "samples_per_shard": samples_per_shard, "batch_size": batch_size, "device": device.type,
     }
     metadata = new_metadata(
@@ -65,5 +67,5 @@ class _ImageViews(Dataset):
         self.index, self.views = index, views
 
     def __getitem__(self, i: int) -> dict:
-        image = decode_image(self.index.read(i), f"sample {self.index.key(i)!r} of {self.index.directory}")
+        image = decode_image(self.index.read(i), f"sample {self.index.key(i)!r} of {self.index.location}")
         return {"pixels": torch.stack([pixels_of(view) for view in self.views(image, i)]), "sample": i}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,10 +12,11 @@ from torch import Tensor
 from gigatok_ds.checkpoint.standalone import load_tokenizer, read_config
 from gigatok_ds.config.model import tokenizer_config_from_dict
 from gigatok_ds.config.recipe import GPTRecipe
-from gigatok_ds.data.codes import CodeBatches, CodeDataset
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.codes import CODE_EXTENSIONS, CodeBatches, CodeDataset
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.prefetch import on_device
+from gigatok_ds.data.remote import check_data, open_shards
+from gigatok_ds.data.shard_cache import ShardCache
 from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
@@ -35,8 +35,8 @@ class CodeSource(Protocol):
 def check_sources(recipe: GPTRecipe) -> None:
     """Refuse, before any rank starts, a tokenizer that does not speak the GPT's codes, and a missing `second`."""
     data = recipe.data
-    if data.second is not None and not Path(data.second).is_dir():
-        raise InputError(f"data.second is {data.second}, which is not a directory")
+    if data.second is not None:
+        check_data("data.second", data.second, CODE_EXTENSIONS, ShardCache.of(data.cache, data.cache_gb))
     if data.tokenizer is None:
         return
     description = read_config(data.tokenizer)
@@ -77,7 +77,7 @@ class ExtractedCodes:
 
     def _open(self, path: str) -> CodeDataset:
         """Code shards that fit this GPT; InputError naming what differs."""
-        codes = CodeDataset.open(path)
+        codes = CodeDataset.open(path, ShardCache.of(self.recipe.data.cache, self.recipe.data.cache_gb))
         _check_fit(self.recipe, path, codes.metadata)
         codes.check_labels(self.recipe.model.num_classes)
         return codes
@@ -109,9 +109,10 @@ class TokenizedImages:
     def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int):
         self.recipe, self.topology = recipe, topology
         self.own_images = micro_batch_size // topology.tensor_size
-        self.train = ShardIndex.open(recipe.data.train, max_bad_fraction=recipe.data.max_bad_fraction)
-        self.held_out = ShardIndex.open(recipe.data.validation)
-        self.train.check_labels(recipe.model.num_classes, recipe.data.max_bad_fraction)
+        data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb)
+        self.train = open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction)
+        self.held_out = open_shards(data.validation, cache=cache)
+        self.train.check_labels(recipe.model.num_classes, data.max_bad_fraction)
         self.held_out.check_labels(recipe.model.num_classes)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, device=str(topology.device))
         self._encoded: tuple[np.ndarray, np.ndarray] | None = None

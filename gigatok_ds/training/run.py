@@ -40,12 +40,20 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
 
 
 def _check_data(recipe: Recipe) -> None:
+    from gigatok_ds.data.codes import CODE_EXTENSIONS
+    from gigatok_ds.data.remote import check_data
+    from gigatok_ds.data.shard_cache import ShardCache
+    from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
+
+    data = recipe.data
+    of_codes = isinstance(recipe, GPTRecipe) and data.tokenizer is None
     for split in ("train", "validation"):
-        path = getattr(recipe.data, split)
-        if path is None:
+        location = getattr(data, split)
+        if location is None:
             raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
-        if not Path(path).is_dir():
-            raise InputError(f"data.{split} is {path}, which is not a directory")
+        check_data(f"data.{split}", location, CODE_EXTENSIONS if of_codes else IMAGE_EXTENSIONS,
+                   ShardCache.of(data.cache, data.cache_gb),
+                   max_bad_fraction=data.max_bad_fraction if split == "train" and not of_codes else 0.0)
     if isinstance(recipe, GPTRecipe):
         from gigatok_ds.training.code_sources import check_sources
 

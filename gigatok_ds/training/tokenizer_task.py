@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gigatok_ds.config.recipe import TokenizerRecipe
-from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.prefetch import on_device
+from gigatok_ds.data.remote import open_shards
+from gigatok_ds.data.shard_cache import ShardCache
 from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.evaluation.code_metrics import perplexity
 from gigatok_ds.losses.adaptive import adaptive_weight, kernel_gradient
@@ -43,8 +44,9 @@ class TokenizerTask:
         self.recipe, self.topology = recipe, topology
         # Of a data rank's micro batch, the images that this tensor rank reads, convolves and judges.
         self.own_images = settings["train_micro_batch_size_per_gpu"] // topology.tensor_size
-        self.train_index = ShardIndex.open(recipe.data.train, max_bad_fraction=recipe.data.max_bad_fraction)
-        self.validation_index = ShardIndex.open(recipe.data.validation)
+        data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb)
+        self.train_index = open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction)
+        self.validation_index = open_shards(data.validation, cache=cache)
         self.image_scale = FP16_IMAGE_SCALE if recipe.training.precision == "fp16" else 1.0
         seed, parallel = recipe.training.seed, recipe.parallel
         self.generator = Engine(

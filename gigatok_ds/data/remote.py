@@ -1,0 +1,307 @@
+"""Shards that are not in a directory of this host: copied, tar by tar, into a cache when they are first needed.
+
+A location is the URL of a directory (s3://, gs://, https://, whatever fsspec knows), a pattern of tars
+(https://host/train-{000000..000146}.tar), or a command that writes one to its output, as a pattern, too
+(pipe:curl -sf https://host/train-{000000..000146}.tar).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_SH, flock
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from gigatok_ds.config.location import is_remote
+from gigatok_ds.data.index import (
+    Contents,
+    Shard,
+    ShardIndex,
+    load_index,
+    scan_shards,
+    write_atomically,
+    write_index,
+    written_aside,
+)
+from gigatok_ds.data.shard_cache import ShardCache, lock_of, locked
+from gigatok_ds.data.shard_files import INDEX_FILE, TABLE_FILE
+from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
+from gigatok_ds.data.transports import Missing, Unreachable, beside, persistently, transport_of
+from gigatok_ds.errors import InputError
+
+_FEW = 2  # attempts where there is an earlier copy to go on with
+_AT_ONCE = 16  # tars whose sizes are asked for
+_CHUNK = 2**20
+
+logger = logging.getLogger(__name__)
+
+
+def open_shards(location: str | Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
+                cache: ShardCache | None = None, *, max_bad_fraction: float = 0.0) -> ShardIndex:
+    """The samples of a directory, or of any other location; see above. `cache` is for the latter (None: the default).
+
+    The index beside remote tars is used if there is one; otherwise all of them are fetched once and indexed, by one
+    process of this host, and the index stays in the cache. Raises InputError when the location cannot be read, or its
+    tars are not those that were indexed, and what `ShardIndex.open` raises.
+    """
+    if not is_remote(location):
+        return ShardIndex.open(location, extensions, max_bad_fraction=max_bad_fraction)
+    tars = RemoteTars.at(location, cache)
+    with locked(tars.directory / "index.lock"):
+        contents = _index(tars, extensions, max_bad_fraction)
+    if warning := tars.cache.check_room(location, contents.shards):
+        logger.warning("%s", warning)
+    return ShardIndex(tars, contents)
+
+
+def read_beside(location: str | Path, name: str, cache: ShardCache | None = None) -> bytes | None:
+    """A small file of a directory of shards, None if it is not there. A pattern of tars has none."""
+    if not is_remote(location):
+        path = Path(location) / name
+        return path.read_bytes() if path.is_file() else None
+    tars = RemoteTars.at(location, cache)
+    data, path = tars.published(name), tars.directory / name
+    if data is not None and not (path.is_file() and path.read_bytes() == data):
+        write_atomically(path, data)
+    return data
+
+
+def check_data(setting: str, location: str, extensions: tuple[str, ...], cache: ShardCache, *,
+               max_bad_fraction: float = 0.0) -> None:
+    """Refuse a setting whose directory is missing. A remote location is indexed already, while no rank waits for us."""
+    if is_remote(location):
+        open_shards(location, extensions, cache, max_bad_fraction=max_bad_fraction)
+    elif not Path(location).is_dir():
+        raise InputError(f"{setting} is {location}, which is not a directory")
+
+
+def short_name(location: str | Path) -> str:
+    """The last part of a location, without what may be secret in a URL."""
+    if not is_remote(location):
+        return Path(location).resolve().name
+    return location.partition("?")[0].rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class RemoteTars:
+    """The tars of a remote location, as ShardFiles: `urls` by file name, or nothing of a directory."""
+
+    location: str
+    urls: dict[str, str]
+    cache: ShardCache
+    directory: Path  # of the copies
+
+    @classmethod
+    def at(cls, location: str, cache: ShardCache | None) -> RemoteTars:
+        location = location if location.startswith("pipe:") else location.rstrip("/")
+        cache = ShardCache() if cache is None else cache
+        return cls(location, _expanded(location), cache, cache.directory(location))
+
+    @property
+    def advice(self) -> str:
+        return f"if that is right, remove {self.directory} to fetch and index the shards again"
+
+    @property
+    def transient(self) -> bool:
+        return self.cache.limit is not None
+
+    def name(self, tar: str) -> str:
+        return self.urls[tar] if self.urls else beside(self.location, tar)
+
+    @contextmanager
+    def held(self, tar: str, expected: Shard | None = None) -> Iterator[Path]:
+        path = self.directory / tar
+        with locked(lock_of(path), LOCK_SH) as lock:
+            while not path.exists():
+                flock(lock, LOCK_EX)  # gives the shared lock away first, so look again
+                if not path.exists():
+                    self._fetch(path, expected)
+                flock(lock, LOCK_SH)
+            os.utime(path)
+            try:
+                yield path
+            except InputError as error:
+                if expected is not None:
+                    raise
+                path.unlink(missing_ok=True)  # a copy that cannot be indexed is no use
+                raise InputError(str(error).replace(str(path), self.name(tar))) from None
+
+    def sizes(self, attempts: int | None = None) -> dict[str, int | None]:
+        """The names of the remote tars in their order, and their sizes if those can be known without reading them."""
+        transport = transport_of(self.location)
+        if not self.urls:
+            listed = persistently(lambda: transport.tars(self.location), self.location, attempts)
+            found = {name: listed[name] for name in sorted(listed) if not name.startswith(".")}
+            if not found:
+                raise InputError(f"{self.location} lists no shards: looked for uncompressed *.tar files; where there "
+                                 "are no listings, give a pattern, such as .../train-{000000..000146}.tar")
+        else:
+            found = dict.fromkeys(self.urls)
+        unknown = {name: self.name(name) for name, size in found.items() if size is None}
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            asked = pool.map(lambda url: persistently(lambda: transport.size(url), url, attempts), unknown.values())
+            return found | dict(zip(unknown, asked, strict=True))
+
+    def published(self, name: str) -> bytes | None:
+        """A small file of the remote directory, or its earlier copy when that cannot be reached."""
+        if self.urls:
+            return None
+        url, copy = self.name(name), self.directory / name
+        try:
+            return self.read(url, _FEW if copy.is_file() else None)
+        except Missing:
+            return None
+        except Unreachable as error:
+            if not copy.is_file():
+                raise
+            logger.warning("%s; going on with the copy in %s", error, self.directory)
+            return copy.read_bytes()
+
+    def read(self, url: str, attempts: int | None = None) -> bytes:
+        def attempt() -> bytes:
+            with transport_of(url).open(url) as (stream, size):
+                data = stream.read()
+                _check_end(len(data), size)
+            return data
+
+        return persistently(attempt, url, attempts)
+
+    def _fetch(self, path: Path, expected: Shard | None) -> None:
+        """Copy a tar, whose exclusive lock is held, so that making room leaves it."""
+        for leftover in os.scandir(self.directory):  # of processes that were killed
+            if leftover.name.startswith(f".{path.name}."):
+                os.unlink(leftover)
+        url = self.name(path.name)
+        with written_aside(path) as file:
+            size, digest = persistently(lambda: self._copy(url, file), url)
+            if expected is not None and (size, digest) != (expected.size, expected.sha256):
+                raise InputError(f"{url} has changed since it was indexed: {size} bytes with SHA-256 {digest[:8]}..., "
+                                 f"not {expected.size} with {expected.sha256[:8]}...; {self.advice}")
+        self.cache.shrink()
+
+    def _copy(self, url: str, file: BinaryIO) -> tuple[int, str]:
+        """Size and SHA-256 of what is now in the file."""
+        file.seek(0)
+        file.truncate()
+        digest = hashlib.sha256()
+        with transport_of(self.location).open(url) as (stream, size):
+            while data := stream.read(_CHUNK):
+                digest.update(data)
+                try:
+                    file.write(data)
+                except OSError as error:
+                    raise InputError(f"{self.directory} cannot be written ({error.strerror}); make room, bound "
+                                     "data.cache_gb, or let data.cache name another directory") from None
+            _check_end(file.tell(), size)
+        return file.tell(), digest.hexdigest()
+
+
+def _check_end(got: int, size: int | None) -> None:
+    if size is not None and got != size:
+        raise OSError(f"cut off after {got} of {size} bytes")
+
+
+def _expanded(location: str) -> dict[str, str]:
+    """URL (or command) by file name of a pattern of tars; nothing for a directory."""
+    command = location.startswith("pipe:")
+    if not command and "{" not in location and not urlsplit(location).path.endswith(".tar"):
+        return {}
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        urls = list(braceexpand(location, escape=False))
+    except UnbalancedBracesError:
+        raise InputError(f"{location} has a brace too many or too few; write it as in "
+                         ".../train-{000000..000146}.tar") from None
+    if command:  # which of its words is a name, only the command knows
+        return {f"shard-{number:06d}.tar": url for number, url in enumerate(urls)}
+    named = {urlsplit(url).path.rpartition("/")[2]: url for url in urls}
+    for name in named:
+        if not name.endswith(".tar") or name.startswith("."):
+            raise InputError(f"{location} gives {name!r}; a pattern must end in .tar, in all it expands to")
+    if len(named) < len(urls):
+        raise InputError(f"{location} gives the same file name more than once; the names of shards must differ")
+    return named
+
+
+def _index(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> Contents:
+    """The index of a location, as `open_shards` explains; its lock is held."""
+    kept, published = tars.directory / INDEX_FILE, tars.published(INDEX_FILE)
+    earlier = kept.read_bytes() if kept.is_file() else None
+    if published is not None and published != earlier:
+        _adopt(tars, published)
+    elif earlier is None:
+        return _build(tars, extensions, max_bad_fraction)
+    try:
+        contents = load_index(tars.directory)
+    except InputError as error:
+        raise InputError(f"the index in {tars.directory} is damaged ({error}); remove that directory") from None
+    contents.check_problems(max_bad_fraction)
+    if published is None:
+        _check_current(tars, contents.shards)
+    return contents
+
+
+def _adopt(tars: RemoteTars, description: bytes) -> None:
+    """Copy the index of the remote directory, and remove copies of tars that it describes otherwise than before."""
+    scratch = tars.directory / ".new-index"
+    scratch.mkdir(exist_ok=True)
+    (scratch / INDEX_FILE).write_bytes(description)
+    (scratch / TABLE_FILE).write_bytes(tars.read(tars.name(TABLE_FILE)))
+    try:
+        shards = load_index(scratch).shards
+    except InputError as error:
+        raise InputError(f"the index of {tars.location} is damaged ({error}); index that directory again") from None
+    before = []
+    with suppress(InputError):
+        before = load_index(tars.directory).shards
+    if before:
+        logger.warning("%s has been indexed anew since it was last read here; changed shards are fetched again",
+                       tars.location)
+    for path in tars.directory.glob("*.tar"):
+        if path.name not in {shard.name for shard in shards if shard in before}:
+            with locked(lock_of(path)):
+                path.unlink(missing_ok=True)
+    for name in (TABLE_FILE, INDEX_FILE):
+        os.replace(scratch / name, tars.directory / name)
+    scratch.rmdir()
+
+
+def _build(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> Contents:
+    """Fetch everything that is not there yet, and index it."""
+    sizes = tars.sizes()
+    for name, size in sizes.items():
+        copy = tars.directory / name
+        with locked(lock_of(copy)):
+            if size is not None and copy.exists() and copy.stat().st_size != size:
+                copy.unlink()
+    try:
+        contents = scan_shards(tars, list(sizes), extensions, max_bad_fraction)
+    except InputError as error:
+        raise InputError(f"{error} (copies are in {tars.directory})") from None
+    write_index(tars.directory, contents)
+    return contents
+
+
+def _check_current(tars: RemoteTars, shards: list[Shard]) -> None:
+    """InputError when the remote tars are not those that were indexed, as far as names and sizes tell."""
+    try:
+        sizes = tars.sizes(_FEW)
+    except Unreachable as error:
+        logger.warning("%s; going on with the index in %s", error, tars.directory)
+        return
+    indexed = {shard.name: shard.size for shard in shards}
+    for name in sorted(sizes.keys() | indexed.keys()):
+        size = sizes.get(name)
+        if name not in sizes or name not in indexed or size not in (None, indexed[name]):
+            change = ("is no longer there" if name not in sizes else "is new" if name not in indexed
+                      else f"has {size} bytes, not {indexed[name]}")
+            raise InputError(f"{tars.name(name)} {change}: the shards have changed since they were indexed; "
+                             f"{tars.advice}")

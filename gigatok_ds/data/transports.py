@@ -1,0 +1,213 @@
+"""Reading files that lie elsewhere: over HTTP, through fsspec, or from the output of a command."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from html.parser import HTMLParser
+from http.client import InvalidURL
+from typing import BinaryIO, Protocol, TypeVar
+from urllib.error import HTTPError
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
+from urllib.request import Request, urlopen
+
+from gigatok_ds.errors import InputError
+
+ATTEMPTS = 6
+BACKOFF = 1.0  # seconds, at most, before the second attempt; the next waits are up to twice as long each
+TIMEOUT = 60.0  # seconds without a byte after which a connection counts as broken
+
+_REFUSALS = set(range(400, 500)) - {408, 425, 429}  # HTTP statuses that will not be others a little later
+_MISTAKES = (TypeError, AttributeError, NameError, AssertionError)  # of programs, not of networks
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class Missing(InputError):
+    """There is no such file or directory."""
+
+
+class Unreachable(InputError):
+    """All attempts have failed."""
+
+
+class Transport(Protocol):
+    """One attempt each; what may raise anything is to be called through `persistently`."""
+
+    def tars(self, directory: str) -> dict[str, int | None]:
+        """File names and, if the listing tells them, sizes of the tars in a directory."""
+
+    def size(self, url: str) -> int | None:
+        """Bytes of a file, None if they cannot be known beforehand."""
+
+    def open(self, url: str) -> AbstractContextManager[tuple[BinaryIO, int | None]]:
+        """A file, and how many bytes it will have if that is known. What went wrong may be raised at the end."""
+
+
+def transport_of(location: str) -> Transport:
+    """How to read a location."""
+    if location.startswith("pipe:"):
+        return Pipe()
+    return Http() if location.startswith(("http://", "https://")) else Fsspec()
+
+
+def persistently(action: Callable[[], T], name: str, attempts: int | None = None) -> T:
+    """The result of `action`, which is repeated (up to ATTEMPTS times) when it fails for a reason that may pass.
+
+    Between attempts it waits, longer each time, and at random, so that many processes do not come back all at once.
+    Raises InputError, naming the file `name`: Missing, Unreachable, or another one where it is refused.
+    """
+    attempts = ATTEMPTS if attempts is None else attempts
+    chance = random.Random()  # nobody else's random numbers
+    for attempt in itertools.count(1):
+        try:
+            return action()
+        except (InputError, *_MISTAKES):
+            raise
+        except Exception as error:  # the packages behind fsspec have exceptions of their own
+            if refusal := _refusal(name, error):
+                raise refusal from None
+            if attempt >= attempts:
+                raise Unreachable(f"{name} cannot be read after {attempts} attempts ({_said(error)}); check "
+                                  "location and network, and run the same command again") from None
+            wait = BACKOFF * 2 ** (attempt - 1) * chance.uniform(0.5, 1)
+            logger.warning("%s: attempt %d of %d failed (%s); the next one in %.1f s",
+                           name, attempt, attempts, _said(error), wait)
+        time.sleep(wait)
+
+
+def _refusal(name: str, error: Exception) -> InputError | None:
+    """What to tell the user where another attempt would fail as well."""
+    status = error.code if isinstance(error, HTTPError) else None
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return Missing(f"{name} does not exist; check the location")
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+        return InputError(f"{name} may not be read ({_said(error)}); check the location and your credentials")
+    if isinstance(error, (ValueError, InvalidURL)) or status in _REFUSALS:
+        return InputError(f"{name} cannot be read ({_said(error)}); check the location")
+    return None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Http:
+    """By Python's own client, which works in forked processes; it heeds the usual proxy variables."""
+
+    def tars(self, directory: str) -> dict[str, int | None]:
+        with urlopen(_request(beside(directory, "")), timeout=TIMEOUT) as response:
+            links = _Links(response.url)
+            links.feed(response.read().decode("utf-8", "replace"))
+        return dict.fromkeys(links.tars)
+
+    def size(self, url: str) -> int | None:
+        try:
+            with urlopen(_request(url, "HEAD"), timeout=TIMEOUT) as response:
+                length = response.headers["Content-Length"]
+        except HTTPError as error:
+            if error.code in (405, 501):  # a server without HEAD
+                return None
+            raise
+        return None if length is None else int(length)
+
+    @contextmanager
+    def open(self, url: str) -> Iterator[tuple[BinaryIO, int | None]]:
+        with urlopen(_request(url), timeout=TIMEOUT) as response:
+            yield response, response.length
+
+
+def _request(url: str, method: str = "GET") -> Request:
+    return Request(url, headers={"User-Agent": "gigatok-ds"}, method=method)
+
+
+class _Links(HTMLParser):
+    """The tars of the same directory that a page of HTML links to."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.page = page
+        self.tars: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        target = urljoin(self.page, dict(attributes).get("href") or "") if tag == "a" else ""
+        page, link = urlsplit(self.page), urlsplit(target)
+        folder, _, name = link.path.rpartition("/")
+        name = unquote(name)
+        beside_it = (*link[:2], folder) == (*page[:2], page.path.rpartition("/")[0])
+        if beside_it and name.endswith(".tar") and "/" not in name:
+            self.tars.append(name)
+
+
+class Fsspec:
+    """Whatever fsspec has a package for. Opened anew for each use, since connections do not outlive a fork."""
+
+    def tars(self, directory: str) -> dict[str, int | None]:
+        system, path = _file_system(directory)
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in system.ls(path, detail=True)
+                if entry["type"] == "file" and entry["name"].endswith(".tar")}
+
+    def size(self, url: str) -> int | None:
+        system, path = _file_system(url)
+        return system.size(path)
+
+    @contextmanager
+    def open(self, url: str) -> Iterator[tuple[BinaryIO, int | None]]:
+        system, path = _file_system(url)
+        with system.open(path, "rb") as file:
+            yield file, getattr(file, "size", None)
+
+
+def _file_system(url: str):
+    """fsspec's file system of a URL, and the path in it."""
+    scheme = url.partition("://")[0]
+    try:
+        from fsspec.core import url_to_fs
+        from fsspec.registry import known_implementations
+    except ImportError:
+        raise InputError(f"reading {url} needs fsspec; pip install fsspec") from None
+    try:
+        return url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        package = known_implementations[scheme]["class"].partition(".")[0] if scheme in known_implementations else ""
+        hint = f"pip install {package}" if package not in ("", "fsspec") else _said(error)
+        raise InputError(f"reading {url} needs a package that is not installed; {hint}") from None
+    except ValueError as error:
+        raise InputError(f"{url} cannot be opened ({_said(error)}); give a directory, or a URL with a scheme that "
+                         "fsspec knows, such as s3://, gs:// or https://") from None
+
+
+class Pipe:
+    """The output of a command of the shell, through webdataset."""
+
+    def tars(self, directory: str) -> dict[str, int | None]:
+        raise InputError(f"{directory} does not name a tar; give a command that writes one to its output")
+
+    def size(self, url: str) -> int | None:
+        return None
+
+    @contextmanager
+    def open(self, url: str) -> Iterator[tuple[BinaryIO, int | None]]:
+        from webdataset import gopen
+
+        with gopen(url) as stream:
+            stream.ignore_errors = True  # of its status, until the output is read
+            yield stream, None
+        if stream.status in (126, 127):
+            raise InputError(f"{url}: the command cannot be run (exit code {stream.status})")
+        if stream.status:
+            raise OSError(f"the command failed with exit code {stream.status}")
+
+
+def beside(directory: str, name: str) -> str:
+    """The URL of a file in a directory, which may have a query."""
+    scheme, host, path, query, _ = urlsplit(directory)
+    if scheme in ("http", "https"):
+        return urlunsplit((scheme, host, f"{path.rstrip('/')}/{quote(name)}", query, ""))
+    return f"{directory.rstrip('/')}/{name}"
