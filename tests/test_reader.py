@@ -215,13 +215,15 @@ def test_reading_leaves_the_global_generator_alone(shards, workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def with_bad_images(directory, bad, count=23):
+def with_bad_images(directory, bad, count=23, tars=1):
     """Plain shards in which the samples numbered in `bad` cannot be decoded."""
-    members = []
+    members = [[] for _ in range(tars)]
     for i, sample in enumerate(samples(count)):
         data = without_end(sample.image_bytes) if i in bad else sample.image_bytes
-        members += [(f"{sample.key}.jpg", data), (f"{sample.key}.cls", str(sample.label).encode())]
-    return ShardIndex.open(plain_tar(directory / "x.tar", members))
+        members[i * tars // count] += [(f"{sample.key}.jpg", data), (f"{sample.key}.cls", str(sample.label).encode())]
+    for number, part in enumerate(members):
+        plain_tar(directory / f"x{number}.tar", part)
+    return ShardIndex.open(directory)
 
 
 def test_undecodable_images_are_replaced_counted_and_named(tmp_path, caplog):
