@@ -6,13 +6,13 @@ Photographs that scikit-image, scikit-learn and matplotlib ship are cut into JPE
 (loader_data.py), as class folders and as shards. All four ways read them once in random order and give float32 batches
 in [-1, 1] of 256 x 256 crops:
 
-  torchvision   ImageFolder and DataLoader with the original's transforms: Pillow, random crop, flip, ToTensor, Normalize
+  torchvision   ImageFolder and DataLoader with the original's transforms: random crop, flip, ToTensor, Normalize
   webdataset    the shards through webdataset's own pipeline, shuffle buffer and the same transforms
   exact         ours with data.decoding exact
   fast          ours with data.decoding fast
 
-Each runs in a process of its own, in turns. "Per core" is images by the CPU seconds of that process and its workers, which
-does not depend on who else uses the machine. The difference of the fast path is told as PSNR from the exact one.
+Each runs in a process of its own, in turns. "Per core" is images by the CPU seconds of that process and its workers,
+which does not depend on who else uses the machine. The difference of the fast path is told as PSNR from the exact one.
 
 Then an index of 1.28 million samples: how long a fresh process takes from opening it to the first batch at 90% of an
 epoch, and what its index adds to the memory of a process, at its peak.
@@ -79,22 +79,22 @@ def main() -> int:
 def report(root: Path, args: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in (root / "shards").glob("*.tar"))
     print(f"{date.today()}  python benchmarks/loader.py {' '.join(sys.argv[1:])}".rstrip())
-    print(f"{processor()}, {os.cpu_count()} threads; torch {torch.__version__}, Pillow {Image.__version__}; {args.workers} "
-          f"workers; {args.images} images of {size / args.images / 1e3:.0f} kB")
+    print(f"{processor()}, {os.cpu_count()} threads; torch {torch.__version__}, Pillow {Image.__version__}; "
+          f"{args.workers} workers; {args.images} images of {size / args.images / 1e3:.0f} kB")
     turns = [{way: in_process(way, root, args) for way in WAYS} for _ in range(args.rounds)]
-    for way in WAYS:
-        rates = [args.images / turn[way]["cpu"] for turn in turns]
-        walls = [args.images / turn[way]["wall"] for turn in turns]
-        ratio = statistics.median(turn["torchvision"]["cpu"] / turn[way]["cpu"] for turn in turns)
-        print(f"  {way:12s} {statistics.median(rates):6.1f} images/s per core, {statistics.median(walls):6.1f} images/s by the "
-              f"clock; {ratio:.2f} x torchvision")
     ratios = {way: statistics.median(turn["torchvision"]["cpu"] / turn[way]["cpu"] for turn in turns) for way in WAYS}
+    for way in WAYS:
+        per_core, by_clock = (args.images / statistics.median(turn[way][of] for turn in turns) for of in ("cpu", "wall"))
+        print(f"  {way:12s} {per_core:6.1f} images/s per core, {by_clock:6.1f} images/s by the clock; "
+              f"{ratios[way]:.2f} x torchvision")
     print("fast beside exact, PSNR of the same crops: " + ", ".join(psnr_lines(root / "shards")))
     resumed = [in_process("resume", root, args) for _ in range(args.rounds)]
     seconds, memory = (statistics.median(run[name] for run in resumed) for name in ("seconds", "memory"))
-    print(f"{args.samples} samples: first batch at 90% of an epoch after {seconds:.1f} s; the index takes {memory:.0f} MB")
+    print(f"{args.samples} samples: first batch at 90% of an epoch after {seconds:.1f} s; "
+          f"the index takes {memory:.0f} MB")
     met = (ratios["exact"] >= EXACT and ratios["fast"] >= FAST and seconds < RESUME_SECONDS and memory < INDEX_MB)
-    print(f"targets (exact {EXACT} x, fast {FAST} x, {RESUME_SECONDS:.0f} s, {INDEX_MB:.0f} MB): {'met' if met else 'missed'}")
+    print(f"targets (exact {EXACT} x, fast {FAST} x, {RESUME_SECONDS:.0f} s, {INDEX_MB:.0f} MB): "
+          + ("met" if met else "missed"))
     return 0 if met else 1
 
 

@@ -1,5 +1,10 @@
 """The reading order: properties over random sizes and layouts; and the image loaders that follow it."""
 
+import os
+import shutil
+import subprocess
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -281,3 +286,32 @@ def test_evaluation_does_not_depend_on_workers_and_refuses_bad_images(shards, tm
     assert_equal(together, alone)
     with pytest.raises(InputError, match="'s0007'"):
         list(evaluation_batches(with_bad_images(tmp_path / "in", (7,)), 16, 4, workers=1))
+
+
+def resident_share(path):
+    """Share of a file's pages that are in memory."""
+    found = subprocess.run(["fincore", "--bytes", "--noheadings", "--output", "RES,SIZE", path], check=True,
+                           capture_output=True, text=True).stdout.split()
+    return int(found[0]) / int(found[1])
+
+
+@pytest.mark.skipif(shutil.which("fincore") is None, reason="no fincore")
+def test_with_locality_a_tar_is_read_ahead_as_a_whole(tmp_path):
+    directory = write(tmp_path / "shards", count=3, per_shard=3).directory
+    tar, = directory.glob("*.tar")
+    with open(tar, "ab") as file:  # what follows the end of a tar is ignored; ten megabytes are not read by themselves
+        file.write(bytes(10_000_000))
+    (directory / "index.json").unlink()
+    index = ShardIndex.open(directory)
+    batches = {"global_batch_size": 1, "micro_batch_size": 1, "stop_step": 1}
+    with open(tar, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident_share(tar) > 0.5:
+        pytest.skip("this file system does not forget what it has read")
+    assert len(list(image_batches(index, **batches))) == 1 and resident_share(tar) < 0.5
+    assert len(list(image_batches(index, shuffle_shards=1, **batches))) == 1
+    deadline = time.monotonic() + 20
+    while resident_share(tar) < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

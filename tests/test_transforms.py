@@ -2,20 +2,29 @@
 
 import io
 import math
+import random
 import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from gigatok_ds.data import transforms
 from gigatok_ds.data.transforms import (
     center_crop,
     decode_image,
+    draw_crop,
     evaluation_transform,
+    pixels_of,
     random_crop,
+    resize_short_side,
+    resized_size,
+    resized_window,
+    scale_pixels,
     ten_crop,
     to_tensor,
     training_transform,
@@ -291,3 +300,54 @@ def test_evaluation_transform_is_the_center_crop():
 
 def test_limits_are_pillows():
     assert transforms.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+
+
+@settings(max_examples=300, deadline=None)
+@given(width=st.integers(2, 250), height=st.integers(2, 250), size=st.integers(2, 48), seed=st.integers(0, 2**32),
+       low=st.floats(0.3, 1.0))
+def test_a_window_costs_less_and_has_the_same_bytes(width, height, size, seed, low):
+    assume(max(width, height) <= 20 * min(width, height))
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    crop = draw_crop(image.size, size, (low, 1.0), rng=rng)
+    whole = resize_short_side(image, crop.short_side)
+    assert whole.size == resized_size(image.size, crop.short_side)
+    window = whole.crop((crop.left, crop.top, crop.left + size, crop.top + size))
+    assert resized_window(image, crop.short_side, crop.left, crop.top, size).tobytes() == window.tobytes()
+
+
+class Scripted:
+    """A generator whose draws are given."""
+
+    def __init__(self, short, top, left, mirrored):
+        self.random = lambda: 0.1 if mirrored else 0.9
+        self.integers = lambda *bounds, draws=iter((short, top, left)), **options: next(draws)
+
+
+@pytest.mark.parametrize("shape", [(500, 375), (375, 500), (257, 256), (1300, 900), (200, 640)])
+def test_training_input_is_the_originals_bit_for_bit(shape):
+    """Section 8's transforms by torchvision's own, with the same draws, on a file that is read from its bytes."""
+    functional = pytest.importorskip("torchvision.transforms.functional")
+    size, data = 256, encode(picture(*shape), "JPEG", quality=90)
+    for seed in range(6):
+        draws = random.Random(seed)
+        with Image.open(io.BytesIO(data)) as file:
+            image = file.convert("RGB")
+        short = draws.randint(256, 320)
+        whole = Image.fromarray(resized(image, short))
+        top, left = draws.randint(0, whole.height - size), draws.randint(0, whole.width - size)
+        mirrored = draws.random() < 0.5
+        window = whole.crop((left, top, left + size, top + size))
+        tensor = functional.to_tensor(functional.hflip(window) if mirrored else window)
+        theirs = functional.normalize(tensor, [0.5] * 3, [0.5] * 3)
+        transform = training_transform(size)
+        bytes_ = transform.decode(data, "x", Scripted(short, top, left, mirrored))
+        assert torch.equal(scale_pixels(bytes_[None])[0], theirs)
+        assert torch.equal(transform(decode_image(data, "x"), Scripted(short, top, left, mirrored)), theirs)
+
+
+def test_scaling_is_torchvisions_for_every_byte():
+    functional = pytest.importorskip("torchvision.transforms.functional")
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
+    theirs = functional.normalize(functional.to_tensor(ramp), [0.5] * 3, [0.5] * 3)
+    assert torch.equal(to_tensor(ramp), theirs) and torch.equal(scale_pixels(pixels_of(ramp)[None])[0], theirs)

@@ -40,7 +40,7 @@ class BadSamples:
         self._told_at = -TELL_EVERY
 
     def add(self, found: Iterable[BadSample], read: int, replaced: int) -> None:
-        """Count what a batch of `read` samples met; `replaced` of them are other samples. InputError beyond the limit."""
+        """Count what a batch of `read` samples met, `replaced` of which are others. InputError beyond the limit."""
         new = {bad.sample: bad.reason for bad in found if bad.sample not in self.reasons}
         self.reasons |= new
         self.read += read

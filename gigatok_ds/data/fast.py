@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +22,7 @@ from gigatok_ds.data.transforms import (
     resized_size,
 )
 
-_METADATA = (b"Exif\0", b"http://ns.adobe.com/xap/1.0/")  # what may say how an image is to be turned begins so
+_METADATA, _START_OF_SCAN = 0xE1, 0xDA  # JPEG markers: APP1 and SOS
 _UP = 1 + 1e-9
 
 
@@ -43,9 +44,7 @@ class FastTransform(TrainingTransform):
 
 def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
     """(width, height) of a gray or YCbCr JPEG without metadata that could turn it; None for everything else."""
-    import simplejpeg
-
-    if any(name in data for name in _METADATA):
+    if _has_metadata(data):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -55,10 +54,21 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
     return (width, height) if colours in ("YCbCr", "Gray") else None
 
 
+def _has_metadata(data: bytes) -> bool:
+    """Whether a JPEG holds EXIF or XMP before its pixels; also of what cannot be told."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == _START_OF_SCAN:
+            return False
+        if marker == _METADATA:
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True
+
+
 def _decode(data: bytes, short_side: int) -> np.ndarray | None:
     """RGB bytes (H, W, 3), at 1/2 or less where that leaves `short_side` pixels; None if the data is damaged."""
-    import simplejpeg
-
     try:
         return simplejpeg.decode_jpeg(data, min_height=short_side, min_width=short_side, min_factor=2)
     except ValueError:

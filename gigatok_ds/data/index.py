@@ -33,6 +33,8 @@ from gigatok_ds.errors import InputError
 FORMAT = "gigatok-ds-shards/2"
 OPEN_SHARDS = 128  # files held open at once by one index in one process; far below the usual limit of 1024
 
+_READ_AHEAD = 2**17  # bytes: Linux reads no more for one request
+
 _TABLE_TYPES = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32,
                 "crc32": np.uint32}
 
@@ -194,7 +196,8 @@ class ShardIndex:
         return index
 
     @classmethod
-    def _scan(cls, directory: Path, names: list[str], extensions: tuple[str, ...], max_bad_fraction: float) -> ShardIndex:
+    def _scan(cls, directory: Path, names: list[str], extensions: tuple[str, ...],
+              max_bad_fraction: float) -> ShardIndex:
         files = LocalFiles(directory)
         contents = scan_shards(files, names, extensions, max_bad_fraction)
         try:
@@ -261,7 +264,9 @@ class ShardIndex:
         number = int(self._table["shard"][i])
         if self._read_ahead.get(number) != epoch and hasattr(os, "posix_fadvise"):
             self._read_ahead[number] = epoch
-            os.posix_fadvise(self._file(number).fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            file = self._file(number).fileno()
+            for offset in range(0, self.shards[number].size, _READ_AHEAD):
+                os.posix_fadvise(file, offset, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def check_labels(self, num_classes: int, max_bad_fraction: float = 0.0) -> None:
         """Raise InputError, naming the first such sample, when more labels are not in 0 ... num_classes - 1."""

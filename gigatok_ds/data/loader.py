@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -17,6 +19,7 @@ from gigatok_ds.streams import numpy_stream, torch_stream
 
 MAX_REPLACEMENTS = 16  # undecodable images in a row before the data as a whole is taken to be bad
 
+_PICKLED = 4096  # bytes
 _BAD = "bad"  # a batch's BadSamples, on their way from a worker
 
 Batch = dict[str, Tensor]
@@ -40,7 +43,10 @@ def _collate(items: list) -> Batch | InputError:
     if error is not None:
         return error
     bad = [found for item in items for found in item.pop(_BAD, ())]
-    return default_collate(items) | ({_BAD: bad} if bad else {})
+    batch = default_collate(items)
+    # As arrays they are pickled; each tensor would travel in a file of its own, at the price of decoding an image.
+    small = {name: value.numpy() for name, value in batch.items() if value.nbytes <= _PICKLED}
+    return batch | small | ({_BAD: bad} if bad else {})
 
 
 def _keep_memory(worker: int) -> None:
@@ -70,11 +76,12 @@ class BatchLoader:
                 # A fresh one: a frame that raises its own variable is a reference cycle, and worker processes
                 # that are left to the garbage collector take seconds to end.
                 raise InputError(str(batch))
-            yield batch
+            yield {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                   for name, value in batch.items()}
 
 
 class TrainingBatches(BatchLoader):
-    """Micro batches of one data-parallel rank, from global batch `start_step` (0-based) to before `stop_step` or endless.
+    """Micro batches of one data-parallel rank from global batch `start_step` (0-based) on, before `stop_step` or endless.
 
     `dataset` maps a SampleAddress to a dictionary. `micro_steps` consecutive micro batches are the rank's
     share of one global batch. Order and content depend on neither `workers`, nor the layout, nor where the
@@ -102,7 +109,7 @@ def address_fields(address: SampleAddress) -> dict[str, int]:
 
 def image_name(index: ShardIndex, sample: int) -> str:
     """What messages call an image."""
-    return f"sample {index.key(sample)!r} of {index.location}"
+    return f"sample {index.key(sample)!r} of {index.tars.name(index.place(sample)[0])}"
 
 
 def as_floats(batch: Batch) -> Batch:

@@ -19,7 +19,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gigatok_ds.data.index import Contents, Shard, build_table, describe_shard, write_atomically, write_index, written_aside
+from gigatok_ds.data.index import (
+    Contents,
+    Shard,
+    build_table,
+    describe_shard,
+    write_atomically,
+    write_index,
+    written_aside,
+)
 from gigatok_ds.data.shards import Record, ShardSet, unused, write_tar
 from gigatok_ds.data.sources import Source, SourceImage
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar

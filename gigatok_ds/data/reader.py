@@ -25,7 +25,7 @@ class SampleAddress(NamedTuple):
 
 
 class Locality(NamedTuple):
-    """Samples are mixed with those of few tars: `shards` (N,) has the number of each one's, `mixed` are mixed at a time."""
+    """Samples are mixed with those of few tars: `shards` (N,) has each one's, and `mixed` tars are mixed at a time."""
 
     shards: np.ndarray
     mixed: int

@@ -67,7 +67,7 @@ class ShardCache:
             raise InputError(f"data.cache_gb is {self.limit / 1e9:g}, but a single shard of {location} has "
                              f"{largest / 1e9:g} GB; it must be more than that")
         return (f"the {total / 1e9:.3g} GB of {location} do not fit into data.cache_gb {self.limit / 1e9:g}: training "
-                "reads them in random order, and fetches shards again and again")
+                "fetches shards again and again, unless data.shuffle_shards is small, or it reads in order")
 
 
 @contextlib.contextmanager

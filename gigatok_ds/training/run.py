@@ -44,8 +44,10 @@ def _check_data(recipe: Recipe) -> None:
     from gigatok_ds.data.remote import check_data
     from gigatok_ds.data.shard_cache import ShardCache
     from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
+    from gigatok_ds.data.transforms import training_transform
 
     data = recipe.data
+    training_transform(1, decoding=data.decoding)
     of_codes = isinstance(recipe, GPTRecipe) and data.tokenizer is None
     for split in ("train", "validation"):
         location = getattr(data, split)

@@ -1,0 +1,121 @@
+"""The fast decoding path: the crop of the exact one, nearly the same pixels, and the same verdict on bad data."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_transforms import encode, picture
+
+from gigatok_ds.data import fast
+from gigatok_ds.data.transforms import decode_image, resize_short_side, training_transform
+from gigatok_ds.errors import InputError
+
+SIZE = 64
+EXACT, FAST = (training_transform(SIZE, (0.5, 1.0), True, decoding) for decoding in ("exact", "fast"))
+
+
+def photograph(width, height, seed=0):
+    """Smooth at several scales, with some noise, as photographs are."""
+    rng = np.random.default_rng(seed)
+    pixels = sum(np.asarray(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC), np.float64) / weight for side, weight in ((4, 2), (17, 4), (90, 8)))
+    return Image.fromarray((pixels + rng.normal(0, 2, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def both(data, seed=0):
+    return [way.decode(data, "x", np.random.default_rng(seed)) for way in (EXACT, FAST)]
+
+
+def psnr(first, second):
+    return 10 * np.log10(255**2 / (first.double() - second.double()).square().mean().clamp(min=1e-9).item())
+
+
+@pytest.mark.parametrize("size", [(100, 80), (97, 131), (127, 64), (90, 1000), (66, 65), (40, 30)])
+@pytest.mark.parametrize("quality", [60, 95])
+def test_whole_images_are_nearly_the_same(size, quality):
+    for seed in range(10):
+        exact, close = both(encode(photograph(*size, seed), "JPEG", quality=quality), seed)
+        assert close.shape == exact.shape == (3, SIZE, SIZE) and close.dtype == torch.uint8
+        assert psnr(exact, close) > 55
+        assert psnr(exact, close.roll(1, 2)) < 40  # so far from a window one pixel beside it
+
+
+def test_large_images_are_decoded_at_a_fraction(monkeypatch):
+    sizes = []
+    whole = fast._decode
+
+    def spy(data, short_side):
+        pixels = whole(data, short_side)
+        sizes.append((pixels.shape[:2], short_side))
+        return pixels
+
+    monkeypatch.setattr(fast, "_decode", spy)
+    for seed in range(10):
+        exact, close = both(encode(photograph(700, 520, seed), "JPEG", quality=90), seed)
+        (height, width), short_side = sizes[-1]
+        assert width <= 350 and short_side <= min(height, width)
+        assert psnr(exact, close) > 32
+        assert psnr(exact, close.roll(1, 2)) < psnr(exact, close)  # and not displaced by a pixel
+
+
+@pytest.mark.parametrize("kind, mode, options", [
+    ("PNG", "RGB", {}), ("PNG", "RGBA", {}), ("PNG", "L", {}), ("WEBP", "RGB", {"lossless": True}), ("BMP", "RGB", {}),
+    ("JPEG", "CMYK", {}), ("JPEG", "L", {})])
+def test_other_kinds_are_decoded_exactly_and_resized_fast(kind, mode, options):
+    exact, close = both(encode(photograph(120, 90).convert(mode), kind, **options))
+    assert psnr(exact, close) > 55
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_images_are_turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exact, close = both(encode(photograph(120, 70), "JPEG", exif=exif))
+    assert psnr(exact, close) > 55
+    assert (orientation == 1) == torch.equal(exact, both(encode(photograph(120, 70), "JPEG"))[0])
+
+
+def test_metadata_of_other_programs_is_left_to_the_exact_decoder():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    exact, close = both(encode(photograph(120, 70), "JPEG", xmp=xmp))
+    assert psnr(exact, close) > 55 and not torch.equal(exact, both(encode(photograph(120, 70), "JPEG"))[0])
+
+
+def test_bad_images_are_refused_in_the_same_words():
+    data = encode(photograph(90, 80), "JPEG")
+    bomb = bytearray(data)
+    frame = data.index(b"\xff\xc0")
+    bomb[frame + 5 : frame + 9] = b"\xff\xf0\xff\xf0"
+    for bad in (data[: len(data) // 2], b"nothing", bytes(bomb), encode(picture(600, 2), "JPEG")):
+        said = []
+        for way in (EXACT, FAST):
+            with pytest.raises(InputError) as caught:
+                way.decode(bad, "image 7", np.random.default_rng(0))
+            said.append(str(caught.value))
+        assert said[0] == said[1] and "image 7" in said[0]
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (301, 300), (300, 301), (299, 299), (1000, 130), (130, 1000)])
+def test_only_what_the_window_needs_is_resized(size):
+    """The window of the resized part is the window of the resized whole, but for rounding."""
+    for seed in range(20):
+        image, rng = photograph(*size, seed), np.random.default_rng(seed)
+        crop = FAST.draw(image.size, rng)
+        pixels = np.array(image)
+        found = fast._window(pixels, image.size, crop._replace(mirrored=False), SIZE).int()
+        whole = torch.nn.functional.interpolate(
+            torch.from_numpy(pixels).permute(2, 0, 1)[None], mode="bicubic", antialias=True,
+            size=resize_short_side(image, crop.short_side).size[::-1])[0].int()
+        expected = whole[:, crop.top : crop.top + SIZE, crop.left : crop.left + SIZE]
+        assert (found - expected).abs().max() <= 2
+        assert torch.equal(fast._window(pixels, image.size, crop._replace(mirrored=True), SIZE).int(), found.flip(2))
+
+
+def test_without_simplejpeg_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.delitem(sys.modules, "gigatok_ds.data.fast")
+    with pytest.raises(InputError, match="pip install simplejpeg"):
+        training_transform(SIZE, decoding="fast")
+    assert decode_image(encode(picture(9, 9), "JPEG"), "x").size == (9, 9)
