@@ -107,6 +107,24 @@ def test_labels_that_the_model_does_not_have_are_replaced(tmp_path, workers):
     assert list(loader.bad_samples.reasons) == [3, 4] and "'s0003'" in loader.bad_samples.reasons[3]
 
 
+def test_a_whole_class_that_the_model_does_not_have_is_skipped(tmp_path):
+    members = [member for number, sample in enumerate(samples(60)) for member in (
+        (f"{sample.key}.jpg", sample.image_bytes),
+        (f"{sample.key}.cls", str(7 if 10 <= number < 40 else number % 3).encode()))]
+    index = ShardIndex.open(plain_tar(tmp_path / "shards" / "x.tar", members))
+    loader = batches(index, num_classes=7, stop_step=12, max_bad_fraction=0.5)
+    read = list(loader)
+    replaced = torch.cat([batch["replaced"] for batch in read])
+    assert replaced.nonzero().flatten().tolist() == list(range(10, 40)) and loader.bad_samples.replaced == 30
+    assert torch.cat([batch["labels"] for batch in read])[10:40].tolist() == [40 % 3] * 30
+
+
+def test_data_without_any_label_is_refused(tmp_path):
+    members = [(f"{sample.key}.jpg", sample.image_bytes) for sample in samples(6)]
+    with pytest.raises(InputError, match="has label -1.*6 such samples"):
+        batches(ShardIndex.open(plain_tar(tmp_path / "shards" / "x.tar", members), max_bad_fraction=1.0))
+
+
 def test_samples_without_label_or_data_are_replaced(tmp_path):
     index = ShardIndex.open(incomplete_tars(tmp_path), max_bad_fraction=0.5)
     loader = batches(index, global_batch_size=12, micro_batch_size=12, stop_step=1)

@@ -247,7 +247,7 @@ class ShardIndex:
         ends = np.cumsum(np.bincount(numbers, minlength=len(self.shards)))
         for rows in np.split(np.argsort(numbers, kind="stable"), ends[:-1]):
             columns = [self._table[name][rows].tolist() for name in Entry._fields]
-            yield [Entry(key.decode(), *row) for key, *row in zip(*columns, strict=True)]
+            yield [Entry(key.decode(errors="replace"), *row) for key, *row in zip(*columns, strict=True)]
 
     def read(self, i: int) -> bytes:
         """The data of sample `i`. Raises InputError when its shard has changed since it was indexed."""
@@ -270,12 +270,16 @@ class ShardIndex:
 
     def check_labels(self, num_classes: int, max_bad_fraction: float = 0.0) -> None:
         """Raise InputError, naming the first such sample, when more labels are not in 0 ... num_classes - 1."""
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes))
+        wrong = np.flatnonzero(~self.has_label(num_classes))
         if len(wrong) > max_bad_fraction * len(self):
             try:
                 self.check_label(int(wrong[0]), num_classes)
             except InputError as error:
                 raise InputError(f"{error} ({len(wrong)} such samples)") from None
+
+    def has_label(self, num_classes: int | None) -> np.ndarray:
+        """Of which samples the label is 0 or more, and below `num_classes` if that is given: bool (N,)."""
+        return (self.labels >= 0) & (True if num_classes is None else self.labels < num_classes)
 
     def check_label(self, i: int, num_classes: int | None) -> None:
         """Raise InputError when sample `i` has no label, or one that is not below `num_classes`."""
@@ -283,7 +287,8 @@ class ShardIndex:
         if label < 0 or (num_classes is not None and label >= num_classes):
             allowed = "it must be 0 or more" if num_classes is None else (
                 f"a model with num_classes {num_classes} allows 0 to {num_classes - 1}")
-            raise InputError(f"{self.location}: sample {self.key(i)!r} has label {label}; {allowed}")
+            tar = self.tars.name(self.place(i)[0])
+            raise InputError(f"{tar}: sample {self.key(i)!r} has label {label}; {allowed}")
 
     def _check_size(self, shard: Shard, file: Path | int) -> None:
         name, advice = self.tars.name(shard.name), self.tars.advice
@@ -342,7 +347,7 @@ def load_index(directory: Path) -> Contents:
 
 def _check_table(count: int, shards: list[Shard], table: dict[str, np.ndarray]) -> None:
     for shard in shards:
-        if shard.name != os.path.basename(shard.name) or shard.name in ("", ".", ".."):
+        if shard.name != os.path.basename(shard.name) or not shard.name.endswith(".tar") or shard.name.startswith("."):
             raise InputError(f"shard name {shard.name!r} leads outside the directory")
     stored = sum(shard.samples for shard in shards)
     if {len(column) for column in table.values()} != {count} or count != stored:
@@ -350,5 +355,5 @@ def _check_table(count: int, shards: list[Shard], table: dict[str, np.ndarray]) 
     number, offset, size = table["shard"], table["offset"], table["size"]
     if count == 0 or number.min() < 0 or number.max() >= len(shards) or offset.min() < 0 or size.min() < 0:
         raise InputError("a sample lies in no shard")
-    if (offset + size > np.array([shard.size for shard in shards])[number]).any():
+    if (size > np.array([shard.size for shard in shards])[number] - offset).any():
         raise InputError("a sample lies beyond the end of its shard")

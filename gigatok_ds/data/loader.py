@@ -122,14 +122,17 @@ class _AugmentedImages(Dataset):
                  read_ahead: bool):
         self.index, self.transform, self.seed, self.num_classes = index, transform, seed, num_classes
         self.read_ahead = read_ahead
+        self.labelled = np.flatnonzero(index.has_label(num_classes))
+        if not len(self.labelled):
+            index.check_labels(num_classes or int(index.labels.max()) + 1)
 
     def __getitem__(self, address: SampleAddress) -> dict:
         """Of the sample or, if it cannot be used, the next one that can: a bad file must not end a long run."""
         bad: list[BadSample] = []
         if self.read_ahead:
             self.index.read_ahead(address.sample, address.epoch)
+        sample = address.sample
         while len(bad) < MAX_REPLACEMENTS:
-            sample = (address.sample + len(bad)) % len(self.index)
             data = self.index.read(sample)
             rng = numpy_stream(self.seed, "augment", address.epoch, address.sample)
             try:
@@ -137,10 +140,16 @@ class _AugmentedImages(Dataset):
                 pixels = self.transform.decode(data, image_name(self.index, sample), rng)
             except InputError as error:
                 bad.append(BadSample(sample, str(error)))
+                sample = self._next(sample)
                 continue
             return {"images": pixels, "labels": self.index.label(sample), "replaced": bool(bad), _BAD: bad,
                     **address_fields(address)}
-        raise InputError(f"{bad[-1].reason} ({MAX_REPLACEMENTS} samples in a row)")
+        raise InputError(f"{bad[-1].reason} ({MAX_REPLACEMENTS} samples in a row, which is too many whatever "
+                         "data.max_bad_fraction is; gigatok-ds check-shards lists them)")
+
+    def _next(self, sample: int) -> int:
+        """The following sample that has a label, in the order of the data and from its end to its beginning."""
+        return int(self.labelled[np.searchsorted(self.labelled, sample, side="right") % len(self.labelled)])
 
 
 class ImageBatches(TrainingBatches):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -39,6 +41,8 @@ from gigatok_ds.errors import InputError
 _FEW = 2  # attempts where there is an earlier copy to go on with
 _AT_ONCE = 16  # tars whose sizes are asked for
 _CHUNK = 2**20
+_CHECKED = "checked-by-job"
+_TRUSTED = 600.0  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +128,8 @@ class RemoteTars:
                 if not path.exists():
                     self._fetch(path, expected)
                 flock(lock, LOCK_SH)
-            os.utime(path)
+            with suppress(PermissionError):  # another user's copy
+                os.utime(path)
             try:
                 yield path
             except InputError as error:
@@ -176,7 +181,7 @@ class RemoteTars:
     def _fetch(self, path: Path, expected: Shard | None) -> None:
         """Copy a tar, whose exclusive lock is held, so that making room leaves it."""
         for leftover in os.scandir(self.directory):  # of processes that were killed
-            if leftover.name.startswith(f".{path.name}."):
+            if re.fullmatch(re.escape(f".{path.name}.") + r"\w{8}", leftover.name):
                 os.unlink(leftover)
         url = self.name(path.name)
         with written_aside(path) as file:
@@ -233,20 +238,44 @@ def _expanded(location: str) -> dict[str, str]:
 
 def _index(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> Contents:
     """The index of a location, as `open_shards` explains; its lock is held."""
+    if not _checked_by_this_job(tars):
+        _bring_up_to_date(tars, extensions, max_bad_fraction)
+        write_atomically(tars.directory / _CHECKED, _job().encode())
+    contents = _kept_index(tars)
+    contents.check_problems(max_bad_fraction)
+    return contents
+
+
+def _bring_up_to_date(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> None:
+    """Afterwards the cache has an index that is the remote one's, or fits the remote tars."""
     kept, published = tars.directory / INDEX_FILE, tars.published(INDEX_FILE)
     earlier = kept.read_bytes() if kept.is_file() else None
     if published is not None and published != earlier:
         _adopt(tars, published)
     elif earlier is None:
-        return _build(tars, extensions, max_bad_fraction)
+        _build(tars, extensions, max_bad_fraction)
+    elif published is None:
+        _check_current(tars, _kept_index(tars).shards)
+
+
+def _kept_index(tars: RemoteTars) -> Contents:
     try:
-        contents = load_index(tars.directory)
+        return load_index(tars.directory)
     except InputError as error:
         raise InputError(f"the index in {tars.directory} is damaged ({error}); remove that directory") from None
-    contents.check_problems(max_bad_fraction)
-    if published is None:
-        _check_current(tars, contents.shards)
-    return contents
+
+
+def _job() -> str:
+    """What the ranks of a job have in common, and no other process has; nothing for a process by itself."""
+    return ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
+
+
+def _checked_by_this_job(tars: RemoteTars) -> bool:
+    """Whether another rank of this host has just compared the copies with the remote side, or could not reach it."""
+    path = tars.directory / _CHECKED
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not path.is_file():
+        return False
+    return path.read_text() == _job() and time.time() - path.stat().st_mtime < _TRUSTED
 
 
 def _adopt(tars: RemoteTars, description: bytes) -> None:
@@ -274,7 +303,7 @@ def _adopt(tars: RemoteTars, description: bytes) -> None:
     scratch.rmdir()
 
 
-def _build(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> Contents:
+def _build(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> None:
     """Fetch everything that is not there yet, and index it."""
     sizes = tars.sizes()
     for name, size in sizes.items():
@@ -287,7 +316,6 @@ def _build(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: floa
     except InputError as error:
         raise InputError(f"{error} (copies are in {tars.directory})") from None
     write_index(tars.directory, contents)
-    return contents
 
 
 def _check_current(tars: RemoteTars, shards: list[Shard]) -> None:

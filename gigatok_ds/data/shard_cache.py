@@ -20,6 +20,9 @@ from gigatok_ds.data.tar_scan import safe_key
 from gigatok_ds.errors import InputError
 
 
+_MARK = ".copies-of-remote-shards"  # in the directories that are ours: beside them the user may keep what he likes
+
+
 def default_root() -> Path:
     """Where copies are kept unless the user says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gigatok_ds" / "shards"
@@ -42,6 +45,7 @@ class ShardCache:
         readable = safe_key(location.rstrip("/").rpartition("/")[2].partition("?")[0])[-40:]
         path = self.root / f"{readable}-{hashlib.sha256(location.encode()).hexdigest()[:16]}"
         path.mkdir(parents=True, exist_ok=True)
+        (path / _MARK).touch()
         return path
 
     def shrink(self) -> None:
@@ -50,7 +54,8 @@ class ShardCache:
             return
         with locked(self.root / "shrink.lock"):
             used = {}
-            for path in self.root.glob("*/*.tar"):
+            copies = (path for mark in self.root.glob(f"*/{_MARK}") for path in mark.parent.glob("*.tar"))
+            for path in copies:
                 with contextlib.suppress(FileNotFoundError):  # another process may drop copies of an older index
                     used[path] = path.stat()
             excess = sum(status.st_size for status in used.values()) - self.limit
@@ -73,7 +78,13 @@ class ShardCache:
 @contextlib.contextmanager
 def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[TextIO]:
     """Hold the lock at `path`; fcntl.flock turns that of the file that is handed out into another kind."""
-    with open(path, "a") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened ({error.strerror}); let data.cache name a directory that you may write "
+                         "to") from None
+    with file:
         try:
             fcntl.flock(file, kind)
         except BlockingIOError:

@@ -46,8 +46,8 @@ def scan_tar(path: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
     outside, or when a sample lacks its data or its label, has one of them twice, or its label is not an
     integer.
 
-    With a list of `problems` some of these are added to it instead: a sample may lack its data (then it has no bytes)
-    or its label (NO_LABEL), and the tar may end early once it has begun.
+    With a list of `problems` those of samples that lack their data (then they have no bytes) or their label (NO_LABEL)
+    are added to it instead.
     """
     scan = _Scan(path, extensions, problems)
     try:
@@ -57,9 +57,7 @@ def scan_tar(path: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
         with open(path, "rb") as file:
             check_end(file, scan.end, str(path))
     except tarfile.TarError as error:
-        scan.stop(InputError(f"{path} is not a whole uncompressed tar ({error}); write it again"))
-    except DamagedTar as error:
-        scan.stop(error)
+        raise InputError(f"{path} is not a whole uncompressed tar ({error}); write it again") from None
     return scan.entries()
 
 
@@ -74,11 +72,6 @@ class _Scan:
         if self.problems is None:
             raise InputError(problem)
         self.problems.append(problem)
-
-    def stop(self, error: InputError) -> None:
-        if self.problems is None or not self.payloads:
-            raise error
-        self.problems.append(str(error))
 
     def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         self.end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
@@ -120,15 +113,11 @@ def _split_name(path: Path, name: str) -> tuple[str, str]:
     return stem and safe_key("/".join([*parts, stem])), extension.lower()
 
 
-class DamagedTar(InputError):
-    """A tar that does not end where its last member does."""
-
-
 def check_end(tar: BinaryIO, end: int, name: str) -> None:
-    """DamagedTar, naming the tar, unless it ends where its last member does.
+    """InputError, naming the tar, unless it ends where its last member does.
 
     tarfile takes a damaged header after the first member for the end of the archive, without a word.
     """
     tar.seek(end)
     if tar.read(_BLOCK) != bytes(_BLOCK):
-        raise DamagedTar(f"{name} is cut off or damaged at byte {end}; copy or write it again")
+        raise InputError(f"{name} is cut off or damaged at byte {end}; copy or write it again")

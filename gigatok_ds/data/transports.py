@@ -112,7 +112,7 @@ class Http:
             with urlopen(_request(url, "HEAD"), timeout=TIMEOUT) as response:
                 length = response.headers["Content-Length"]
         except HTTPError as error:
-            if error.code in (405, 501):  # a server without HEAD
+            if error.code in (400, 401, 403, 405, 501):  # a server without HEAD, or a URL signed for GET: that will tell
                 return None
             raise
         return None if length is None else int(length)

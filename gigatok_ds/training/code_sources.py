@@ -82,6 +82,11 @@ class ExtractedCodes:
         codes.check_labels(self.recipe.model.num_classes)
         return codes
 
+    def identity(self) -> str:
+        """What tells the training data from any other; see ShardIndex.identity."""
+        parts = [self.train] if self.second is None else [self.train, self.second]
+        return "+".join(part.index.identity() for part in parts)
+
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         training, topology = self.recipe.training, self.topology
         batches = CodeBatches(
@@ -116,6 +121,10 @@ class TokenizedImages:
         self.held_out.check_labels(recipe.model.num_classes)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, device=str(topology.device))
         self._encoded: tuple[np.ndarray, np.ndarray] | None = None
+
+    def identity(self) -> str:
+        """What tells the training data from any other; see ShardIndex.identity."""
+        return self.train.identity()
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology

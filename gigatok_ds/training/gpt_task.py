@@ -39,6 +39,10 @@ class GPTTask:
         self.engines = {"gpt": self.engine}
         self.flops = GPTFlops(recipe)
 
+    def data_identity(self) -> str:
+        """What tells the training data from any other; see ShardIndex.identity."""
+        return self.source.identity()
+
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         return self.source.micro_batches(start_step)
 

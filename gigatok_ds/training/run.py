@@ -70,6 +70,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     user can mend.
     """
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
+    from gigatok_ds.training.data_record import record_data
     from gigatok_ds.training.faults import watch_ranks
     from gigatok_ds.training.loop import train
 
@@ -83,6 +84,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                 _prepare(recipe, run_dir, settings, warnings, branch)
             topology.barrier()
             task = _task(recipe)(recipe, topology, settings)
+            record_data(task.data_identity(), run_dir, topology)
             train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], branch)
     finally:
         stop_process_group(topology)

@@ -73,6 +73,10 @@ class TokenizerTask:
                                               self.own_images)
         self.flops = TokenizerFlops(recipe, self.objective, self.own_images, topology.device)
 
+    def data_identity(self) -> str:
+        """What tells the training data from any other; see ShardIndex.identity."""
+        return self.train_index.identity()
+
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology
         # A data rank's tensor ranks are neighbours, so all ranks in their order share its micro batch in its order.

@@ -1,0 +1,49 @@
+"""A run goes on with the training data it began with, and all of its ranks see the same."""
+
+import json
+import shutil
+
+import pytest
+from rank_runs import RanksFailed, run_ranks
+from training_runs import code_shards, prepare, start
+
+from gigatok_ds.parallel.topology import start_process_group, stop_process_group
+from gigatok_ds.training.data_record import DATA_FILE, record_data
+
+
+def record_on_a_rank(identities, folder):
+    topology = start_process_group()
+    try:
+        record_data(identities[topology.rank], folder, topology)
+    finally:
+        stop_process_group(topology)
+
+
+def test_ranks_with_other_data_are_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(RanksFailed, match="InputError: data.train is not"):
+        run_ranks(record_on_a_rank, 2, ["one", "other"], tmp_path)
+    assert not list(tmp_path.iterdir())
+    run_ranks(record_on_a_rank, 2, ["one", "one"], tmp_path)
+    assert json.loads((tmp_path / DATA_FILE).read_text()) == {"train_sha256": "one"}
+
+
+def damaged_record_on_a_rank(folder):
+    (folder / DATA_FILE).write_text("{")
+    record_on_a_rank(["one"], folder)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    with pytest.raises(RanksFailed, match=f"{DATA_FILE} is damaged"):
+        run_ranks(damaged_record_on_a_rank, 1, tmp_path)
+
+
+def test_a_run_is_not_resumed_with_other_data(tmp_path):
+    data = prepare(tmp_path)
+    arguments = [tmp_path / "gpt.yaml", "--out", tmp_path / "run", *data["gpt"]]
+    assert start(arguments)[0] == 0
+    (tmp_path / "run" / "checkpoints" / "step-0000008" / "state.json").unlink()
+    shutil.rmtree(tmp_path / "codes")
+    code_shards(tmp_path / "codes", 40, seed=5)
+    code, output = start(arguments)
+    assert code == 2 and "Traceback" not in output, output
+    assert f"data.train is not what {tmp_path / 'run'} began with" in output, output
