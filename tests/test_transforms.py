@@ -18,7 +18,6 @@ from gigatok_ds.data.transforms import (
     center_crop,
     decode_image,
     draw_crop,
-    evaluation_transform,
     pixels_of,
     random_crop,
     resize_short_side,
@@ -291,11 +290,6 @@ def test_training_transform_is_a_function_of_its_stream():
     unflipped = training_transform(32, (0.8, 1.0), False)
     assert all(view[0, :, 0].mean() < view[0, :, -1].mean()
                for view in (unflipped(image, np.random.default_rng(seed)) for seed in range(20)))
-
-
-def test_evaluation_transform_is_the_center_crop():
-    image = picture(100, 80)
-    assert torch.equal(evaluation_transform(32)(image, None), to_tensor(center_crop(image, 32)))
 
 
 def test_limits_are_pillows():

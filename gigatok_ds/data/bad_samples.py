@@ -36,7 +36,6 @@ class BadSamples:
         self.index, self.limit, self.per_epoch = index, limit, per_epoch
         self.read = self.replaced = 0
         self.reasons: dict[int, str] = {}
-        self._told = 0
         self._told_at = -TELL_EVERY
 
     def add(self, found: Iterable[BadSample], read: int, replaced: int) -> None:
@@ -45,7 +44,7 @@ class BadSamples:
         self.reasons |= new
         self.read += read
         self.replaced += replaced
-        self._tell(new)
+        self._tell(list(new.values()))
         if self.limit is not None and self.replaced > self.limit * max(self.read, self.per_epoch):
             raise InputError(f"{self.replaced} of {self.read} samples could not be used, more than "
                              f"data.max_bad_fraction {self.limit:g} allows: {self.summary()}; gigatok-ds check-shards "
@@ -58,10 +57,11 @@ class BadSamples:
         rest = f" and {len(tars) - _NAMED} more shards" if len(tars) > _NAMED else ""
         return f"{named}{rest} (the last: {next(reversed(self.reasons.values()))})"
 
-    def _tell(self, new: dict[int, str]) -> None:
-        for reason in list(new.values())[: max(TOLD_SINGLY - self._told, 0)]:
+    def _tell(self, new: list[str]) -> None:
+        """Of the reasons, which are counted already, these are the latest."""
+        known = len(self.reasons)
+        for reason in new[: max(TOLD_SINGLY - (known - len(new)), 0)]:
             logger.warning("%s; its neighbour takes its place", reason)
-        self._told += len(new)
-        if new and self._told > TOLD_SINGLY and time.monotonic() >= self._told_at + TELL_EVERY:
+        if new and known > TOLD_SINGLY and time.monotonic() >= self._told_at + TELL_EVERY:
             self._told_at = time.monotonic()
             logger.warning("%d samples could not be used so far: %s", len(self.reasons), self.summary())

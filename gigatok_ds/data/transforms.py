@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -245,12 +243,3 @@ def training_transform(size: int, crop_scale: tuple[float, float] = (0.8, 1.0), 
         raise InputError(f"data.decoding is fast, which needs simplejpeg ({error}); pip install simplejpeg, or set "
                          "data.decoding=exact") from None
     return FastTransform(size, crop_scale, flip)
-
-
-def evaluation_transform(size: int) -> Callable[..., Tensor]:
-    """Center crop: image -> float32 (3, size, size); a second argument, a generator, is not used."""
-    return functools.partial(_evaluate, size=size)
-
-
-def _evaluate(image: Image.Image, rng: np.random.Generator | None = None, *, size: int) -> Tensor:
-    return to_tensor(center_crop(image, size))

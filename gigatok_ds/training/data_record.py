@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from gigatok_ds.data.index import write_atomically
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
 
@@ -36,7 +37,5 @@ def _compare(identity: str, path: Path) -> str | None:
     if earlier != identity:
         return (f"data.train is not what {path.parent} began with: its shards or classes have changed, and so would the "
                 "order of samples; give it the same, or continue into another --out by --branch-from")
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps({"train_sha256": identity}, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_atomically(path, (json.dumps({"train_sha256": identity}, indent=2) + "\n").encode())
     return None

@@ -40,7 +40,6 @@ class GPTTask:
         self.flops = GPTFlops(recipe)
 
     def data_identity(self) -> str:
-        """What tells the training data from any other; see ShardIndex.identity."""
         return self.source.identity()
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:

@@ -74,7 +74,6 @@ class TokenizerTask:
         self.flops = TokenizerFlops(recipe, self.objective, self.own_images, topology.device)
 
     def data_identity(self) -> str:
-        """What tells the training data from any other; see ShardIndex.identity."""
         return self.train_index.identity()
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
