@@ -74,7 +74,7 @@ class Run:
         data = [f"data.{split}={json.dumps(str(self.out / 'data' / split))}" for split in ("train", "validation")]
         return [*self.overrides, *data, f"training.steps={steps}", "training.log_every=1",
                 f"training.validate_every={max(1, steps // VALIDATIONS)}",
-                f"training.checkpoint_every={max(1, steps // 4)}",
+                f"checkpoint.every={max(1, steps // 4)}",
                 *(f"{key}={round(step * steps / before)}" for key, step in counted.items() if step)]
 
     def steps(self, minutes: float) -> int:

@@ -4,21 +4,20 @@ import dataclasses
 
 import torch
 from rank_runs import run_ranks
+from saved_runs import read_weights
 from torch import nn
 from training_runs import of_the_machine, prepare
 
-from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.losses.perceptual import PerceptualDistance
-from gigatok_ds.training.engine import read_weights
 from gigatok_ds.training.monitor import read_metrics
 
 STEPS = 10
 # A large epsilon, because Adam would turn the rounding noise of gradients that are truly zero (biases of attention
 # keys, whatever a norm takes out again) into steps of the learning rate's size.
 COMMON = ["optimizer.eps=1e-3", f"training.steps={STEPS}", "training.log_every=1",
-          f"training.validate_every={STEPS}", f"training.checkpoint_every={STEPS}", "schedule.warmup_steps=2"]
+          f"training.validate_every={STEPS}", f"checkpoint.every={STEPS}", "schedule.warmup_steps=2"]
 OVERRIDES = {
     "tokenizer": [*COMMON, "optimizer.lr=1e-4", "optimizer.max_grad_norm=0.5", "model.grid_query=learned",
                   "model.encoder={width: 32, layers: 2, heads: 4}",
@@ -131,7 +130,7 @@ class LayoutRuns:
                 settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
             run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, settings, timeout=900)
             checkpoint = out / "checkpoints" / f"step-{STEPS:07d}" / PARTS[kind]
-            self.finished[key] = read_metrics(out), read_weights(checkpoint, build_on_meta(recipe.model))
+            self.finished[key] = read_metrics(out), read_weights(checkpoint)
         return self.finished[key]
 
 

@@ -215,8 +215,8 @@ def test_wrong_types_name_key_value_and_what_is_allowed(override, message):
     ("training.warmup_steps=1", "unknown key training.warmup_steps; did you mean schedule.warmup_steps?"),
     ("schedule.zzz=1",
      "unknown key schedule.zzz; allowed are kind, warmup_steps, end_lr, decay_fraction, decay_shape"),
-    ("str=1", "unknown key str; allowed are kind, name, model, loss, training, optimizer, schedule, data, parallel, "
-     "validation, monitor"),
+    ("str=1", "unknown key str; allowed are kind, name, model, loss, training, optimizer, schedule, data, "
+     "checkpoint, parallel, validation, monitor"),
 ])
 def test_unknown_keys_name_the_nearest(override, message):
     assert refused("VQ_SS256", override) == f"VQ_SS256: {message}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-SHORT = ["--tokenizer", "training.steps=6", "--tokenizer", "training.checkpoint_every=3",
+SHORT = ["--tokenizer", "training.steps=6", "--tokenizer", "checkpoint.every=3",
          "--tokenizer", "loss.adversarial.start_step=3", "--gpt", "training.steps=6", "--gpt", "training.global_batch_size=8",
          "--tokenizer", "training.global_batch_size=8"]
 

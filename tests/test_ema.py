@@ -1,6 +1,5 @@
 """The moving average of weights: spread over ranks and stages, it is the one of a single process, and resumes bitwise."""
 
-import dataclasses
 import os
 import shutil
 
@@ -8,17 +7,16 @@ import pytest
 import torch
 from rank_runs import run_ranks
 from safetensors import safe_open
+from saved_runs import read_ema, read_weights
 from training_runs import prepare
 
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.checkpoint.standalone import read_weights as read_standalone
-from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
+from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
-from gigatok_ds.training.ema import read_ema
-from gigatok_ds.training.engine import read_weights
 from gigatok_ds.training.export import export_run
 
 DECAY, STEPS = 0.8, 4
@@ -39,7 +37,7 @@ class Runs:
 
     def recipe(self, kind, *more):
         return load_recipe(self.folder / f"{kind}.yaml", [
-            f"training.steps={STEPS}", "training.checkpoint_every=1", f"training.ema_decay={DECAY}", "optimizer.eps=1e-3",
+            f"training.steps={STEPS}", "checkpoint.every=1", f"training.ema_decay={DECAY}", "optimizer.eps=1e-3",
             *self.data[kind], *more])
 
     def run(self, kind, stage, ranks=1, *more):
@@ -62,7 +60,7 @@ def engine_folder(out, kind, step=STEPS):
 
 
 def average(out, kind, step=STEPS):
-    return read_ema(engine_folder(out, kind, step), build_on_meta(load_recipe(out / "recipe.yaml").model))
+    return read_ema(engine_folder(out, kind, step))
 
 
 def largest_difference(ours, theirs):
@@ -72,11 +70,10 @@ def largest_difference(ours, theirs):
 
 def test_it_is_the_average_of_the_weights_after_each_step(runs):
     recipe, out = runs.recipe("tokenizer"), runs.run("tokenizer", 1)
-    network = build_on_meta(recipe.model)
     expected = {name: value.double() for name, value in
                 initialise_(Tokenizer(recipe.model), recipe.training.seed).named_parameters()}
     for step in range(1, STEPS + 1):
-        weights = read_weights(engine_folder(out, "tokenizer", step), network)
+        weights = read_weights(engine_folder(out, "tokenizer", step))
         expected = {name: DECAY * value + (1 - DECAY) * weights[name].double() for name, value in expected.items()}
         assert largest_difference(average(out, "tokenizer", step), expected) <= 1e-6
     moved = largest_difference(average(out, "tokenizer"), {name: weights[name] for name in expected})
@@ -101,9 +98,9 @@ def test_every_layout_has_the_average_of_a_single_process(runs, kind, stage, ran
 def test_no_rank_holds_more_than_its_share(runs, stage):
     folder = engine_folder(runs.run("gpt", stage, 2), "gpt")
     counts = []
-    for path in sorted((folder / "ema").iterdir()):
+    for path in sorted(folder.glob("tensor-*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            counts.append(sum(file.get_tensor(name).numel() for name in file.keys()))
+            counts.append(sum(file.get_tensor(name).numel() for name in file.keys() if name.startswith("ema/")))
     network = build_on_meta(runs.recipe("gpt").model)
     total, tensors = sum(p.numel() for p in network.parameters()), len(list(network.parameters()))
     assert len(counts) == 2 and sum(counts) == total
@@ -113,9 +110,8 @@ def test_no_rank_holds_more_than_its_share(runs, stage):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_in_bf16_it_averages_the_float32_weights(runs, stage):
     out = runs.run("gpt", stage, 1, "training.precision=bf16")
-    network = build_on_meta(runs.recipe("gpt").model)
     before, after = average(out, "gpt", STEPS - 1), average(out, "gpt")
-    weights = read_weights(engine_folder(out, "gpt"), network)
+    weights = read_weights(engine_folder(out, "gpt"))
     expected = {name: DECAY * before[name] + (1 - DECAY) * weights[name] for name in before}
     assert largest_difference(after, expected) <= 1e-6
     rounded = {name: DECAY * before[name] + (1 - DECAY) * weights[name].bfloat16().float() for name in before}
@@ -137,7 +133,7 @@ def test_a_resumed_run_continues_its_average_bitwise(runs, stage):
 def test_an_export_takes_the_average_unless_told_otherwise(runs, tmp_path):
     out = runs.run("gpt", 3, 2)
     mean = average(out, "gpt")
-    weights = read_weights(engine_folder(out, "gpt"), build_on_meta(runs.recipe("gpt").model))
+    weights = read_weights(engine_folder(out, "gpt"))
     for choice, expected in ((None, mean), ("ema", mean), ("model", weights)):
         exported = read_standalone(export_run(out, tmp_path / str(choice), choice=choice))
         assert all(torch.equal(exported[name], expected[name]) for name in mean)
@@ -154,21 +150,10 @@ def test_without_an_average_none_can_be_exported(runs, tmp_path):
 def test_a_missing_or_damaged_part_is_named(runs, tmp_path):
     folder = tmp_path / "gpt"
     shutil.copytree(engine_folder(runs.run("gpt", 3, 2), "gpt"), folder)
-    network = build_on_meta(runs.recipe("gpt").model)
-    part = folder / "ema" / "tensor-000-data-00001.safetensors"
+    part = folder / "tensor-000-data-00001.safetensors"
     part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(InputError, match=f"{part.name} is missing or damaged"):
-        read_ema(folder, network)
+        read_ema(folder)
     os.remove(part)
-    with pytest.raises(InputError, match="are missing from the averaged weights"):
-        read_ema(folder, network)
-
-
-def test_it_is_refused_where_weights_are_swapped_to_disk(runs):
-    settings = zero_settings(3, offload=True)
-    settings["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": "swap"}
-    recipe = runs.recipe("gpt")
-    with pytest.raises(InputError, match="training.ema_decay"):
-        resolve_deepspeed(settings, recipe, data_parallel_size=1)
-    plain = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, ema_decay=None))
-    resolve_deepspeed(settings, plain, data_parallel_size=1)
+    with pytest.raises(InputError, match=f"{part.name} is missing or damaged"):
+        read_ema(folder)

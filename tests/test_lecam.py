@@ -94,15 +94,15 @@ def train_with_means(recipe, out, stage):
 
     lecam.SETTLING_STEPS = 1
     means = []
-    save = engine.Engine.save
+    snapshot = engine.Engine.snapshot
 
-    def saving(self, folder):
+    def saving(self):
         if getattr(self.network, "lecam", None) is not None:
             assert self.network.lecam.mean_logits.dtype == torch.float32
             means.append(self.network.lecam.mean_logits.tolist())
-        save(self, folder)
+        return snapshot(self)
 
-    engine.Engine.save = saving
+    engine.Engine.snapshot = saving
     settings = zero_settings(stage)
     if stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -166,7 +166,7 @@ def test_every_layout_has_the_means_of_all_images(runs, name, more, ranks, stage
 
 @pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (3, "fp32")])
 def test_a_resumed_run_continues_with_its_means(runs, stage, precision):
-    name, more = f"stage{stage}-{precision}", [f"training.precision={precision}", "training.checkpoint_every=6"]
+    name, more = f"stage{stage}-{precision}", [f"training.precision={precision}", "checkpoint.every=6"]
     (means,), terms, out = runs.run(f"{name}-whole", *more, stage=stage)
     resumed = runs.folder / f"{name}-resumed"
     shutil.copytree(out, resumed)

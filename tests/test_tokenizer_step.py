@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from layout_runs import StandInPerceptual, StandInTeacher, use_stand_ins
 from rank_runs import run_ranks
+from saved_runs import read_weights
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from training_runs import prepare
 
-from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.data.index import ShardIndex
@@ -25,14 +25,13 @@ from gigatok_ds.models import dino_discriminator
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.streams import SampleDraws, stream_key, torch_stream
-from gigatok_ds.training.engine import read_weights
 from gigatok_ds.training.monitor import read_metrics
 
 # A large epsilon, because Adam would turn rounding noise of gradients that are truly zero into whole steps.
 LR, EPS, DECAY, CLIP = 1e-2, 1e-2, 0.1, 0.5
 RECIPE = [
     f"optimizer={{lr: {LR}, eps: {EPS}, weight_decay: {DECAY}, max_grad_norm: {CLIP}}}", "training.steps=1",
-    "training.log_every=1", "training.validate_every=1", "training.checkpoint_every=1", "schedule.warmup_steps=0",
+    "training.log_every=1", "training.validate_every=1", "checkpoint.every=1", "schedule.warmup_steps=0",
     "model.semantic_head={depth: 1, teacher_width: 24}", "model.qk_norm=true", "model.grid_query=learned",
     "loss.semantic={teacher: stand-in, weight: 0.4}", "loss.perceptual={weight: 0.5}",
     "loss.quantizer={entropy: 0.02}", "loss.auxiliary={end_step: 5, feature_weight: 0.7}",
@@ -206,8 +205,8 @@ def test_a_step_is_that_of_plain_float64_torch(data, double, adversarial):
     for name, value in plain.term_norms.items():
         assert logged[f"term_grad/{name}"] == pytest.approx(value, rel=2e-5), name
     checkpoint = out / "checkpoints" / "step-0000001"
-    found = {"generator": read_weights(checkpoint / "generator", build_on_meta(recipe.model)),
-             "discriminator": read_weights(checkpoint / "discriminator", plain.discriminator)}
+    found = {"generator": read_weights(checkpoint / "generator"),
+             "discriminator": read_weights(checkpoint / "discriminator")}
     for part, weights in found.items():
         for name, value in getattr(plain, part).named_parameters():
             if value.requires_grad:

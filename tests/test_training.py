@@ -8,12 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from saved_runs import read_weights
 from training_runs import of_the_machine, prepare, start
 
 from gigatok_ds import load_gpt, load_tokenizer
-from gigatok_ds.checkpoint.original import build_on_meta
-from gigatok_ds.config.load import load_recipe
-from gigatok_ds.training.engine import read_weights
 from gigatok_ds.training.export import export_run
 from gigatok_ds.training.monitor import read_metrics
 
@@ -41,8 +39,7 @@ def results(run):
 
 
 def final_weights(folder, kind):
-    network = build_on_meta(load_recipe(folder / "recipe.yaml").model)
-    return read_weights(folder / "checkpoints" / "step-0000008" / PARTS[kind], network)
+    return read_weights(folder / "checkpoints" / "step-0000008" / PARTS[kind])
 
 
 def assert_same_training(ours, theirs, kind, tolerance):
@@ -74,7 +71,7 @@ def test_a_run_directory_explains_itself(runs, kind):
     assert {"recipe.yaml", "deepspeed.json", "environment.json", "metrics.jsonl", "events", "checkpoints",
             "probe.npz"} <= names
     assert json.loads((folder / "deepspeed.json").read_text())["gradient_clipping"] > 0
-    assert sorted(os.listdir(folder / "checkpoints")) == ["step-0000004", "step-0000008"]
+    assert sorted(os.listdir(folder / "checkpoints")) == ["latest", "step-0000004", "step-0000008"]
 
 
 def test_switches_switch_at_their_steps(runs):
@@ -177,12 +174,12 @@ def small_disk(tmp_path):
 def test_a_full_disk_ends_the_run_with_one_line_and_spares_what_was_there(runs, small_disk):
     folder, data = runs
     (small_disk / "precious").write_text("mine")
-    code, output = train(folder, data, "gpt", small_disk / "run", "training.checkpoint_every=2")
+    code, output = train(folder, data, "gpt", small_disk / "run", "checkpoint.every=2")
     errors = [line for line in output.splitlines() if "error:" in line]
     assert code == 2 and len(errors) == 1 and "earlier checkpoints are untouched" in errors[0], output
     assert (small_disk / "precious").read_text() == "mine"
     assert not list(small_disk.rglob("*.partial"))
-    assert all((path / "state.json").is_file() for path in (small_disk / "run" / "checkpoints").iterdir())
+    assert all((path / "state.json").is_file() for path in (small_disk / "run" / "checkpoints").glob("step-*"))
 
 
 def test_a_checkpoint_with_code_in_it_is_not_executed(runs, tmp_path):
@@ -195,7 +192,7 @@ def test_a_checkpoint_with_code_in_it_is_not_executed(runs, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    for file in (bombed / "checkpoints" / "step-0000004" / "gpt" / "state").glob("*optim_states.pt"):
-        torch.save({"optimizer_state_dict": Bomb()}, file)
+    for file in (bombed / "checkpoints" / "step-0000004" / "gpt").glob("*.safetensors"):
+        torch.save({"weights": Bomb()}, file)
     code, output = train(folder, data, "gpt", "bombed")
     assert code != 0 and not (tmp_path / "executed").exists(), output

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_runs import read_weights
 from training_runs import LAUNCHER, free_port, of_the_machine, prepare
 
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.training.engine import read_weights
 from gigatok_ds.training.monitor import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -109,10 +109,10 @@ def test_two_nodes_train_what_one_node_trains(prepared, kind):
 
     assert figures(two) == figures(one)
     assert [line["step"] for line in figures(two) if "loss" in line] == list(range(1, 9))
-    assert sorted(os.listdir(two / "checkpoints")) == ["step-0000004", "step-0000008"]
+    assert sorted(os.listdir(two / "checkpoints")) == ["latest", "step-0000004", "step-0000008"]
     model = build_on_meta(load_recipe(folder / f"{kind}.yaml", data[kind]).model)
     part = Path("checkpoints", "step-0000008", PARTS[kind])
-    ours, theirs = read_weights(two / part, model), read_weights(one / part, model)
+    ours, theirs = read_weights(two / part), read_weights(one / part)
     assert ours.keys() == theirs.keys() == model.state_dict().keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 

@@ -37,7 +37,8 @@ loss:
 # A large epsilon, because Adam turns the rounding noise of gradients that are truly zero into steps of full size.
 optimizer: {lr: 1e-3, eps: 1e-3}
 schedule: {warmup_steps: 2}
-training: {steps: 8, global_batch_size: 8, precision: fp32, log_every: 1, validate_every: 4, checkpoint_every: 4}
+training: {steps: 8, global_batch_size: 8, precision: fp32, log_every: 1, validate_every: 4}
+checkpoint: {every: 4}
 data: {workers: 0}
 """
 
@@ -46,7 +47,8 @@ kind: gpt
 name: tiny_gpt
 model: {size: {width: 32, layers: 2, heads: 2}, vocab_size: 64, sequence_length: 8, num_classes: 5}
 optimizer: {lr: 3e-3, weight_decay: 0.05, decay: matrices, max_grad_norm: 1.0}
-training: {steps: 8, global_batch_size: 8, precision: fp32, log_every: 1, validate_every: 4, checkpoint_every: 4}
+training: {steps: 8, global_batch_size: 8, precision: fp32, log_every: 1, validate_every: 4}
+checkpoint: {every: 4}
 """
 
 

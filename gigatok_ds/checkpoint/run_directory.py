@@ -1,30 +1,81 @@
 """Training checkpoints of a run: `checkpoints/step-0001000/`, complete or ignored.
 
-Each is written into a `.partial` directory next to it and renamed when everything is on disk; the newest one is
-found by looking, so there is no `latest` file that could lie.
+A checkpoint is complete when its directory has that name and holds `state.json`, which is written last and lists every
+file with its SHA-256. The newest one is found by looking; the file `latest` beside them names it for people and scripts,
+is replaced after it is complete, and is never read here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from gigatok_ds.checkpoint.fragments import Snapshot
+from gigatok_ds.checkpoint.hashing import sha256
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
 
-_NAME = re.compile(r"^step-(\d{7,})$")
+FORMAT = "gigatok-ds-training/1"
 STATE_FILE = "state.json"
+LATEST_FILE = "latest"
+PARTIAL, REMOVED = ".partial", ".removed"
+_NAME = re.compile(r"^step-(\d{7,})$")
 
 
 class Saveable(Protocol):
-    def save(self, folder: Path) -> None: ...
+    def snapshot(self) -> Snapshot: ...
 
     def load(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What `state.json` says of a checkpoint.
+
+    The position in the data and all random streams follow from `step` and the recipe; `samples` were seen so far.
+    `metrics` are the validation figures of that step, if it was validated. `files` maps paths to SHA-256.
+    """
+
+    step: int
+    samples: int
+    parts: list[str]
+    world_size: int
+    tensor_size: int
+    stage: int
+    metrics: dict[str, float]
+    files: dict[str, str]
+
+    def to_json(self) -> str:
+        data = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps({**data, "sha256": _digest(data)}, indent=1) + "\n"
+
+
+def _digest(data: dict) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(folder: Path) -> State:
+    """Raises InputError when the checkpoint is incomplete or its state.json is damaged."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise InputError(f"{folder} is not a complete training checkpoint: it has no {STATE_FILE}")
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        said = data.pop("sha256")
+        if data.get("format") == FORMAT and said == _digest(data):
+            del data["format"]
+            return State(**data)
+        problem = f"its checksum is wrong, or it is not a {FORMAT}"
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = " ".join(str(error).split())[:160]
+    raise InputError(f"{path} is damaged ({problem}); remove {folder} to continue from an earlier checkpoint")
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -41,79 +92,46 @@ def complete_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def save_checkpoint(run_dir: Path, step: int, parts: Mapping[str, Saveable], topology: Topology, *,
-                    keep: int) -> None:
-    """Save every part (an engine each) for `step`; afterwards only the newest `keep` checkpoints remain.
-
-    Collective. A failure leaves the earlier checkpoints as they were and removes what was half-written. Raises
-    InputError when the disk is full or cannot be written to.
-    """
-    final = checkpoint_path(run_dir, step)
-    partial = final.with_name(final.name + ".partial")
-    if topology.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    topology.barrier()
-    try:
-        for name, part in parts.items():
-            part.save(partial / name)
-        topology.barrier()
-        if topology.is_first:
-            state = {"step": step, "parts": sorted(parts), "world_size": topology.world_size,
-                     "tensor_size": topology.tensor_size}
-            (partial / STATE_FILE).write_text(json.dumps(state) + "\n")
-            _flush(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(partial, final)
-            for _, old in complete_checkpoints(run_dir)[:-keep]:
-                shutil.rmtree(old)
-    except BaseException as error:
-        if topology.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-        if _is_write_failure(error):
-            reason = getattr(error, "strerror", None) or "writing failed, probably for lack of space"
-            raise InputError(f"the checkpoint of step {step} could not be written below {run_dir} ({reason}); earlier "
-                             "checkpoints are untouched: make room and run the same command again") from error
-        raise
-    topology.barrier()
-
-
-def _is_write_failure(error: BaseException) -> bool:
-    """Operating-system errors, and those of torch's zip writer, which hides them in a RuntimeError."""
-    hidden = ("PytorchStreamWriter", "inline_container")
-    return isinstance(error, OSError) or isinstance(error, RuntimeError) and any(word in str(error) for word in hidden)
-
-
-def load_checkpoint(folder: Path, parts: Mapping[str, Saveable], topology: Topology) -> int:
-    """Restore every part and return the step to continue after. Raises InputError when it does not fit this run."""
-    state = json.loads((folder / STATE_FILE).read_text())
-    if state["parts"] != sorted(parts):
-        raise InputError(f"{folder} holds {', '.join(state['parts'])}, but this recipe trains {', '.join(sorted(parts))}")
-    if (state["world_size"], state["tensor_size"]) != (topology.world_size, topology.tensor_size):
-        raise InputError(
-            f"{folder} was written by {state['world_size']} ranks with parallel.tensor={state['tensor_size']}; resume "
-            f"it so, not with {topology.world_size} ranks and parallel.tensor={topology.tensor_size}"
-        )
-    for name, part in parts.items():
-        part.load(folder / name)
-    return state["step"]
-
-
-def _flush(folder: Path) -> None:
-    """Force every file below `folder` to disk, so that the rename cannot overtake the data."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
 def newest_checkpoint(run_dir: Path) -> Path:
     """The newest complete checkpoint; InputError when the run has none."""
     found = complete_checkpoints(run_dir)
     if not found:
         raise InputError(f"{run_dir} holds no complete training checkpoint")
     return found[-1][1]
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a process that was killed left half-written or half-removed."""
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        if folder.name.endswith((PARTIAL, REMOVED)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def damaged_file(folder: Path, state: State, *, share: int = 0, of: int = 1) -> str | None:
+    """What is wrong with the first file that is not as it was written, or None; looks at every `of`-th file."""
+    for name in sorted(state.files)[share::of]:
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{folder / STATE_FILE} names {name!r}, which is outside of the checkpoint"
+        if not path.is_file():
+            return f"{path} is missing"
+        if sha256(path) != state.files[name]:
+            return f"{path} is damaged: its SHA-256 is not the one it was written with"
+    return None
+
+
+def load_checkpoint(folder: Path, parts: Mapping[str, Saveable], topology: Topology) -> int:
+    """Check every file, restore every part, and return the step to continue after. Collective.
+
+    It may have been written by any number of ranks, tensor ranks and at any ZeRO stage. Raises InputError when a file is
+    damaged or the checkpoint is of another kind of run.
+    """
+    state = read_state(folder)
+    if state.parts != sorted(parts):
+        raise InputError(f"{folder} holds {', '.join(state.parts)}, but this recipe trains {', '.join(sorted(parts))}")
+    problems = topology.gather_objects(damaged_file(folder, state, share=topology.rank, of=topology.world_size))
+    for problem in filter(None, problems):
+        raise InputError(f"{problem}; restore it from a copy, or remove {folder} to continue from an earlier checkpoint")
+    for name, part in parts.items():
+        part.load(folder / name)
+    return state.step

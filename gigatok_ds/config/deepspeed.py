@@ -263,9 +263,10 @@ def _refuse_harmful(settings: dict, source: str, recipe: Recipe) -> None:
     if zero["stage"] == 0 and half and tensor_ranks > 1:
         raise InputError(f"{source}: ZeRO stage 0 in {half} with tensor parallelism counts cut parameters of one rank "
                          f"only, and so clips by a wrong norm ({tensor_ranks} tensor ranks); use stage 1")
-    if (zero.get("offload_optimizer") or {}).get("device") == "nvme" and recipe.training.ema_decay is not None:
-        raise InputError(f"{source}: training.ema_decay is {recipe.training.ema_decay}, but the optimizer's weights are "
-                         "kept on NVMe, where they cannot be averaged; offload to the CPU, or set training.ema_decay=null")
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device") == "nvme":
+            raise InputError(f"{source}: zero_optimization.{key}.device is nvme, from where no checkpoint could be written; "
+                             "use cpu")
     if zero.get("offload_optimizer") and settings["zero_force_ds_cpu_optimizer"]:
         raise InputError(f"{source}: zero_force_ds_cpu_optimizer must be false: AdamW is torch's here")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from gigatok_ds.config.checkpoint import CheckpointConfig
 from gigatok_ds.config.location import check_cache
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
@@ -53,7 +54,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The loop: how long, how large a batch, in which precision, and how often it reports and saves.
+    """The loop: how long, how large a batch, in which precision, and how often it reports.
 
     `micro_batch_size` null puts the whole share of a data-parallel rank in one micro batch. `ema_decay` (the original's:
     0.9999; null: none) keeps a moving average of the trained model's weights, which is what is exported then. `compile`
@@ -69,13 +70,10 @@ class TrainingConfig:
     ema_decay: float | None = None
     log_every: int = 100
     validate_every: int = 5000
-    checkpoint_every: int = 5000
-    keep_checkpoints: int = 10
 
     def __post_init__(self):
         at_least(1, "training", steps=self.steps, global_batch_size=self.global_batch_size,
-                 micro_batch_size=self.micro_batch_size, log_every=self.log_every, validate_every=self.validate_every,
-                 checkpoint_every=self.checkpoint_every, keep_checkpoints=self.keep_checkpoints)
+                 micro_batch_size=self.micro_batch_size, log_every=self.log_every, validate_every=self.validate_every)
         if self.ema_decay is not None:
             probability("training", ema_decay=self.ema_decay)
 
@@ -196,6 +194,7 @@ class TokenizerRecipe:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: TokenizerParallelConfig = TokenizerParallelConfig()
     validation: ValidationConfig = ValidationConfig()
     monitor: TokenizerMonitorConfig = TokenizerMonitorConfig()
@@ -203,6 +202,7 @@ class TokenizerRecipe:
     def __post_init__(self):
         model, tensor = self.model, self.parallel.tensor
         _compiles_whole_layers(self.training, tensor)
+        _validates_what_it_judges(self.training, self.checkpoint)
         for side, size in (("encoder", model.encoder_size), ("decoder", model.decoder_size)):
             _divides(tensor, f"the {side}'s attention heads", size.heads)
         if self.parallel.sequence:
@@ -229,12 +229,14 @@ class GPTRecipe:
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.05, decay="matrices", max_grad_norm=1.0)
     schedule: ScheduleConfig = ScheduleConfig(kind="wsd")
     data: CodeDataConfig = field(default_factory=CodeDataConfig)
+    checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     monitor: MonitorConfig = MonitorConfig()
 
     def __post_init__(self):
         model, tensor = self.model, self.parallel.tensor
         _compiles_whole_layers(self.training, tensor)
+        _validates_what_it_judges(self.training, self.checkpoint)
         _divides(tensor, "the attention heads", model.transformer.heads)
         _divides(tensor, "the MLP's width", model.ffn_width)
         _divides(tensor, "model.vocab_size", model.vocab_size)
@@ -246,6 +248,12 @@ def _compiles_whole_layers(training: TrainingConfig, tensor: int) -> None:
     if training.compile != "none" and tensor > 1:
         raise InputError(f"training.compile is {training.compile}, which works on whole layers only, but "
                          f"parallel.tensor is {tensor}; set training.compile=none or parallel.tensor=1")
+
+
+def _validates_what_it_judges(training: TrainingConfig, checkpoint: CheckpointConfig) -> None:
+    if checkpoint.keep_best and checkpoint.every % training.validate_every:
+        raise InputError(f"checkpoint.every is {checkpoint.every}; with checkpoint.keep_best it must be a multiple of "
+                         f"training.validate_every, which is {training.validate_every}")
 
 
 def _divides(tensor: int, what: str, value: int) -> None:

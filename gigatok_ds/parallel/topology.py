@@ -90,6 +90,14 @@ class Topology:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather_objects(self, value) -> list:
+        """Every rank's `value` (any plain Python object), in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        found = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
 
 def _gather(tensor: Tensor, group: Any, size: int) -> Tensor:
     if size == 1:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from gigatok_ds.checkpoint.fragments import EMA, WEIGHTS, SavedEngine
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.checkpoint.run_directory import newest_checkpoint
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.errors import InputError
-from gigatok_ds.training.ema import has_ema, read_ema
-from gigatok_ds.training.engine import read_weights
 from gigatok_ds.training.run import RECIPE_FILE
 
 
@@ -29,10 +28,11 @@ def export_run(run_dir: Path, out: Path, *, choice: Literal["ema", "model"] | No
     checkpoint = newest_checkpoint(run_dir)
     part = "generator" if isinstance(recipe, TokenizerRecipe) else "gpt"
     network = build_on_meta(recipe.model)
-    choice = choice or ("ema" if has_ema(checkpoint / part) else "model")
-    weights = read_weights(checkpoint / part, network)
-    if choice == "ema":
-        weights |= read_ema(checkpoint / part, network)
+    saved = SavedEngine(checkpoint / part)
+    choice = choice or ("ema" if saved.has(EMA) else "model")
+    if choice == "ema" and not saved.has(EMA):
+        raise InputError(f"{checkpoint} holds no averaged weights: the run had training.ema_decay=null")
+    weights = saved.tensors(EMA if choice == "ema" else WEIGHTS)
     expected = network.state_dict()
     for name, tensor in expected.items():
         if name not in weights or weights[name].shape != tensor.shape:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigatok_ds.checkpoint.run_directory import complete_checkpoints, load_checkpoint, save_checkpoint
+from gigatok_ds.checkpoint.run_directory import complete_checkpoints, load_checkpoint, remove_leftovers
+from gigatok_ds.checkpoint.writer import CheckpointWriter
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
@@ -23,6 +24,9 @@ from gigatok_ds.training.monitor import NOT_FINITE, Monitor
 from gigatok_ds.training.schedules import lr_of_iteration
 from gigatok_ds.training.term_gradients import PREFIX, norms
 from gigatok_ds.training.watch import Watch, Watched, wandb_of
+
+# Files of the run directory that each checkpoint has a copy of, so that it explains itself.
+ATTACHMENTS = ("recipe.yaml", "deepspeed.json", "environment.json")
 
 
 class Task(Watched, Protocol):
@@ -54,10 +58,12 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
     """
     start = _resume(task, run_dir, topology, branch)
     if start < recipe.training.steps:
+        writer = CheckpointWriter(run_dir, recipe.checkpoint, topology, stage=next(iter(task.engines.values())).stage,
+                                  attachments=ATTACHMENTS)
         monitor = Monitor(run_dir, enabled=topology.is_first, total_steps=recipe.training.steps, start_step=start,
                           description=recipe.name, wandb=wandb_of(recipe, run_dir, topology))
-        with monitor:
-            _run_steps(recipe, task, run_dir, topology, accumulation, start, monitor)
+        with monitor, writer:
+            _run_steps(recipe, task, run_dir, topology, accumulation, start, monitor, writer)
     probe = task.probe()
     if topology.is_first:
         scratch = run_dir / "probe.partial.npz"
@@ -66,12 +72,14 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
 
 
 def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int, start: int,
-               monitor: Monitor) -> None:
+               monitor: Monitor, writer: CheckpointWriter) -> None:
     settings = recipe.training
     batches = task.micro_batches(start)
     window, told_memory = Window(), False
     watch = Watch(recipe, task, run_dir, topology, monitor, start)
     for step in range(start + 1, settings.steps + 1):
+        writer.check()
+        figures: dict[str, float] = {}
         last = step == settings.steps
         lr = lr_of_iteration(recipe.schedule, recipe.optimizer.lr, settings.steps, step - 1)
         for micro in range(accumulation):
@@ -92,11 +100,12 @@ def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, ac
         if step % settings.validate_every == 0 or last:
             with watch.paused():
                 figures = task.validate(step)
+                _refuse_unknown_metric(recipe.checkpoint.best_metric, figures)
                 monitor.log(step, {f"validation/{name}": value for name, value in figures.items()})
                 watch.show(step)
-        if step % settings.checkpoint_every == 0 or last:
+        if step % recipe.checkpoint.every == 0 or last:
             with watch.paused():
-                save_checkpoint(run_dir, step, task.engines, topology, keep=settings.keep_checkpoints)
+                writer.save(step, step * settings.global_batch_size, task.engines, figures)
 
 
 class Window:
@@ -122,6 +131,8 @@ class Window:
 
 def _resume(task: Task, run_dir: Path, topology: Topology, branch: Path | None) -> int:
     """Load the newest checkpoint that the first rank sees, or that of another run, on all ranks; 0 when there is none."""
+    if topology.is_first:
+        remove_leftovers(run_dir)
     found = complete_checkpoints(run_dir)
     newest = topology.from_first(str(found[-1][1] if found else branch) if found or branch else None)
     if newest is None:
@@ -130,6 +141,11 @@ def _resume(task: Task, run_dir: Path, topology: Topology, branch: Path | None) 
     if topology.is_first:
         print(f"resuming from {newest}", file=sys.stderr)
     return step
+
+
+def _refuse_unknown_metric(name: str | None, figures: dict[str, float]) -> None:
+    if name is not None and name not in figures:
+        raise InputError(f"checkpoint.best_metric is {name}, which is not measured; measured are {', '.join(sorted(figures))}")
 
 
 def _refuse_non_finite(values: dict[str, float], step: int) -> None:

@@ -1,0 +1,237 @@
+"""The saved state of one network under an optimizer, spread over files as it was spread over ranks, readable by any layout.
+
+A folder holds `engine.json`, which describes every tensor, and per tensor rank
+
+    tensor-TTT-data-DDDDD.safetensors   a data rank's part of each flattened parameter: float32 weights, both Adam
+                                        moments, and the moving average where there is one, as `KIND/NAME`
+    whole-tensor-TTT.safetensors        what data ranks share: buffers and frozen parameters, by name
+
+A part says at which element of the flattened parameter it starts, so parts of any ZeRO stage and any number of ranks fit
+together again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gigatok_ds.checkpoint.hashing import synced_sha256
+from gigatok_ds.errors import InputError
+from gigatok_ds.parallel.sharding import Shard
+
+WEIGHTS, MOMENTS, EMA = "weights", ("exp_avg", "exp_avg_sq"), "ema"
+DESCRIPTION_FILE = "engine.json"
+_STARTS = "starts"
+_MAPPED_BYTES = 512 * 1024**2
+
+
+class Fragment(NamedTuple):
+    """Part of a flattened parameter: float32 `values` (n,) from element `start` on."""
+
+    start: int
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a saved network was spread: what `engine.json` holds.
+
+    `parameters` gives each trained parameter's shape on one tensor rank; `cuts` says how those that are not alike on all
+    tensor ranks are cut. `adam_steps` counts the updates of each parameter, and `counters` are the engine's own numbers.
+    """
+
+    tensor_size: int
+    data_size: int
+    parameters: dict[str, list[int]]
+    cuts: dict[str, Shard]
+    kinds: list[str]
+    adam_steps: dict[str, int]
+    counters: dict[str, float]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        data = json.loads(text)
+        return cls(**{**data, "cuts": {name: Shard(**cut) for name, cut in data["cuts"].items()}})
+
+    def numel(self, name: str) -> int:
+        """Elements of a parameter on one tensor rank."""
+        return math.prod(self.parameters[name])
+
+
+@dataclass(kw_only=True)
+class Snapshot:
+    """What one rank writes down of a network: copies in host memory, by kind and parameter name."""
+
+    tensor_rank: int
+    data_rank: int
+    layout: Layout
+    fragments: dict[str, dict[str, Fragment]]
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Write this rank's files below `folder`, and return the SHA-256 of each by its name."""
+        folder.mkdir(parents=True, exist_ok=True)
+        place = f"tensor-{self.tensor_rank:03d}"
+        starts = {f"{kind}/{name}": part.start for kind, parts in self.fragments.items() for name, part in parts.items()}
+        values = {f"{kind}/{name}": part.values for kind, parts in self.fragments.items() for name, part in parts.items()}
+        files = {f"{place}-data-{self.data_rank:05d}.safetensors": (values, {_STARTS: json.dumps(starts)})}
+        if self.data_rank == 0:
+            files[f"whole-{place}.safetensors"] = (self.whole, None)
+        for name, (tensors, metadata) in files.items():
+            save_file(tensors, folder / name, metadata=metadata)
+        if (self.tensor_rank, self.data_rank) == (0, 0):
+            (folder / DESCRIPTION_FILE).write_text(self.layout.to_json(), encoding="utf-8")
+            files[DESCRIPTION_FILE] = None
+        return {name: synced_sha256(folder / name) for name in files}
+
+
+class SavedEngine:
+    """A folder that the `Snapshot`s of all ranks were written to. Tensors are read when they are asked for.
+
+    Raises InputError, here and later, when a file is missing, damaged or does not fit the others.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = folder / DESCRIPTION_FILE
+        try:
+            self.layout = Layout.from_json(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{folder} holds no training state: it has no {DESCRIPTION_FILE}") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:160]})") from None
+        self._files = _OpenFiles()
+        self._places: dict[int, dict[str, list[tuple[int, Path]]]] = {}
+
+    def has(self, kind: str) -> bool:
+        return kind in self.layout.kinds
+
+    def tensors(self, kind: str = WEIGHTS) -> Mapping[str, Tensor]:
+        """The whole network's state_dict, each tensor read when asked for: parameters of that kind, float32, and buffers."""
+        return _Tensors(self, kind)
+
+    def shape(self, name: str) -> list[int]:
+        """Of a whole parameter."""
+        local, cut = self.layout.parameters[name], self.layout.cuts.get(name)
+        return cut.full_shape(torch.Size(local), self.layout.tensor_size) if cut else local
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """A whole parameter, or what Adam or the average has for it."""
+        cut, numel = self.layout.cuts.get(name), self.layout.numel(name)
+        ranks = range(self.layout.tensor_size if cut else 1)
+        parts = [self._range(rank, kind, name, 0, numel).reshape(self.layout.parameters[name]) for rank in ranks]
+        return cut.join(parts) if cut else parts[0]
+
+    def read_range(self, kind: str, name: str, start: int, stop: int, *, tensor_rank: int, tensor_size: int) -> Tensor:
+        """Elements of the flattened parameter as tensor rank `tensor_rank` of `tensor_size` holds it: (stop - start,)."""
+        cut = self.layout.cuts.get(name)
+        if cut is None or tensor_size == self.layout.tensor_size:  # of a replica, every rank's part is the same
+            return self._range(tensor_rank if cut else 0, kind, name, start, stop)
+        return cut.cut(self.read(kind, name), tensor_rank, tensor_size).flatten()[start:stop]
+
+    def read_whole(self, name: str, *, tensor_rank: int = 0, tensor_size: int = 1) -> Tensor:
+        """A buffer or frozen parameter as that tensor rank holds it."""
+        files = [self.folder / f"whole-tensor-{rank:03d}.safetensors" for rank in range(self.layout.tensor_size)]
+        cut = self.layout.cuts.get(name)
+        if cut is None:
+            return self._files.read(files[0], name)
+        return cut.cut(cut.join([self._files.read(file, name) for file in files]), tensor_rank, tensor_size)
+
+    def whole_names(self) -> list[str]:
+        return self._files.names(self.folder / "whole-tensor-000.safetensors")
+
+    def _range(self, tensor_rank: int, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements from `start` to `stop` of what a saved tensor rank holds, from the parts of its data ranks."""
+        parts, expected, key = [], start, f"{kind}/{name}"
+        for begin, path in self._index(tensor_rank).get(key, ()):
+            size = self._files.numel(path, key)
+            if begin + size <= expected or begin >= stop:
+                continue
+            if begin > expected:
+                break
+            parts.append(self._files.read(path, key, expected - begin, min(stop - begin, size)))
+            expected = begin + size
+        if expected < stop:
+            raise InputError(f"{self.folder}: elements from {expected} on of {kind} of {name} are missing")
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def _index(self, tensor_rank: int) -> dict[str, list[tuple[int, Path]]]:
+        """Where each tensor's parts start, and in which files, in order."""
+        if tensor_rank not in self._places:
+            found: dict[str, list[tuple[int, Path]]] = {}
+            for data_rank in range(self.layout.data_size):
+                path = self.folder / f"tensor-{tensor_rank:03d}-data-{data_rank:05d}.safetensors"
+                for key, start in self._files.starts(path).items():
+                    found.setdefault(key, []).append((start, path))
+            self._places[tensor_rank] = {key: sorted(parts) for key, parts in found.items()}
+        return self._places[tensor_rank]
+
+
+class _Tensors(Mapping[str, Tensor]):
+    def __init__(self, saved: SavedEngine, kind: str):
+        self._saved, self._kind = saved, kind
+        self._whole = saved.whole_names()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._saved.layout.parameters:
+            return self._saved.read(self._kind, name)
+        if name in self._whole:
+            return self._saved.read_whole(name)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._saved.layout.parameters
+        yield from self._whole
+
+    def __len__(self) -> int:
+        return len(self._saved.layout.parameters) + len(self._whole)
+
+
+class _OpenFiles:
+    """Open safetensors files. What was read stays mapped, and counts as memory, until they are closed: now and then."""
+
+    def __init__(self):
+        self._open: dict[Path, object] = {}
+        self._sizes: dict[tuple[Path, str], int] = {}
+        self._read = 0
+
+    def read(self, path: Path, key: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        """A whole tensor, or elements of a flat one: a copy."""
+        value = self._of(path, lambda file: file.get_tensor(key) if start is None else file.get_slice(key)[start:stop])
+        self._read += value.nbytes
+        value = value.clone()
+        if self._read > _MAPPED_BYTES:
+            self._open.clear()
+            self._read = 0
+        return value
+
+    def names(self, path: Path) -> list[str]:
+        return list(self._of(path, lambda file: file.keys()))
+
+    def starts(self, path: Path) -> dict[str, int]:
+        return self._of(path, lambda file: json.loads(file.metadata()[_STARTS]))
+
+    def numel(self, path: Path, key: str) -> int:
+        if (path, key) not in self._sizes:
+            self._sizes[path, key] = math.prod(self._of(path, lambda file: file.get_slice(key).get_shape()))
+        return self._sizes[path, key]
+
+    def _of(self, path: Path, ask: Callable):
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt").__enter__()
+            return ask(self._open[path])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is missing or damaged ({' '.join(str(error).split())[:160]})") from None

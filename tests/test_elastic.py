@@ -1,0 +1,159 @@
+"""A checkpoint of any layout continues at any other, as if nothing had happened.
+
+Some pairs of layouts always; all of them with `pytest -m slow tests/test_elastic.py`.
+"""
+
+import shutil
+
+import pytest
+import torch
+from layout_runs import PARTS, Layout, LayoutRuns, train_on_a_rank, use_stand_ins
+from rank_runs import run_ranks
+from saved_runs import read_everything
+from training_runs import of_the_machine
+
+from gigatok_ds.config.deepspeed import zero_settings
+from gigatok_ds.training.monitor import read_metrics
+
+SAVED, STEPS = 3, 6
+MORE = [f"training.steps={STEPS}", "checkpoint.every=3", "training.ema_decay=0.8", "training.validate_every=6"]
+LAYOUTS = {
+    "gpt": [Layout(), Layout(data=2, stage=1), Layout(tensor=2, stage=3), Layout(data=2, stage=3), Layout(tensor=2, data=2, stage=2),
+            Layout(tensor=2, data=2, stage=3)],
+    "tokenizer": [Layout(stage=1), Layout(data=2, stage=3), Layout(tensor=2, data=2, stage=3)],
+}
+PAIRS = [(kind, one, other) for kind, layouts in LAYOUTS.items() for one in layouts for other in layouts if one != other]
+ALWAYS = [("gpt", LAYOUTS["gpt"][a], LAYOUTS["gpt"][b]) for a, b in ((5, 0), (0, 5), (1, 2), (2, 3), (3, 4), (4, 1))] + [
+    ("tokenizer", LAYOUTS["tokenizer"][a], LAYOUTS["tokenizer"][b]) for a, b in ((2, 0), (0, 2), (1, 2))]
+
+
+class Runs:
+    """A run of each layout, and its continuations from the third step at others."""
+
+    def __init__(self, folder):
+        self.runs, self.folder = LayoutRuns(folder), folder
+
+    def train(self, kind, layout, out):
+        settings = zero_settings(layout.stage)
+        if layout.stage == 3:
+            # Otherwise parameters as small as these stay whole, and nothing of ZeRO-3 is tested.
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        run_ranks(train_on_a_rank, layout.tensor * layout.data, self.runs.recipe(kind, layout, *MORE), out, settings)
+        return out
+
+    def whole(self, kind, layout):
+        out = self.folder / f"{kind}-{layout}"
+        return out if out.exists() else self.train(kind, layout, out)
+
+    def continued(self, kind, layout, other):
+        out = self.folder / f"{kind}-{layout}-at-{other}"
+        if not out.exists():
+            shutil.copytree(self.whole(kind, layout), out)
+            shutil.rmtree(out / "checkpoints" / f"step-{STEPS:07d}")
+            self.train(kind, other, out)
+        return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("elastic"))
+
+
+def engine_folders(out, step):
+    return [path.parent for path in sorted((out / "checkpoints" / f"step-{step:07d}").glob("*/engine.json"))]
+
+
+def figures(out):
+    """What was logged at the steps after the checkpoint."""
+    return [{name: value for name, value in line.items() if not of_the_machine(name)}
+            for line in read_metrics(out) if line["step"] > SAVED]
+
+
+def assert_continues(runs, kind, layout, other):
+    """The state is the same after the hand-over, and three steps on as in the run that went on at its own layout.
+
+    To 1e-5 of a loss (or of 0.1, if that is more) and 1e-5 of a tensor's largest weight: other layouts add in another
+    order.
+    """
+    whole, continued = runs.whole(kind, layout), runs.continued(kind, layout, other)
+    for mine, theirs in zip(figures(continued), figures(whole), strict=True):
+        for name in theirs.keys() - {"step"}:
+            if not name.startswith(("grad_norm", "term_grad")):
+                assert abs(mine[name] - theirs[name]) <= 1e-5 * max(abs(theirs[name]), 0.1), (mine["step"], name)
+    for ours, theirs in zip(engine_folders(continued, STEPS), engine_folders(whole, STEPS), strict=True):
+        (tensors, steps), (expected, expected_steps) = read_everything(ours), read_everything(theirs)
+        assert tensors.keys() == expected.keys() and steps == expected_steps
+        for name, value in expected.items():
+            if value.is_floating_point():
+                difference = (tensors[name] - value).abs().max() / value.abs().max().clamp(min=0.01)
+                assert difference <= 1e-5, (ours.name, name)
+
+
+@pytest.mark.parametrize("kind, layout, other", ALWAYS, ids=str)
+def test_some_layouts_continue_at_some_others(runs, kind, layout, other):
+    assert_continues(runs, kind, layout, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, layout, other", [pair for pair in PAIRS if pair not in ALWAYS], ids=str)
+def test_every_layout_continues_at_every_other(runs, kind, layout, other):
+    assert_continues(runs, kind, layout, other)
+
+
+def load_and_save(recipe, source, out, settings):
+    """Hand the state of a checkpoint to a run of another layout, and have it written at once, without a step."""
+    from gigatok_ds.checkpoint.run_directory import load_checkpoint
+    from gigatok_ds.checkpoint.writer import CheckpointWriter
+    from gigatok_ds.config.deepspeed import resolve_deepspeed
+    from gigatok_ds.parallel.topology import start_process_group
+    from gigatok_ds.training.run import _task
+
+    use_stand_ins()
+    topology = start_process_group(tensor_size=recipe.parallel.tensor, sequence_parallel=recipe.parallel.sequence)
+    settings, _ = resolve_deepspeed(settings, recipe, data_parallel_size=topology.data_size)
+    task = _task(recipe)(recipe, topology, settings)
+    step = load_checkpoint(source, task.engines, topology)
+    with CheckpointWriter(out, recipe.checkpoint, topology, stage=0) as writer:
+        writer.save(step, 0, task.engines, {})
+    return {name: {key: value.clone() for key, value in engine.network.state_dict().items()
+                   if isinstance(value, torch.Tensor)} for name, engine in task.engines.items()} if settings[
+                       "zero_optimization"]["stage"] < 3 else None
+
+
+@pytest.mark.parametrize("kind, layout, other", [
+    ("gpt", LAYOUTS["gpt"][5], LAYOUTS["gpt"][1]), ("gpt", LAYOUTS["gpt"][0], LAYOUTS["gpt"][5]),
+    ("gpt", LAYOUTS["gpt"][3], LAYOUTS["gpt"][3]), ("tokenizer", LAYOUTS["tokenizer"][2], LAYOUTS["tokenizer"][0]),
+], ids=str)
+def test_nothing_changes_by_being_handed_over(runs, kind, layout, other, tmp_path):
+    """Weights, both moments, averages, buffers and counts of updates: bit for bit, whatever the layouts."""
+    source = runs.whole(kind, layout) / "checkpoints" / f"step-{SAVED:07d}"
+    networks = run_ranks(load_and_save, other.tensor * other.data, runs.runs.recipe(kind, other, *MORE), source, tmp_path,
+                         zero_settings(other.stage))
+    handed = engine_folders(tmp_path, SAVED)
+    assert [folder.name for folder in handed] == sorted([PARTS[kind]] + ["discriminator"] * (kind == "tokenizer"))[: len(handed)]
+    for ours in handed:
+        theirs = source / ours.name
+        (tensors, steps), (expected, expected_steps) = read_everything(ours), read_everything(theirs)
+        assert steps == expected_steps and max(steps.values()) > 0 or ours.name == "discriminator"
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+        if other.tensor == 1 and networks[0] is not None:
+            # What the network computes with, too.
+            assert all(torch.equal(value, expected.get(("weights", name), expected.get(("whole", name))))
+                       for name, value in networks[0][ours.name].items())
+
+
+@pytest.mark.parametrize("kind, layout", [("gpt", LAYOUTS["gpt"][5]), ("tokenizer", LAYOUTS["tokenizer"][2])], ids=str)
+def test_the_same_layout_continues_bit_for_bit(runs, kind, layout):
+    whole, continued = runs.whole(kind, layout), runs.continued(kind, layout, layout)
+    assert figures(continued) == figures(whole)
+    for ours, theirs in zip(engine_folders(continued, STEPS), engine_folders(whole, STEPS), strict=True):
+        for path in sorted(theirs.iterdir()):
+            assert (ours / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_pairs_train(runs):
+    """Otherwise all of this would compare things that stand still."""
+    for kind, layouts in LAYOUTS.items():
+        lines = [line for line in figures(runs.whole(kind, layouts[0])) if "loss" in line]
+        assert len({line["loss"] for line in lines}) == STEPS - SAVED
