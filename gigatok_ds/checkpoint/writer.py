@@ -53,11 +53,11 @@ class CheckpointWriter:
     def __exit__(self, kind, *_) -> None:
         if kind is None:
             self.finish()
-        elif self._all:
-            self._all.thread.join(LAST_WAIT_SECONDS)
-            self._abandon()
         elif self._own:
             self._own.thread.join()
+            if self._all and not self._own.error:
+                self._all.thread.join(LAST_WAIT_SECONDS)
+            self._abandon()
 
     def save(self, step: int, samples: int, parts: Mapping[str, Saveable], metrics: Mapping[str, float]) -> None:
         """Save every part. Collective. When asynchronous, returns after copying, once an earlier save is finished.
