@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from layout_runs import PARTS, Layout, LayoutRuns, train_on_a_rank, use_stand_ins
+from layout_runs import Layout, LayoutRuns, train_on_a_rank, use_stand_ins
 from rank_runs import run_ranks
 from saved_runs import read_everything
 from training_runs import of_the_machine

@@ -15,7 +15,6 @@ import time
 import numpy as np
 import pytest
 import torch
-
 from small_models import small_tokenizer
 from test_code_sources import ALONE
 from test_shards import CLASSES, samples, tree, write

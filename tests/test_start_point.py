@@ -6,17 +6,17 @@ from layout_runs import Layout, LayoutRuns, train_on_a_rank
 from rank_runs import run_ranks
 from saved_runs import read_weights
 
-from gigatok_ds.checkpoint import start_point
 from gigatok_ds.checkpoint.fragments import SavedEngine
 from gigatok_ds.checkpoint.original import build_on_meta
-from gigatok_ds.checkpoint.start_point import write_start_point
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.training import start_point
 from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.training.start_point import write_start_point
 
 MORE = ["training.steps=2", "checkpoint.every=2", "training.validate_every=2", "training.ema_decay=0.5"]
 

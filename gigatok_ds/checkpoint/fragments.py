@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gigatok_ds.checkpoint.hashing import synced_sha256
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import synced_sha256
 from gigatok_ds.parallel.sharding import Shard
 
 WEIGHTS, MOMENTS, EMA = "weights", ("exp_avg", "exp_avg_sq"), "ema"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Protocol
 
 from gigatok_ds.checkpoint.fragments import Snapshot
-from gigatok_ds.checkpoint.hashing import sha256
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import sha256
 from gigatok_ds.parallel.topology import Topology
 
 FORMAT = "gigatok-ds-training/1"

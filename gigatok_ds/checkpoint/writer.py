@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gigatok_ds.checkpoint.fragments import Snapshot
-from gigatok_ds.checkpoint.hashing import sync_folder, synced_sha256
 from gigatok_ds.checkpoint.retention import discard, prune
 from gigatok_ds.checkpoint.run_directory import (
     LATEST_FILE,
@@ -26,8 +25,8 @@ from gigatok_ds.checkpoint.run_directory import (
     checkpoint_path,
 )
 from gigatok_ds.config.checkpoint import CheckpointConfig
-from gigatok_ds.data.index import write_atomically
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import sync_folder, synced_sha256, write_atomically
 from gigatok_ds.parallel.topology import Topology
 
 POLL_SECONDS = 0.05

@@ -30,18 +30,17 @@ from gigatok_ds.data.codes import (
     metadata_bytes,
 )
 from gigatok_ds.data.index import (
-    Contents,
     INDEX_FILE,
     TABLE_FILE,
+    Contents,
     build_table,
     describe_shard,
-    write_atomically,
     write_index,
-    written_aside,
 )
 from gigatok_ds.data.shards import new_directory, write_tar
 from gigatok_ds.data.tar_scan import Entry, scan_tar
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically, written_aside
 from gigatok_ds.parallel.launched import LaunchedRank
 
 PATIENCE = 1800.0  # seconds without any change in the directory after which the first rank stops waiting for the others

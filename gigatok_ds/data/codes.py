@@ -15,13 +15,14 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from gigatok_ds.data.index import ShardIndex, write_atomically
+from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import TrainingBatches, address_fields
 from gigatok_ds.data.reader import SampleAddress
 from gigatok_ds.data.remote import open_shards, read_beside
 from gigatok_ds.data.shard_cache import ShardCache
 from gigatok_ds.data.shards import Record, ShardSet, new_directory, write_tars
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically
 from gigatok_ds.streams import numpy_stream
 
 FORMAT = "gigatok-ds-codes/1"

@@ -13,15 +13,13 @@ import io
 import json
 import logging
 import os
-import tempfile
 import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +27,7 @@ from tqdm import tqdm
 from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically
 
 FORMAT = "gigatok-ds-shards/2"
 OPEN_SHARDS = 128  # files held open at once by one index in one process; far below the usual limit of 1024
@@ -85,31 +84,6 @@ def write_index(directory: Path, contents: Contents) -> None:
                    "shards": [dataclasses.asdict(shard) for shard in shards]}
     write_atomically(directory / TABLE_FILE, data)
     write_atomically(directory / INDEX_FILE, (json.dumps(description, indent=1) + "\n").encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or absent (or as it was)."""
-    with written_aside(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` at the end, whole even after a power failure, or is removed.
-
-    Of a process that is killed a hidden file stays, named `path.name` between dots.
-    """
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
 
 
 class Contents(NamedTuple):

@@ -24,9 +24,7 @@ from gigatok_ds.data.index import (
     Shard,
     build_table,
     describe_shard,
-    write_atomically,
     write_index,
-    written_aside,
 )
 from gigatok_ds.data.shards import Record, ShardSet, unused, write_tar
 from gigatok_ds.data.sources import Source, SourceImage
@@ -34,6 +32,7 @@ from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_
 from gigatok_ds.data.transforms import decode_image, open_image, resize_short_side
 from gigatok_ds.data.workers import in_processes
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically, written_aside
 from gigatok_ds.streams import numpy_stream
 
 PLAN_FILE = "packing.json"  # stays, and says where the shards came from

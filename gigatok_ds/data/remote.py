@@ -28,15 +28,14 @@ from gigatok_ds.data.index import (
     ShardIndex,
     load_index,
     scan_shards,
-    write_atomically,
     write_index,
-    written_aside,
 )
 from gigatok_ds.data.shard_cache import ShardCache, lock_of, locked
 from gigatok_ds.data.shard_files import INDEX_FILE, TABLE_FILE
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
 from gigatok_ds.data.transports import Missing, Unreachable, beside, persistently, transport_of
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically, written_aside
 
 _FEW = 2  # attempts where there is an earlier copy to go on with
 _AT_ONCE = 16  # tars whose sizes are asked for

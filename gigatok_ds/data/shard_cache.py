@@ -19,7 +19,6 @@ from gigatok_ds.data.index import Shard
 from gigatok_ds.data.tar_scan import safe_key
 from gigatok_ds.errors import InputError
 
-
 _MARK = ".copies-of-remote-shards"  # in the directories that are ours: beside them the user may keep what he likes
 
 

@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from gigatok_ds.data.index import write_atomically
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically
 from gigatok_ds.parallel.topology import Topology
 
 DATA_FILE = "data.json"

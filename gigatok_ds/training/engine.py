@@ -73,7 +73,7 @@ class Engine:
         self._tells_norm = self.stage > 0 or settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
         self._norm: float | None = None
         check_spread(network, topology, deepspeed.zero.GatheredParameters)
-        self._state = LiveState(self._engine, self.stage, topology)
+        self._state = LiveState(self._engine, self.stage, topology, whole)
         self.ema = None if ema_decay is None else ShardedEMA(ema_decay, self._state.fragments)
 
     @property

@@ -6,10 +6,10 @@ of one data rank. `Place` says where; `checkpoint.fragments` says how it is writ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +41,9 @@ class Place(NamedTuple):
 class LiveState:
     """The state of one DeepSpeed engine: views of it, copies of it, and putting it back."""
 
-    def __init__(self, engine, stage: int, topology: Topology):
+    def __init__(self, engine, stage: int, topology: Topology, whole: Callable[..., AbstractContextManager]):
+        """whole: a context in which a parameter that data ranks share out is whole, and may be changed on the first."""
+        self._whole_parameter = whole
         self._engine, self._stage, self._topology = engine, stage, topology
         self._network: nn.Module = engine.module
         self._trained = {name: parameter for name, parameter in self._network.named_parameters() if parameter.requires_grad}
@@ -59,7 +61,7 @@ class LiveState:
             kinds[moment] = {name: _copied(place, self._moment(place, moment)) for name, place in places.items()}
         if ema is not None:
             kinds[EMA] = {name: Fragment(start, values.to("cpu", copy=True)) for name, (start, values) in ema.items()}
-        whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in self._whole(write=False)}
+        whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in self._whole()}
         return Snapshot(tensor_rank=self._topology.tensor_rank, data_rank=self._topology.data_rank,
                         layout=self._layout(list(kinds), whole), fragments=kinds, whole=whole)
 
@@ -80,7 +82,7 @@ class LiveState:
         for name, (start, values) in (ema or {}).items():
             values.copy_(saved.read_range(EMA if saved.has(EMA) else WEIGHTS, name, start, start + len(values),
                                           tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size))
-        for name, value in self._whole(write=True):
+        for name, value in self._whole():
             value.copy_(saved.read_whole(name, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size))
         self._refresh()
         self._set_counters(saved.layout.counters)
@@ -139,13 +141,12 @@ class LiveState:
             state |= {"step": torch.zeros(())} | {moment: torch.zeros_like(place.holder) for moment in MOMENTS}
         return state
 
-    def _whole(self, *, write: bool):
-        """Buffers and frozen parameters, which data ranks share, by name. Changes reach all data ranks with `write`."""
+    def _whole(self):
+        """Buffers and frozen parameters, which are alike on all data ranks, by name."""
         for name, value in self._network.state_dict(keep_vars=True).items():
             if name in self._trained or not isinstance(value, Tensor):
                 continue
-            # A rank within the data group, unlike DeepSpeed's other ranks.
-            with deepspeed.zero.GatheredParameters(value, modifier_rank=0 if write else None, enabled=hasattr(value, "ds_id")):
+            with self._whole_parameter(value, enabled=hasattr(value, "ds_id")):
                 yield name, value
 
     def _layout(self, kinds: list[str], whole: Mapping[str, Tensor]) -> Layout:
