@@ -23,16 +23,24 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
 
     Of a process that is killed a hidden file stays, named `path.name` between dots.
     """
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with scratch_beside(path) as scratch, open(scratch, "wb") as file:
+        yield file
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """A path to write a file at that becomes `path` at the end, once it is on the disk, or is removed."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    scratch = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
+        yield scratch
+        with open(scratch, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
+        scratch.chmod(0o644)
         os.replace(scratch, path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 
@@ -48,8 +56,8 @@ def synced_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sync_folder(path: Path) -> None:
-    """Put a directory's own entries on the disk."""
+def sync(path: Path) -> None:
+    """Put a file, or a directory's own entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

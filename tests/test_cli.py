@@ -39,8 +39,9 @@ OPTIONS = {
     "doctor": {"--build"},
     "check-cluster": {"--hostfile", "--out", "--recipe", "--timeout", "--no-allreduce"},
     "train": {"recipe", "overrides", "--out", "--branch-from", "--tp", "--zero", "--deepspeed"},
-    "export": {"run_dir", "--out", "--weights"},
-    "import-gigatok": {"file", "overrides", "--recipe", "--out", "--weights"},
+    "convert": {"source", "out", "overrides", "--to", "--recipe", "--weights", "--step", "--dtype", "--fresh", "--verify",
+                "--overwrite"},
+    "inspect": {"path", "--check", "--json"},
     "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--samples-per-shard", "--workers",
                       "--device", "--from-npy", "--codebook-size"},
     "reconstruct": {"tokenizer", "images", "--out", "--device"},
@@ -109,26 +110,26 @@ def test_images_to_shards_to_codes_and_reconstructions(models, photos, tmp_path,
     assert sorted(p.name for p in (tmp_path / "rec").rglob("*.png")) == ["0.png"] * 2 + ["1.png"] * 2 + ["2.png"] * 2
 
 
-def test_import_gigatok_needs_the_right_recipe_and_leaves_nothing_behind(tmp_path, capsys):
+def test_a_pt_needs_the_right_recipe_and_leaves_nothing_behind(tmp_path, capsys):
     tokenizer = small_tokenizer()
-    torch.save({"model": to_original(tokenizer.config, tokenizer.state_dict())}, tmp_path / "t.pt")
+    torch.save({"model": dict(to_original(tokenizer.config, tokenizer.state_dict()))}, tmp_path / "t.pt")
     out = tmp_path / "out"
-    assert "does not fit this recipe" in refused(capsys, "import-gigatok", tmp_path / "t.pt", "--recipe", "VQ_SS256",
-                                                "--out", out)
-    assert "VQ_SS256" in refused(capsys, "import-gigatok", tmp_path / "t.pt", "--recipe", "VQ_SS25", "--out", out)
-    assert "has no ema weights" in refused(capsys, "import-gigatok", tmp_path / "t.pt", "--recipe", "VQ_SS256",
-                                           "--weights", "ema", "--out", out)
+    assert "it is not of this model" in refused(capsys, "convert", tmp_path / "t.pt", out, "--recipe", "VQ_SS256")
+    assert "VQ_SS256" in refused(capsys, "convert", tmp_path / "t.pt", out, "--recipe", "VQ_SS25")
+    assert "give --recipe" in refused(capsys, "convert", tmp_path / "t.pt", out)
+    assert "has no ema weights" in refused(capsys, "convert", tmp_path / "t.pt", out, "--recipe", "VQ_SS256",
+                                           "--weights", "ema")
     assert not out.exists()
 
 
-def test_import_gigatok_reads_variants_of_a_recipe(tmp_path, capsys):
+def test_a_pt_may_be_of_variants_of_a_recipe(tmp_path, capsys):
     (tmp_path / "gpt.yaml").write_text(GPT)
     gpt = small_gpt(sequence_length=9, positions="rope_2d", conditioning="simple_adaln")
     torch.save({"model": gpt.state_dict()}, tmp_path / "g.pt")
-    command = ["import-gigatok", tmp_path / "g.pt", "--recipe", tmp_path / "gpt.yaml", "--out", tmp_path / "out"]
-    assert "adaLN" in refused(capsys, *command, "model.sequence_length=9", "model.positions=rope_2d")
-    assert run(capsys, *command, "model.sequence_length=9", "model.positions=rope_2d",
-               "model.conditioning=simple_adaln")[0] == 0
+    command = ["convert", tmp_path / "g.pt", tmp_path / "out", "model.sequence_length=9", "model.positions=rope_2d"]
+    recipe = ["--recipe", tmp_path / "gpt.yaml"]
+    assert "adaLN" in refused(capsys, *command, *recipe)
+    assert run(capsys, *command, "model.conditioning=simple_adaln", *recipe, "--verify")[0] == 0
     codes, classes = torch.arange(16).view(2, 8), torch.tensor([0, 5])
     gpt.requires_grad_(False)  # as a loaded one; torch takes other products for what it will differentiate
     assert torch.equal(load_gpt(tmp_path / "out")(codes, classes), gpt(codes, classes))
@@ -151,7 +152,7 @@ def test_bad_input_is_one_line(models, photos, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
     assert "optimizer" in refused(capsys, "train", "demo_tokenizer", "optimiser.lr=1", "--out", tmp_path / "r")
     assert "data.train is not set" in refused(capsys, "train", "demo_tokenizer", "--out", tmp_path / "r")
-    assert "is not a training run" in refused(capsys, "export", tmp_path, "--out", tmp_path / "e")
+    assert "is not a standalone checkpoint" in refused(capsys, "convert", tmp_path, tmp_path / "e")
     assert "unknown crops" in refused(capsys, "extract-codes", tokenizer, tmp_path, "--out", tmp_path / "c",
                                       "--crops", "twelve")
     assert not (tmp_path / "r").exists()

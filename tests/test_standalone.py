@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     save_standalone(tmp_path / "tok", tokenizer.config, tokenizer.state_dict())
     monkeypatch.setattr(standalone, "_write_weights", full_disk)
     for name in ("tok", "new"):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(InputError, match="could not be written .No space left on device.; make room"):
             save_standalone(tmp_path / name, tokenizer.config, tokenizer.state_dict(), overwrite=True)
     assert os.listdir(tmp_path) == ["tok"]
     load_tokenizer(tmp_path / "tok")
@@ -100,7 +100,7 @@ def test_an_index_cannot_point_outside_its_directory(tmp_path):
 
 def original_file(path, model, **more):
     weights = to_original(model.config, model.state_dict())
-    torch.save({"model": weights, "steps": 7, "args": argparse.Namespace(lr=1e-4), **more}, path)
+    torch.save({"model": dict(weights), "steps": 7, "args": argparse.Namespace(lr=1e-4), **more}, path)
     return path
 
 
@@ -131,11 +131,11 @@ def test_what_the_file_lacks_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no ema weights; it holds args, model, steps"):
         read_original(file, "ema", kind="gpt")
     weights = read_original(file, kind="gpt")
-    with pytest.raises(InputError, match="has shape .* does not fit this recipe"):
+    with pytest.raises(InputError, match=r"t.pt has another shape for output.weight: \[64, 32\], not \[65, 32\].*it is not of this model"):
         from_original(small_gpt_config(vocab_size=65), weights, "t.pt")
     with pytest.raises(InputError, match="also holds layers.1"):
         from_original(small_gpt_config(size={"width": 32, "layers": 1, "heads": 2}), weights, "t.pt")
-    with pytest.raises(InputError, match="lacks encoder.conv_in.weight: it is not a checkpoint of this recipe"):
+    with pytest.raises(InputError, match="lacks .* it is not of this model"):
         from_original(small_tokenizer_config(), weights, "t.pt")
 
 

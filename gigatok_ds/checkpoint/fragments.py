@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gigatok_ds.checkpoint.tensor_files import LazyTensors, TensorFiles
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import synced_sha256
 from gigatok_ds.parallel.sharding import Shard
@@ -31,7 +31,6 @@ from gigatok_ds.parallel.sharding import Shard
 WEIGHTS, MOMENTS, EMA = "weights", ("exp_avg", "exp_avg_sq"), "ema"
 DESCRIPTION_FILE = "engine.json"
 _STARTS = "starts"
-_MAPPED_BYTES = 512 * 1024**2
 
 
 class Fragment(NamedTuple):
@@ -112,15 +111,18 @@ class SavedEngine:
             raise InputError(f"{folder} holds no training state: it has no {DESCRIPTION_FILE}") from None
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:160]})") from None
-        self._files = _OpenFiles()
+        self._files = TensorFiles()
         self._places: dict[int, dict[str, list[tuple[int, Path]]]] = {}
+        self._starts: dict[Path, dict[str, int]] = {}
 
     def has(self, kind: str) -> bool:
         return kind in self.layout.kinds
 
     def tensors(self, kind: str = WEIGHTS) -> Mapping[str, Tensor]:
         """The whole network's state_dict, each tensor read when asked for: parameters of that kind, float32, and buffers."""
-        return _Tensors(self, kind)
+        shapes = {name: self.shape(name) for name in self.layout.parameters}
+        whole = {name: self._whole_shape(name) for name in self.whole_names()}
+        return LazyTensors(shapes | whole, lambda name: self.read(kind, name) if name in self.layout.parameters else self.read_whole(name))
 
     def shape(self, name: str) -> list[int]:
         """Of a whole parameter."""
@@ -149,6 +151,10 @@ class SavedEngine:
             return self._files.read(files[0], name)
         return cut.cut(cut.join([self._files.read(file, name) for file in files]), tensor_rank, tensor_size)
 
+    def _whole_shape(self, name: str) -> list[int]:
+        cut, local = self.layout.cuts.get(name), self._files.shape(self.folder / "whole-tensor-000.safetensors", name)
+        return cut.full_shape(torch.Size(local), self.layout.tensor_size) if cut else local
+
     def whole_names(self) -> list[str]:
         return self._files.names(self.folder / "whole-tensor-000.safetensors")
 
@@ -156,7 +162,7 @@ class SavedEngine:
         """Elements from `start` to `stop` of what a saved tensor rank holds, from the parts of its data ranks."""
         parts, expected, key = [], start, f"{kind}/{name}"
         for begin, path in self._index(tensor_rank).get(key, ()):
-            size = self._files.numel(path, key)
+            size = self._files.shape(path, key)[0]
             if begin + size <= expected or begin >= stop:
                 continue
             if begin > expected:
@@ -173,65 +179,15 @@ class SavedEngine:
             found: dict[str, list[tuple[int, Path]]] = {}
             for data_rank in range(self.layout.data_size):
                 path = self.folder / f"tensor-{tensor_rank:03d}-data-{data_rank:05d}.safetensors"
-                for key, start in self._files.starts(path).items():
-                    found.setdefault(key, []).append((start, path))
+                for key in self._files.names(path):
+                    found.setdefault(key, []).append((self._start(path, key), path))
             self._places[tensor_rank] = {key: sorted(parts) for key, parts in found.items()}
         return self._places[tensor_rank]
 
-
-class _Tensors(Mapping[str, Tensor]):
-    def __init__(self, saved: SavedEngine, kind: str):
-        self._saved, self._kind = saved, kind
-        self._whole = saved.whole_names()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._saved.layout.parameters:
-            return self._saved.read(self._kind, name)
-        if name in self._whole:
-            return self._saved.read_whole(name)
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._saved.layout.parameters
-        yield from self._whole
-
-    def __len__(self) -> int:
-        return len(self._saved.layout.parameters) + len(self._whole)
-
-
-class _OpenFiles:
-    """Open safetensors files. What was read stays mapped, and counts as memory, until they are closed: now and then."""
-
-    def __init__(self):
-        self._open: dict[Path, object] = {}
-        self._sizes: dict[tuple[Path, str], int] = {}
-        self._read = 0
-
-    def read(self, path: Path, key: str, start: int | None = None, stop: int | None = None) -> Tensor:
-        """A whole tensor, or elements of a flat one: a copy."""
-        value = self._of(path, lambda file: file.get_tensor(key) if start is None else file.get_slice(key)[start:stop])
-        self._read += value.nbytes
-        value = value.clone()
-        if self._read > _MAPPED_BYTES:
-            self._open.clear()
-            self._read = 0
-        return value
-
-    def names(self, path: Path) -> list[str]:
-        return list(self._of(path, lambda file: file.keys()))
-
-    def starts(self, path: Path) -> dict[str, int]:
-        return self._of(path, lambda file: json.loads(file.metadata()[_STARTS]))
-
-    def numel(self, path: Path, key: str) -> int:
-        if (path, key) not in self._sizes:
-            self._sizes[path, key] = math.prod(self._of(path, lambda file: file.get_slice(key).get_shape()))
-        return self._sizes[path, key]
-
-    def _of(self, path: Path, ask: Callable):
-        try:
-            if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt").__enter__()
-            return ask(self._open[path])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is missing or damaged ({' '.join(str(error).split())[:160]})") from None
+    def _start(self, path: Path, key: str) -> int:
+        if path not in self._starts:
+            try:
+                self._starts[path] = json.loads(self._files.metadata(path)[_STARTS])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is damaged: it does not say where its parts start ({error})") from None
+        return self._starts[path][key]

@@ -5,17 +5,19 @@ One function, `original_entry`, says where each of our parameters lives there; r
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import pickle
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gigatok_ds.checkpoint.pt_file import lazy_tensors, write_pt
+from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, check_fits, shapes_of
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import scratch_beside
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 
@@ -26,12 +28,22 @@ _ROOMS = {
 _SHARED_ROOMS = {"cnn_decoder": "decoder", "quantizer": "quantize"}
 _PACKED = re.compile(r"^(.*(?:self_attn|multihead_attn))\.([qkv])_proj\.(weight|bias)$")
 _SEMANTIC_HEAD = "decoder.distill_mlp."
+_USAGE = "quantizer.codebook_used"  # float32 in the original
+# What generation leaves in a GPT's state_dict, and is not learned.
+_CACHE = re.compile(r"(^|\.)(kv_cache\.|freqs_cis$|causal_mask$)")
 
 
 def build_on_meta(config: TokenizerConfig | GPTConfig) -> Tokenizer | GPT:
     """The network without storage: names and shapes only."""
     with torch.device("meta"):
         return Tokenizer(config) if isinstance(config, TokenizerConfig) else GPT(config)
+
+
+def written_specs(network: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Spec]:
+    """What the tensors of a network's checkpoint are: parameters of `dtype`, if given, and buffers as they are."""
+    parameters = {name for name, _ in network.named_parameters()}
+    return {name: Spec(dtype if dtype and name in parameters else value.dtype, tuple(value.shape))
+            for name, value in network.state_dict().items()}
 
 
 def original_entry(config: TokenizerConfig | GPTConfig, name: str) -> tuple[str, int | None]:
@@ -49,22 +61,39 @@ def original_entry(config: TokenizerConfig | GPTConfig, name: str) -> tuple[str,
     return (name.replace(".out_proj.", ".wo.") if config.qk_norm else name), None
 
 
-def to_original(config: TokenizerConfig | GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state_dict under the original's names."""
-    result: dict[str, Tensor] = {}
-    thirds: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in weights.items():
+def to_original(config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Our state_dict under the original's names, each tensor made when asked for."""
+    sources: dict[str, list[str]] = {}  # of a packed tensor, its three parts: q, k and v come in this order
+    for name in weights:
+        sources.setdefault(original_entry(config, name)[0], []).append(name)
+    for original, names in sources.items():
+        sources[original] = sorted(names, key=lambda name: original_entry(config, name)[1] or 0)
+
+    def read(original: str) -> Tensor:
+        parts = [weights[name] for name in sources[original]]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return whole.float() if sources[original] == [_USAGE] else whole
+
+    shapes = shapes_of(weights)
+    return LazyTensors({original: _packed_shape(shapes[names[0]], len(names)) for original, names in sources.items()}, read)
+
+
+def _packed_shape(shape: Sequence[int], count: int) -> tuple[int, ...]:
+    return (count * shape[0], *shape[1:]) if count > 1 else tuple(shape)
+
+
+def original_specs(config: TokenizerConfig | GPTConfig, specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """What the tensors of `to_original` are, given what ours are."""
+    found: dict[str, Spec] = {}
+    for name, (dtype, shape) in specs.items():
         original, third = original_entry(config, name)
-        if third is None:
-            result[original] = tensor.float() if name == "quantizer.codebook_used" else tensor
-        else:
-            thirds.setdefault(original, {})[third] = tensor
-    return result | {name: torch.cat([parts[i] for i in range(3)]) for name, parts in thirds.items()}
+        found[original] = Spec(torch.float32 if name == _USAGE else dtype, _packed_shape(shape, 1 if third is None else 3))
+    return found
 
 
-def from_original(config: TokenizerConfig | GPTConfig, weights: dict[str, Tensor], source: str,
-                  ) -> tuple[TokenizerConfig | GPTConfig, dict[str, Tensor]]:
-    """The original's state_dict under our names, checked against the model that `config` describes.
+def from_original(config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tensor], source: str,
+                  ) -> tuple[TokenizerConfig | GPTConfig, Mapping[str, Tensor]]:
+    """The original's state_dict under our names, each tensor made when asked for.
 
     A tokenizer file without the semantic head (a training-only part) is accepted, and the returned config says so.
     Raises InputError naming the first parameter that is missing, surplus or of another shape.
@@ -73,38 +102,32 @@ def from_original(config: TokenizerConfig | GPTConfig, weights: dict[str, Tensor
         head = original_entry(config, _SEMANTIC_HEAD)[0]
         if not any(name.startswith(head) for name in weights):
             config = dataclasses.replace(config, semantic_head=None)
-    result = {}
-    used = set()
-    for name, expected in build_on_meta(config).state_dict().items():
+    specs = written_specs(build_on_meta(config))
+    check_fits(weights, original_specs(config, specs), source)
+
+    def read(name: str) -> Tensor:
         original, third = original_entry(config, name)
-        if original not in weights:
-            raise InputError(f"{source} lacks {original}: it is not a checkpoint of this recipe")
-        used.add(original)
         tensor = weights[original] if third is None else weights[original].chunk(3)[third]
-        if tensor.shape != expected.shape:
-            raise InputError(
-                f"{source}: {original} has shape {tuple(weights[original].shape)}, which does not fit this recipe's "
-                f"{tuple(expected.shape)} for {name}"
-            )
-        result[name] = tensor.to(expected.dtype).contiguous()
-    surplus = sorted(weights.keys() - used)
-    if surplus:
-        raise InputError(f"{source} also holds {surplus[0]} (and {len(surplus) - 1} more): it is not of this recipe")
-    return config, result
+        return tensor.to(specs[name].dtype).contiguous()
+
+    return config, LazyTensors({name: spec.shape for name, spec in specs.items()}, read)
 
 
-def read_original(path: str | Path, choice: str | None = None, *, kind: str) -> dict[str, Tensor]:
-    """Read one set of weights from an original `.pt` file without executing anything it holds.
+def read_original(path: str | Path, choice: str | None = None, *, kind: str) -> Mapping[str, Tensor]:
+    """One set of weights of an original `.pt` file, each tensor read when asked for; nothing it holds is executed.
 
     choice is "ema", "model" or None for the original's own priority: ema, model, state_dict for a tokenizer; model,
     module, state_dict for a GPT. A bare state_dict counts as "model". Raises InputError when the file is not a
     checkpoint, holds anything but plain data, or lacks the chosen weights.
     """
-    content = _load_plain_data(Path(path))
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        content = {"model": content}
     priority = [choice] if choice else {"tokenizer": ["ema", "model", "state_dict"],
                                         "gpt": ["model", "module", "state_dict"]}[kind]
+    return lazy_tensors(Path(path), lambda content: _chosen(content, priority, path))
+
+
+def _chosen(content: dict, priority: list[str], path: str | Path) -> dict[str, Tensor]:
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        content = {"model": content}
     for key in priority:
         if isinstance(content.get(key), dict):
             weights = content[key]
@@ -115,25 +138,30 @@ def read_original(path: str | Path, choice: str | None = None, *, kind: str) -> 
     strays = [name for name, value in weights.items() if not isinstance(value, Tensor)]
     if strays or not weights:
         raise InputError(f"{path}: {key} is not a state_dict ({'empty' if not weights else strays[0]})")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()
+            if not _CACHE.search(name)}
 
 
-def _load_plain_data(path: Path) -> dict:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist or is not a file")
+def save_original(path: Path, config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tensor], *,
+                  dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+    """Write a `.pt` as the original's code reads it, {"model": state_dict}, whole or not at all.
+
+    Few tensors are in memory at a time. With dtype, parameters are converted. Raises InputError when `path` exists, unless
+    `overwrite` is set, or the weights are not the model's.
+    """
+    if path.exists() and not (overwrite and path.is_file()):
+        raise InputError(f"{path} exists already; choose another file or give --overwrite")
+    network = build_on_meta(config)
+    check_fits(weights, written_specs(network), "the state_dict")
+    specs = original_specs(config, written_specs(network, dtype))
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Original checkpoints carry the command line they were trained with.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} was refused: it holds something other than plain tensors and numbers "
-                         f"({_first_line(error)})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not a readable checkpoint ({_first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
-    return content
-
-
-def _first_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:160] or type(error).__name__
+        with scratch_beside(path) as scratch:
+            write_pt(scratch, "model", specs, to_original(config, weights).__getitem__)
+    except (OSError, RuntimeError) as error:
+        # torch's own writer hides errors of the operating system.
+        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            reason = getattr(error, "strerror", None) or "writing failed, probably for lack of space"
+            raise InputError(f"{path} could not be written ({reason}); make room or choose another place") from error
+        raise
+    return path

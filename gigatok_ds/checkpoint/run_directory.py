@@ -107,9 +107,9 @@ def remove_leftovers(run_dir: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def damaged_file(folder: Path, state: State, *, share: int = 0, of: int = 1) -> str | None:
-    """What is wrong with the first file that is not as it was written, or None; looks at every `of`-th file."""
-    for name in sorted(state.files)[share::of]:
+def damaged_file(folder: Path, state: State, part: str = "", *, share: int = 0, of: int = 1) -> str | None:
+    """What is wrong with the first file (of one part) that is not as it was written, or None; of `of` shares, looks at one."""
+    for name in sorted(name for name in state.files if name.startswith(part))[share::of]:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             return f"{folder / STATE_FILE} names {name!r}, which is outside of the checkpoint"

@@ -12,13 +12,17 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from gigatok_ds.checkpoint.original import build_on_meta, written_specs
+from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, TensorFiles, check_fits, write_tensors
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, gpt_config_from_dict, tokenizer_config_from_dict
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import sha256, sync
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.sharding import declared_shards
@@ -29,6 +33,7 @@ SHARD_BYTES = 4 * 1024**3
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_CONFIGS = {"tokenizer": tokenizer_config_from_dict, "gpt": gpt_config_from_dict}
 
 
 def check_destination(path: Path, *, overwrite: bool = False) -> None:
@@ -37,65 +42,70 @@ def check_destination(path: Path, *, overwrite: bool = False) -> None:
         raise InputError(f"{path} exists already; choose another output directory or remove it")
 
 
-def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weights: dict[str, Tensor], *,
-                    provenance: dict | None = None, overwrite: bool = False) -> Path:
-    """Write a standalone checkpoint directory, complete or not at all.
+def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tensor], *,
+                    provenance: dict | None = None, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+    """Write a standalone checkpoint directory, complete or not at all; few tensors are in memory at a time.
 
-    weights are the model's own state_dict; provenance is stored in config.json as it is. Raises InputError when
-    `path` exists, unless `overwrite` is set and it is a standalone checkpoint itself.
+    weights are the model's own state_dict, perhaps a lazy one; parameters are converted to dtype, if given, and buffers
+    stay as they are. provenance is stored in config.json as it is. Raises InputError when `path` exists, unless
+    `overwrite` is set and it is a standalone checkpoint itself, and when the weights are not those of the model.
     """
     path = Path(path)
     check_destination(path, overwrite=overwrite)
+    network = build_on_meta(config)
+    check_fits(weights, written_specs(network), "the state_dict")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        _write_weights(scratch, weights)
+        files = _write_weights(scratch, weights, written_specs(network, dtype))
         description = {
             "format": FORMAT,
             "kind": "tokenizer" if isinstance(config, TokenizerConfig) else "gpt",
             "model": dataclasses.asdict(config),
             "provenance": provenance or {},
+            "sha256": files,
         }
         (scratch / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        for file in scratch.iterdir():
+            sync(file)
         scratch.chmod(0o755)
         replaced = scratch.with_name(scratch.name + ".replaced")
         if path.exists():
             os.rename(path, replaced)
         os.rename(scratch, path)
         shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{path} could not be written ({error.strerror}); make room or choose another place") from error
         raise
     return path
 
 
-def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
-    shards = _shards(weights)
-    if len(shards) == 1:
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        return
+def _write_weights(folder: Path, weights: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Write the weights files, and an index if there are several; returns the SHA-256 of each weights file."""
+    shards = _shards(specs)
+    files = {}
     weight_map = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+        file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files[file] = write_tensors(folder / file, {name: specs[name] for name in names}, weights.__getitem__)
         weight_map |= dict.fromkeys(names, file)
-    total = sum(tensor.nbytes for tensor in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs.values())}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return files
 
 
-def _shards(weights: dict[str, Tensor]) -> list[list[str]]:
+def _shards(specs: Mapping[str, Spec]) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0
-    for name, tensor in weights.items():
-        if shards[-1] and used + tensor.nbytes > SHARD_BYTES:
+    for name, spec in specs.items():
+        if shards[-1] and used + spec.nbytes > SHARD_BYTES:
             shards.append([])
             used = 0
         shards[-1].append(name)
-        used += tensor.nbytes
+        used += spec.nbytes
     return shards
 
 
@@ -118,33 +128,40 @@ def checkpoint_hash(path: str | Path) -> str:
     files = sorted([Path(path) / CONFIG_FILE, *Path(path).glob("*.safetensors"), *Path(path).glob(INDEX_FILE)])
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as content:
-            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
+        digest.update(file.name.encode() + b"\0" + bytes.fromhex(sha256(file)))
     return digest.hexdigest()
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a standalone checkpoint, on the CPU."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights: dict[str, Tensor] = {}
-    for file in _weight_files(Path(path)):
-        try:
-            weights |= load_file(file)
-        except SafetensorError as error:
-            raise InputError(f"{file} is damaged ({error}); copy or export it again") from None
-    return weights
+def lazy_weights(path: str | Path) -> LazyTensors:
+    """The tensors of a standalone checkpoint, each read when asked for. Raises InputError for a damaged file."""
+    files, where, shapes = TensorFiles(), {}, {}
+    for file in weight_files(Path(path)):
+        for name in files.names(file):
+            where[name], shapes[name] = file, files.shape(file, name)
+    return LazyTensors(shapes, lambda name: files.read(where[name], name))
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """Of a standalone checkpoint. Raises InputError when one is missing, or is said to be in another directory."""
     names = [WEIGHTS_FILE]
     if (path / INDEX_FILE).is_file():
-        names = sorted(set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path / INDEX_FILE} is damaged ({error}); copy the whole directory again") from None
     for name in names:
         if name != os.path.basename(name) or not (path / name).is_file():
             raise InputError(f"{path} lacks its weights file {name!r}; copy the whole directory again")
     return [path / name for name in names]
+
+
+def damaged_weights(path: Path) -> str | None:
+    """What is wrong with the first weights file that is not as it was written, or None. Reads everything."""
+    said = read_config(path)["sha256"]
+    for file in weight_files(path):
+        if said.get(file.name) != sha256(file):
+            return f"{file} is damaged: its SHA-256 is not the one in {CONFIG_FILE}"
+    return None
 
 
 def identify(path: str | Path) -> dict:
@@ -154,43 +171,41 @@ def identify(path: str | Path) -> dict:
     """
     path = Path(path)
     provenance = read_config(path).get("provenance", {})
-    return {"name": path.resolve().name, "provenance": provenance, "config_sha256": _sha256(path / CONFIG_FILE),
-            "weights_sha256": {file.name: _sha256(file) for file in _weight_files(path)}}
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"name": path.resolve().name, "provenance": provenance, "config_sha256": sha256(path / CONFIG_FILE),
+            "weights_sha256": {file.name: sha256(file) for file in weight_files(path)}}
 
 
 def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: torch.dtype, *, tensor_rank: int = 0,
           tensor_size: int = 1) -> nn.Module:
-    weights = read_weights(path)
-    for name, shard in declared_shards(model).items() if tensor_size > 1 else ():
-        if name in weights:
-            weights[name] = shard.cut(weights[name], tensor_rank, tensor_size)
-    expected = model.state_dict()
-    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    wrong = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
-    for problem, names in (("lacks", missing), ("does not know", surplus), ("has another shape for", sorted(wrong))):
-        if names:
-            raise InputError(f"{path}: the {kind} described by config.json {problem} {names[0]} (and {len(names) - 1} more)")
-    model.load_state_dict(weights, assign=True)
+    """The model with its weights; each tensor is cut and converted before the next is read."""
+    weights, cuts = lazy_weights(path), declared_shards(model) if tensor_size > 1 else {}
+    expected = written_specs(model)
+    full = {name: Spec(spec.dtype, tuple(cuts[name].full_shape(torch.Size(spec.shape), tensor_size))) if name in cuts else spec
+            for name, spec in expected.items()}
+    check_fits(weights, full, f"{path}: the {kind} described by config.json differs: model.safetensors")
+    state = {}
+    for name, (usual, _) in expected.items():
+        value = weights[name]
+        if name in cuts:
+            value = cuts[name].cut(value, tensor_rank, tensor_size)
+        state[name] = value.to(device=device, dtype=dtype if usual.is_floating_point else usual)
+    model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def _described_model(path: str | Path, kind: str, rebuild, build) -> nn.Module:
-    config = _described_config(path, kind, rebuild)
+def _described_model(path: str | Path, kind: str, build) -> nn.Module:
+    config = described_config(path, kind)
     with torch.device("meta"):
         return build(config)
 
 
-def _described_config(path: str | Path, kind: str, rebuild) -> TokenizerConfig | GPTConfig:
+def described_config(path: str | Path, kind: str) -> TokenizerConfig | GPTConfig:
+    """The model that a standalone checkpoint's config.json describes; InputError when it is of another kind."""
     description = read_config(path)
-    if description.get("kind") != kind:
+    if description.get("kind") != kind or kind not in _CONFIGS:
         raise InputError(f"{path} holds a {description.get('kind')}, not a {kind}")
     try:
-        return rebuild(description["model"])
+        return _CONFIGS[kind](description["model"])
     except (TypeError, KeyError) as error:
         raise InputError(f"{Path(path) / CONFIG_FILE}: the model section is not valid ({error})") from None
 
@@ -201,13 +216,13 @@ def load_tokenizer(path: str | Path, device: str = "cpu", dtype: torch.dtype = t
     Images are float (B, 3, S, S) in [-1, 1], codes int64 (B, T). Raises InputError when the directory is not a
     complete standalone tokenizer.
     """
-    model = _described_model(path, "tokenizer", tokenizer_config_from_dict, Tokenizer)
+    model = _described_model(path, "tokenizer", Tokenizer)
     return _load(path, "tokenizer", model, device, dtype)
 
 
 def load_gpt(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
     """Load a standalone GPT for `gigatok_ds.generate`. Raises InputError when the directory is not one."""
-    return _load(path, "gpt", _described_model(path, "gpt", gpt_config_from_dict, GPT), device, dtype)
+    return _load(path, "gpt", _described_model(path, "gpt", GPT), device, dtype)
 
 
 def load_gpt_part(path: str | Path, topology: Topology, dtype: torch.dtype = torch.float32) -> GPT:
@@ -218,7 +233,7 @@ def load_gpt_part(path: str | Path, topology: Topology, dtype: torch.dtype = tor
     size = topology.tensor_size
     if size == 1:
         return load_gpt(path, device=str(topology.device), dtype=dtype)
-    config = _described_config(path, "gpt", gpt_config_from_dict)
+    config = described_config(path, "gpt")
     if config.transformer.heads % size or config.vocab_size % size:
         raise InputError(f"{path} has {config.transformer.heads} heads and {config.vocab_size} codes, which {size} "
                          "tensor ranks cannot share equally; choose a number that divides both")

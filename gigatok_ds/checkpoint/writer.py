@@ -26,7 +26,7 @@ from gigatok_ds.checkpoint.run_directory import (
 )
 from gigatok_ds.config.checkpoint import CheckpointConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import sync_folder, synced_sha256, write_atomically
+from gigatok_ds.files import sync, synced_sha256, write_atomically
 from gigatok_ds.parallel.topology import Topology
 
 POLL_SECONDS = 0.05
@@ -126,7 +126,7 @@ class CheckpointWriter:
             complete = State(**{**vars(state), "files": files})
             write_atomically(partial / STATE_FILE, complete.to_json().encode())
             for folder in [partial, *(partial / part for part in state.parts)]:
-                sync_folder(folder)
+                sync(folder)
             final = checkpoint_path(self._run_dir, state.step)
             if final.exists():
                 discard(final)
@@ -134,7 +134,7 @@ class CheckpointWriter:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        sync_folder(final.parent)
+        sync(final.parent)
         write_atomically(final.parent / LATEST_FILE, f"{final.name}\n".encode())
         prune(self._run_dir, self._config)
 

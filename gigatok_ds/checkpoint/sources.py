@@ -1,0 +1,111 @@
+"""A model to convert, wherever it is: in a training run, in a standalone directory, in an original `.pt`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from gigatok_ds.checkpoint.fragments import EMA, WEIGHTS, SavedEngine
+from gigatok_ds.checkpoint.original import from_original, read_original
+from gigatok_ds.checkpoint.run_directory import (
+    checkpoint_path,
+    complete_checkpoints,
+    damaged_file,
+    newest_checkpoint,
+    read_state,
+)
+from gigatok_ds.checkpoint.standalone import described_config, lazy_weights, read_config
+from gigatok_ds.config.load import load_recipe
+from gigatok_ds.config.model import GPTConfig, TokenizerConfig
+from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.errors import InputError
+
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """weights are a state_dict of the network that `config` describes, read a tensor at a time."""
+
+    config: TokenizerConfig | GPTConfig
+    weights: Mapping[str, Tensor]
+    provenance: dict
+
+    @property
+    def kind(self) -> str:
+        return "tokenizer" if isinstance(self.config, TokenizerConfig) else "gpt"
+
+
+def is_run(path: Path) -> bool:
+    """A run directory, or one checkpoint of it."""
+    return (path / "checkpoints").is_dir() or path.parent.name == "checkpoints" or (path / RECIPE_FILE).is_file()
+
+
+def open_model(path: Path, *, choice: str | None = None, recipe: Recipe | None = None, step: int | None = None) -> Model:
+    """The model at `path`.
+
+    choice is "ema", "model" or None for what is usual. recipe says what an original `.pt` is of. step chooses a checkpoint
+    of a run; None is the newest. Raises InputError when it is none of these, damaged, or an option does not apply.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if path.is_file():
+        if recipe is None:
+            raise InputError(f"{path} does not say what it is a checkpoint of; give --recipe, such as --recipe VQ_SS256")
+        if step is not None:
+            raise InputError(f"--step chooses a checkpoint of a run; {path} is a file")
+        return open_original(path, recipe, choice)
+    if is_run(path):
+        return open_run(path, choice=choice, step=step)
+    if choice or step is not None:
+        option = "--weights" if choice else "--step"
+        raise InputError(f"{option} chooses from what a run or a .pt holds; {path} holds one set of weights")
+    description = read_config(path)
+    return Model(config=described_config(path, description["kind"]), weights=lazy_weights(path),
+                 provenance=description.get("provenance", {}))
+
+
+def open_original(path: Path, recipe: Recipe, choice: str | None) -> Model:
+    weights = read_original(path, choice, kind=recipe.kind)
+    config, ours = from_original(recipe.model, weights, str(path))
+    return Model(config=config, weights=ours,
+                 provenance={"recipe": recipe.name, "source": path.name, "weights": choice or "default"})
+
+
+def open_run(path: Path, *, choice: str | None = None, step: int | None = None) -> Model:
+    """The trained model of a run directory's checkpoint, or of one checkpoint, once its files are as they were written.
+
+    By default the newest, and the moving average where the run kept one.
+    """
+    checkpoint = _checkpoint(path, step)
+    recipe_file = next((folder / RECIPE_FILE for folder in (checkpoint, checkpoint.parent.parent)
+                        if (folder / RECIPE_FILE).is_file()), None)
+    if recipe_file is None:
+        raise InputError(f"{path} is not a training run: it has no {RECIPE_FILE}")
+    recipe = load_recipe(str(recipe_file))
+    state, part = read_state(checkpoint), "generator" if isinstance(recipe, TokenizerRecipe) else "gpt"
+    problem = damaged_file(checkpoint, state, part)
+    if problem:
+        raise InputError(f"{problem}; restore it from a copy, or convert another checkpoint (--step)")
+    saved = SavedEngine(checkpoint / part)
+    choice = choice or ("ema" if saved.has(EMA) else "model")
+    if choice == "ema" and not saved.has(EMA):
+        raise InputError(f"{checkpoint} holds no averaged weights: the run had training.ema_decay=null")
+    provenance = {"recipe": recipe.name, "checkpoint": checkpoint.name, "weights": choice, "metrics": state.metrics}
+    return Model(config=recipe.model, weights=saved.tensors(EMA if choice == "ema" else WEIGHTS), provenance=provenance)
+
+
+def _checkpoint(path: Path, step: int | None) -> Path:
+    if (path / "checkpoints").is_dir() or not path.name.startswith("step-"):
+        if step is None:
+            return newest_checkpoint(path)
+        if step not in dict(complete_checkpoints(path)):
+            held = ", ".join(str(number) for number, _ in complete_checkpoints(path)) or "none"
+            raise InputError(f"{path} holds no complete checkpoint of step {step}; there are {held}")
+        return checkpoint_path(path, step)
+    if step is not None:
+        raise InputError(f"--step chooses a checkpoint of a run; {path} is one already")
+    return path

@@ -1,0 +1,150 @@
+"""safetensors files, read and written a tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gigatok_ds.errors import InputError
+
+_MAPPED_BYTES = 256 * 1024**2
+_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+class Spec(NamedTuple):
+    """What a tensor is, before there is one."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write_tensors(path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor]) -> str:
+    """Write a safetensors file and return its SHA-256. Each tensor is asked for when it is its turn.
+
+    The format, from the safetensors documentation: the header's length (8 bytes, little-endian), the header (JSON, padded
+    with blanks), the tensors' bytes in C order without gaps. The larger elements come first, so that all are aligned.
+    """
+    order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = specs[name]
+        header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [end, end + specs[name].nbytes]}
+        end += specs[name].nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for block in (len(text).to_bytes(8, "little"), text, *(raw_bytes(read(name), specs[name]) for name in order)):
+            file.write(block)
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor, spec: Spec) -> memoryview:
+    """A tensor's elements as `spec` wants them, in C order."""
+    assert tuple(tensor.shape) == tuple(spec.shape), (tensor.shape, spec)
+    flat = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+class TensorFiles:
+    """Open safetensors files. What was read stays mapped, and counts as memory, until they are closed: now and then.
+
+    Raises InputError when a file is missing or damaged.
+    """
+
+    def __init__(self):
+        self._open: dict[Path, object] = {}
+        self._specs: dict[tuple[Path, str], list[int]] = {}
+        self._read = 0
+
+    def read(self, path: Path, key: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        """A whole tensor, or elements of a flat one: a copy."""
+        value = self._of(path, lambda file: file.get_tensor(key) if start is None else file.get_slice(key)[start:stop])
+        self._read += value.nbytes
+        value = value.clone()
+        if self._read > _MAPPED_BYTES:
+            self._open.clear()
+            self._read = 0
+        return value
+
+    def names(self, path: Path) -> list[str]:
+        return list(self._of(path, lambda file: file.keys()))
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        return self._of(path, lambda file: file.metadata())
+
+    def shape(self, path: Path, key: str) -> list[int]:
+        if (path, key) not in self._specs:
+            self._specs[path, key] = self._of(path, lambda file: file.get_slice(key).get_shape())
+        return self._specs[path, key]
+
+    def type(self, path: Path, key: str) -> str:
+        """As safetensors calls it: F32, BF16, ..."""
+        return self._of(path, lambda file: file.get_slice(key).get_dtype())
+
+    def _of(self, path: Path, ask: Callable):
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt").__enter__()
+            return ask(self._open[path])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is missing or damaged ({' '.join(str(error).split())[:160]})") from None
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each read when asked for; their shapes are known before."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]):
+        self.shapes, self._reader = {name: tuple(shape) for name, shape in shapes.items()}, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._reader(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Of all tensors, without reading any that is not in memory."""
+    if isinstance(weights, LazyTensors):
+        return weights.shapes
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def check_fits(weights: Mapping[str, Tensor], specs: Mapping[str, Spec], source: str) -> None:
+    """InputError, naming the first of them, when tensors are missing, surplus or of other shapes than `specs` says."""
+    shapes = shapes_of(weights)
+    wrong = [name for name in specs if name in shapes and shapes[name] != tuple(specs[name].shape)]
+    for problem, names in (("lacks", sorted(specs.keys() - shapes.keys())), ("also holds", sorted(shapes.keys() - specs.keys())),
+                           ("has another shape for", sorted(wrong))):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            said = f": {list(shapes[names[0]])}, not {list(specs[names[0]].shape)}" if names[0] in wrong else ""
+            raise InputError(f"{source} {problem} {names[0]}{said}{more}: it is not of this model")

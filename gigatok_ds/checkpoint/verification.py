@@ -1,0 +1,77 @@
+"""Whether what was written is what it was made from: every tensor, and what the model makes of fixed inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigatok_ds.checkpoint.original import build_on_meta, written_specs
+from gigatok_ds.checkpoint.sources import Model
+from gigatok_ds.checkpoint.tensor_files import Spec
+from gigatok_ds.errors import InputError
+
+# Of float32 pixels and logits: a training run computes in batches of another size.
+PROBE_TOLERANCE = 1e-5
+
+
+def verify(source: Model, written: Model, *, dtype: torch.dtype | None = None, probe: Path | None = None) -> str:
+    """Compare two places of one model, whose parameters are rounded to dtype in the second; says what was compared.
+
+    Tensors are compared one at a time, bit for bit; then both models are built, one after the other, and their outputs for
+    the same inputs are, too. probe, if given, holds outputs of the model in training. Raises InputError at a difference.
+    """
+    specs = written_specs(build_on_meta(source.config), dtype)
+    for name, spec in specs.items():
+        if not torch.equal(_rounded(source.weights[name], spec), _rounded(written.weights[name], spec)):
+            raise InputError(f"verification failed: {name} was not written as it was read")
+    outputs = [_outputs(model, specs, _inputs(model)) for model in (source, written)]
+    for name, value in outputs[0].items():
+        if not torch.equal(value, outputs[1][name]):
+            raise InputError(f"verification failed: the written model gives other {name} for the same input")
+    said = f"{len(specs)} tensors and {' and '.join(outputs[0])} are equal bit for bit"
+    return said + (_compare_with_probe(written, specs, probe) if probe else "")
+
+
+def _rounded(value: Tensor, spec: Spec) -> Tensor:
+    return value.to(spec.dtype)
+
+
+def _network(model: Model, specs: Mapping[str, Spec]) -> torch.nn.Module:
+    """In float32, of weights as they are written."""
+    network = build_on_meta(model.config)
+    usual = written_specs(network)
+    network.load_state_dict({name: _rounded(model.weights[name], spec).to(usual[name].dtype) for name, spec in specs.items()},
+                            assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _inputs(model: Model) -> dict[str, Tensor]:
+    draw, config = torch.Generator().manual_seed(0), model.config
+    if model.kind == "tokenizer":
+        return {"images": torch.rand(2, 3, config.image_size, config.image_size, generator=draw) * 2 - 1}
+    return {"codes": torch.randint(config.vocab_size, (2, config.sequence_length), generator=draw),
+            "classes": torch.randint(config.num_classes, (2,), generator=draw)}
+
+
+@torch.no_grad()
+def _outputs(model: Model, specs: Mapping[str, Spec], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    network = _network(model, specs)
+    if model.kind == "gpt":
+        return {"logits": network(inputs["codes"][:, :-1], inputs["classes"])}
+    codes = network.encode(inputs["images"])
+    return {"codes": codes, "reconstruction": network.decode(codes)}
+
+
+def _compare_with_probe(model: Model, specs: Mapping[str, Spec], probe: Path) -> str:
+    """The codes must be those of the model in training; pixels and logits to PROBE_TOLERANCE."""
+    expected = {name: torch.from_numpy(value) for name, value in np.load(probe, allow_pickle=False).items()}
+    for name, value in _outputs(model, specs, expected).items():
+        theirs = expected[name]
+        same = torch.equal(value, theirs) if name == "codes" else (value - theirs).abs().max() <= PROBE_TOLERANCE
+        if not same:
+            raise InputError(f"verification failed: the written model gives other {name} than the model in training ({probe})")
+    return f", and what the model in training gave ({probe.name})"
