@@ -96,9 +96,11 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "wandb": ["wandb"],
+        "hub": ["huggingface_hub>=0.30"],
         "demo": TRAIN + EVAL,
         # scikit-image: the reference of SSIM, and most of the photographs of benchmarks/photographs.py.
-        "test": TRAIN + EVAL + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "wandb"],
+        "test": TRAIN + EVAL + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "wandb",
+                               "huggingface_hub>=0.30"],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
 )

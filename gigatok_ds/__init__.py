@@ -13,12 +13,15 @@ from gigatok_ds.errors import InputError
 
 if TYPE_CHECKING:
     from gigatok_ds.checkpoint.standalone import load_gpt, load_tokenizer
+    from gigatok_ds.hub import HubGPT, HubTokenizer
     from gigatok_ds.sampling.generate import generate
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "generate", "load_gpt", "load_tokenizer"]
+__all__ = ["HubGPT", "HubTokenizer", "InputError", "generate", "load_gpt", "load_tokenizer"]
 
 _HOME = {
+    "HubGPT": "gigatok_ds.hub",
+    "HubTokenizer": "gigatok_ds.hub",
     "generate": "gigatok_ds.sampling.generate",
     "load_gpt": "gigatok_ds.checkpoint.standalone",
     "load_tokenizer": "gigatok_ds.checkpoint.standalone",

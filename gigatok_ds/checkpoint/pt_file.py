@@ -17,7 +17,7 @@ from torch import Tensor
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, raw_bytes
 from gigatok_ds.errors import InputError
 
-_MAPPED_BYTES = 256 * 1024**2
+_MAPPED_BYTES = 128 * 1024**2
 
 
 def load_plain_data(path: Path) -> dict:

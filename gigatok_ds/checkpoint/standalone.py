@@ -1,4 +1,4 @@
-"""The standalone checkpoint: a directory with `config.json` and `model.safetensors`.
+"""The standalone checkpoint: a directory with `config.json`, `model.safetensors` and a model card (`README.md`).
 
 Large models are sharded with an index, in the layout that Hugging Face tools read. Loading needs torch and
 safetensors only.
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gigatok_ds.checkpoint.model_card import model_card
 from gigatok_ds.checkpoint.original import build_on_meta, written_specs
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, TensorFiles, check_fits, write_tensors
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, gpt_config_from_dict, tokenizer_config_from_dict
@@ -32,6 +33,7 @@ FORMAT = "gigatok-ds/1"
 SHARD_BYTES = 4 * 1024**3
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
 INDEX_FILE = "model.safetensors.index.json"
 _CONFIGS = {"tokenizer": tokenizer_config_from_dict, "gpt": gpt_config_from_dict}
 
@@ -66,6 +68,9 @@ def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weigh
             "sha256": files,
         }
         (scratch / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        card = model_card(description, parameters=sum(parameter.numel() for parameter in network.parameters()),
+                          dtype=str(dtype or torch.float32).removeprefix("torch."))
+        (scratch / CARD_FILE).write_text(card, encoding="utf-8")
         for file in scratch.iterdir():
             sync(file)
         scratch.chmod(0o755)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gigatok_ds.errors import InputError
 
-_MAPPED_BYTES = 256 * 1024**2
+_MAPPED_BYTES = 128 * 1024**2
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
@@ -52,7 +53,7 @@ def write_tensors(path: Path, specs: Mapping[str, Spec], read: Callable[[str], T
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for block in (len(text).to_bytes(8, "little"), text, *(raw_bytes(read(name), specs[name]) for name in order)):
+        for block in chain([len(text).to_bytes(8, "little"), text], (raw_bytes(read(name), specs[name]) for name in order)):
             file.write(block)
             digest.update(block)
     return digest.hexdigest()
