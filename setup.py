@@ -77,6 +77,8 @@ TRAIN = [
     "lpips>=0.1.4",
     "tensorboard",
 ]
+HUB = ["huggingface_hub>=0.30"]
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 EVAL = ["scikit-learn>=1.5", "matplotlib>=3.8", "jinja2", "torch-fidelity>=0.4"]
 
 setup(
@@ -96,11 +98,12 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "wandb": ["wandb"],
-        "hub": ["huggingface_hub>=0.30"],
+        "hub": HUB,
+        "onnx": ONNX,
         "demo": TRAIN + EVAL,
         # scikit-image: the reference of SSIM, and most of the photographs of benchmarks/photographs.py.
         "test": TRAIN + EVAL + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "wandb",
-                               "huggingface_hub>=0.30"],
+                               *HUB, *ONNX],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
 )

@@ -42,6 +42,7 @@ OPTIONS = {
     "convert": {"source", "out", "overrides", "--to", "--recipe", "--weights", "--step", "--dtype", "--fresh", "--verify",
                 "--overwrite"},
     "inspect": {"path", "--check", "--json"},
+    "export-graph": {"checkpoint", "out", "--part", "--format"},
     "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--samples-per-shard", "--workers",
                       "--device", "--from-npy", "--codebook-size"},
     "reconstruct": {"tokenizer", "images", "--out", "--device"},

@@ -28,7 +28,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
     def answer(self, content, **headers):
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        body = content if isinstance(content, bytes) else json.dumps(content or {}).encode()
         self.send_response(200 if content is not None else 404)
         for name, value in {"Content-Length": len(body), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -41,6 +41,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if match := re.match(r"/api/models/([^/]+/[^/]+)(/revision/\w+)?(\?.*)?$", self.path):
             files = self.repositories[match[1]]
             return self.answer({"id": match[1], "sha": "1" * 40, "siblings": [{"rfilename": name} for name in files]})
+        if match := re.match(r"/api/models/([^/]+/[^/]+)/tree/", self.path):
+            return self.answer([{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                                for name, data in self.repositories[match[1]].items()])
         if match := re.match(r"/([^/]+/[^/]+)/resolve/\w+/([^?]+)", self.path):
             data = self.repositories[match[1]].get(match[2])
             if data is None:
@@ -56,6 +59,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             asked = json.loads(body)
             self.repositories.setdefault(f"{asked.get('organization') or 'me'}/{asked['name']}", {})
             return self.answer({"url": f"http://{self.headers['Host']}/me/{asked['name']}", "id": "me/" + asked["name"]})
+        if self.path == "/api/validate-yaml":  # of the card's front matter
+            return self.answer({"errors": [], "warnings": []})
         repository = re.match(r"/api/models/([^/]+/[^/]+)/", self.path)[1]
         if "/preupload/" in self.path:
             return self.answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train",
     "convert": "convert",
     "inspect": "inspect",
+    "export-graph": "export_graph",
     "extract-codes": "extract_codes",
     "reconstruct": "reconstruct",
     "sample": "sample",

@@ -1,0 +1,87 @@
+"""Encoders and decoders as torch.export programs and ONNX files, run without this package's kernels."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from small_models import small_tokenizer
+
+from gigatok_ds import InputError
+from gigatok_ds.checkpoint import graphs
+from gigatok_ds.checkpoint.graphs import SUFFIXES, export_graph
+from gigatok_ds.checkpoint.standalone import save_standalone
+from gigatok_ds.cli.main import main
+
+LAYOUTS = {"1d": {}, "2d": {"layout": "2d", "latent_tokens": 64}}
+
+WITHOUT_US = """
+import sys
+sys.modules["gigatok_ds"] = None
+import numpy as np
+inputs = np.load(sys.argv[2])
+if sys.argv[1].endswith(".pt2"):
+    import torch
+    with torch.no_grad():
+        result = torch.export.load(sys.argv[1]).module()(torch.from_numpy(inputs)).numpy()
+else:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(sys.argv[1])
+    result = session.run(None, {session.get_inputs()[0].name: inputs})[0]
+np.save(sys.argv[3], result)
+"""
+
+
+def run_alone(file, inputs, folder):
+    """What a graph gives in a process that cannot import gigatok_ds."""
+    np.save(folder / "in.npy", inputs.numpy())
+    subprocess.run([sys.executable, "-c", WITHOUT_US, file, folder / "in.npy", folder / "out.npy"], check=True)
+    return torch.from_numpy(np.load(folder / "out.npy"))
+
+
+@pytest.mark.parametrize("format", SUFFIXES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_graphs_give_the_codes_and_images_of_the_model(layout, format, tmp_path):
+    """Of any number of images. torch.export: exactly; ONNX Runtime: the same codes, and pixels to 1e-4."""
+    tokenizer = small_tokenizer(**LAYOUTS[layout])
+    files = {part: tmp_path / (part + SUFFIXES[format]) for part in graphs.PARTS}
+    assert "100.00% of the codes" in export_graph(tokenizer, "encoder", files["encoder"], format=format)
+    assert "pixels differ by at most" in export_graph(tokenizer, "decoder", files["decoder"], format=format)
+    images = torch.rand(5, 3, 16, 16) * 2 - 1
+    codes = run_alone(files["encoder"], images, tmp_path)
+    assert codes.dtype == torch.int64 and torch.equal(codes, tokenizer.encode(images))
+    pixels = run_alone(files["decoder"], codes[:1], tmp_path)
+    assert (pixels - tokenizer.decode(codes[:1])).abs().max() <= (0 if format == "torch" else 1e-4)
+
+
+def test_weights_too_many_for_an_onnx_file_are_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "ONNX_BYTES", 1000)
+    tokenizer = small_tokenizer()
+    export_graph(tokenizer, "encoder", tmp_path / "e.onnx", format="onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.onnx", "e.onnx.data"]
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(run_alone(tmp_path / "e.onnx", images, tmp_path), tokenizer.encode(images))
+
+
+def test_what_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+    tokenizer = small_tokenizer()
+    monkeypatch.setattr(graphs, "_of_the_model", lambda tokenizer, part, inputs: tokenizer.encode(inputs).flip(1))
+    with pytest.raises(InputError, match="of the model's codes; at least 99.9% are wanted"):
+        export_graph(tokenizer, "encoder", tmp_path / "e.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_command(tmp_path, capsys):
+    tokenizer = small_tokenizer()
+    save_standalone(tmp_path / "tok", tokenizer.config, tokenizer.state_dict())
+    command = ["export-graph", str(tmp_path / "tok"), str(tmp_path / "d.pt2"), "--part", "decoder"]
+    assert main(command) == 0 and "pixels differ by at most 0" in capsys.readouterr().out
+    assert main(command) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(InputError, match="pip install 'gigatok_ds.onnx.'"):
+        export_graph(small_tokenizer(), "encoder", tmp_path / "e.onnx", format="onnx")
+    assert list(tmp_path.iterdir()) == []
