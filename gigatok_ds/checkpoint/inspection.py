@@ -46,11 +46,20 @@ def _run(path: Path, check: bool) -> dict:
 
 
 def _checkpoint(path: Path, check: bool) -> dict:
-    """An incomplete one is described as such."""
-    if not (path / STATE_FILE).is_file():
-        return {"path": str(path), "complete": False, "bytes": folder_bytes(path)}
+    """One that is incomplete or damaged is described as such."""
+    found = {"path": str(path), "complete": False, "bytes": folder_bytes(path)}
+    try:
+        return found | _complete(path, check)
+    except InputError as error:
+        return found | {"damaged": str(error)}
+
+
+def _complete(path: Path, check: bool) -> dict:
     state = read_state(path)
-    found = {"path": str(path), "complete": True, "step": state.step, "samples": state.samples, "bytes": folder_bytes(path),
+    missing = next((name for name in state.files if not (path / name).is_file()), None)
+    if missing:
+        raise InputError(f"{path / missing} is missing")
+    found = {"complete": True, "step": state.step, "samples": state.samples,
              "topology": {"ranks": state.world_size, "tensor": state.tensor_size,
                           "data": state.world_size // state.tensor_size, "zero_stage": state.stage},
              "metrics": state.metrics, "parts": {part: _engine(path / part) for part in state.parts}}

@@ -48,6 +48,8 @@ def _lines(found: dict, indent: str = ""):
 
 
 def _one_line(checkpoint: dict) -> str:
+    if not checkpoint["complete"]:
+        return f"{Path(checkpoint['path']).name}: DAMAGED: {checkpoint['damaged']}"
     topology = checkpoint["topology"]
     figures = "".join(f", {name} {value:.4g}" for name, value in checkpoint["metrics"].items())
     state = f", DAMAGED: {checkpoint['damaged']}" if checkpoint.get("damaged") else ""
