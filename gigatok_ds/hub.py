@@ -30,8 +30,8 @@ from gigatok_ds.models.tokenizer import Tokenizer
 try:
     from huggingface_hub import ModelHubMixin, snapshot_download
 except ImportError as error:
-    raise InputError(f"huggingface_hub cannot be imported ({error}); pip install 'gigatok_ds[hub]', or load a local directory "
-                     "with gigatok_ds.load_tokenizer and load_gpt") from error
+    raise InputError(f"huggingface_hub cannot be imported ({error}); pip install 'gigatok_ds[hub]', or load a local "
+                     "directory with gigatok_ds.load_tokenizer and load_gpt") from error
 
 FILES = [CONFIG_FILE, INDEX_FILE, "*.safetensors", "README.md"]
 

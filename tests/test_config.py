@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gigatok_ds import InputError
-from gigatok_ds.config.load import load_recipe, recipe_names, recipe_to_dict, recipe_to_yaml, save_resolved
+from gigatok_ds.config.load import differing_keys, load_recipe, recipe_names, recipe_to_dict, recipe_to_yaml, save_resolved
 from gigatok_ds.config.model import TransformerSize
 
 
@@ -372,3 +372,13 @@ def test_loading_needs_no_torch():
     code = ("import sys; from gigatok_ds.config.load import load_recipe; load_recipe('VQ_SS256'); "
             "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'numpy')))")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_may_be_resumed_at_another_layout_but_not_with_another_recipe():
+    recipe = load_recipe("VQ_SS256")
+    layout = ["parallel.tensor=2", "parallel.recompute_every=1", "training.micro_batch_size=2", "training.precision=fp32",
+              "checkpoint.every=7", "checkpoint.asynchronous=true", "training.log_every=3"]
+    assert differing_keys(recipe, load_recipe("VQ_SS256", layout)) == []
+    other = ["training.seed=1", "optimizer.lr=1.0", "loss.quantizer.commitment=2.0"]
+    assert sorted(differing_keys(recipe, load_recipe("VQ_SS256", [*layout, *other]))) == [
+        "loss.quantizer.commitment", "optimizer.lr", "training.seed"]

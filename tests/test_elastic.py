@@ -3,16 +3,20 @@
 Some pairs of layouts always; all of them with `pytest -m slow tests/test_elastic.py`.
 """
 
+import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig, LossScaler
 from layout_runs import Layout, LayoutRuns, train_on_a_rank, use_stand_ins
 from rank_runs import run_ranks
 from saved_runs import read_everything
 from training_runs import of_the_machine
 
 from gigatok_ds.config.deepspeed import zero_settings
+from gigatok_ds.training.live_state import LiveState
 from gigatok_ds.training.monitor import read_metrics
 
 SAVED, STEPS = 3, 6
@@ -46,12 +50,12 @@ class Runs:
         out = self.folder / "-".join([kind, str(layout), *more])
         return out if out.exists() else self.train(kind, layout, out, *more)
 
-    def continued(self, kind, layout, other):
-        out = self.folder / f"{kind}-{layout}-at-{other}"
+    def continued(self, kind, layout, other, *more):
+        out = self.folder / "-".join([kind, str(layout), "at", str(other), *more])
         if not out.exists():
-            shutil.copytree(self.whole(kind, layout), out)
+            shutil.copytree(self.whole(kind, layout, *more), out)
             shutil.rmtree(out / "checkpoints" / f"step-{STEPS:07d}")
-            self.train(kind, other, out)
+            self.train(kind, other, out, *more)
         return out
 
 
@@ -162,13 +166,57 @@ def test_a_run_that_writes_in_the_background_writes_the_same(runs):
                 path.name: path.read_bytes() for path in theirs.iterdir()}
 
 
-@pytest.mark.parametrize("kind, layout", [("gpt", LAYOUTS["gpt"][5]), ("tokenizer", LAYOUTS["tokenizer"][2])], ids=str)
-def test_the_same_layout_continues_bit_for_bit(runs, kind, layout):
-    whole, continued = runs.whole(kind, layout), runs.continued(kind, layout, layout)
+@pytest.mark.parametrize("kind, layout, more", [
+    ("gpt", LAYOUTS["gpt"][5], []),
+    ("tokenizer", LAYOUTS["tokenizer"][2], []),
+    ("gpt", LAYOUTS["gpt"][0], ["training.precision=bf16"]),
+    ("gpt", LAYOUTS["gpt"][3], ["training.precision=bf16"]),
+], ids=str)
+def test_the_same_layout_continues_bit_for_bit(runs, kind, layout, more):
+    whole, continued = runs.whole(kind, layout, *more), runs.continued(kind, layout, layout, *more)
     assert figures(continued) == figures(whole)
     for ours, theirs in zip(engine_folders(continued, STEPS), engine_folders(whole, STEPS), strict=True):
         for path in sorted(theirs.iterdir()):
             assert (ours / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+class Scaled:
+    """An engine, as far as its counters go: fp16 itself does not run on CPUs."""
+
+    def __init__(self, scaler, **counts):
+        self.optimizer = SimpleNamespace(**scaler)
+        self.global_steps, self.global_samples, self.skipped_steps = (counts.get(name, 0) for name in ("steps", "samples", "skipped"))
+
+    def state(self):
+        live = LiveState.__new__(LiveState)
+        live._engine = self
+        return live
+
+
+def dynamic(scale, window=500):
+    return DynamicLossScaler(init_scale=scale, scale_window=window, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
+
+
+def config(scale):
+    return LossScaleConfig(torch.float16, True, 1.0, {"init_scale": scale, "scale_window": 500, "min_scale": 1})
+
+
+def test_the_scale_of_an_fp16_loss_is_handed_over_between_its_two_kinds_of_keeper():
+    zero, plain, bf16 = (Scaled({"loss_scaler": dynamic(2.0**16)}, steps=7, skipped=2),
+                         Scaled({"loss_scale_config": config(2.0**16)}), Scaled({"loss_scaler": LossScaler(scale=1.0)}))
+    vars(zero.optimizer.loss_scaler).update(cur_scale=2.0**14, cur_iter=3, last_overflow_iter=1, cur_hysteresis=1)
+    kept = zero.state()._counters()
+    assert {name: kept[f"scaler.{name}"] for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")} == {
+        "cur_scale": 2.0**14, "cur_iter": 3, "last_overflow_iter": 1, "cur_hysteresis": 1}
+    other = Scaled({"loss_scaler": dynamic(2.0**10)})
+    for engine in (other, plain):
+        engine.state()._set_counters(json.loads(json.dumps(kept)))
+        assert (engine.global_steps, engine.skipped_steps) == (7, 2)
+    assert other.state()._counters() == kept
+    assert plain.optimizer.loss_scale_config.cur_scale == kept["scaler.cur_scale"]
+    bf16.state()._set_counters(kept)
+    assert bf16.optimizer.loss_scaler.cur_scale == 1.0 and bf16.global_steps == 7
+    assert not any(name.startswith("scaler") for name in bf16.state()._counters())
 
 
 def test_the_pairs_train(runs):

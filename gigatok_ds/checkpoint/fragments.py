@@ -122,7 +122,7 @@ class SavedEngine:
         """The whole network's state_dict, each tensor read when asked for: parameters of that kind, float32, and buffers."""
         shapes = {name: self.shape(name) for name in self.layout.parameters}
         whole = {name: self._whole_shape(name) for name in self.whole_names()}
-        return LazyTensors(shapes | whole, lambda name: self.read(kind, name) if name in self.layout.parameters else self.read_whole(name))
+        return LazyTensors(shapes | whole, lambda name: self.read_whole(name) if name in whole else self.read(kind, name))
 
     def shape(self, name: str) -> list[int]:
         """Of a whole parameter."""

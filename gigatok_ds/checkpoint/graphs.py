@@ -122,7 +122,7 @@ def _write_onnx(graph: nn.Module, sample: Tensor, name: str, file: Path) -> None
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"ONNX needs a package that cannot be imported ({error}); pip install 'gigatok_ds[onnx]'") from error
+        raise InputError(f"ONNX needs what cannot be imported ({error}); pip install 'gigatok_ds[onnx]'") from error
     with torch.no_grad():
         program = torch.onnx.export(_exported(graph, sample), (sample,), dynamo=True, verbose=False,
                                     input_names=[name], output_names=["codes" if name == "images" else "images"])

@@ -108,7 +108,10 @@ def remove_leftovers(run_dir: Path) -> None:
 
 
 def damaged_file(folder: Path, state: State, part: str = "", *, share: int = 0, of: int = 1) -> str | None:
-    """What is wrong with the first file (of one part) that is not as it was written, or None; of `of` shares, looks at one."""
+    """What is wrong with the first file (of one part) that is not as it was written, or None.
+
+    Looks at one share of the files out of `of`.
+    """
     for name in sorted(name for name in state.files if name.startswith(part))[share::of]:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):

@@ -185,7 +185,8 @@ def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: tor
     """The model with its weights; each tensor is cut and converted before the next is read."""
     weights, cuts = lazy_weights(path), declared_shards(model) if tensor_size > 1 else {}
     expected = written_specs(model)
-    full = {name: Spec(spec.dtype, tuple(cuts[name].full_shape(torch.Size(spec.shape), tensor_size))) if name in cuts else spec
+    full = {name: spec if name not in cuts else
+            Spec(spec.dtype, tuple(cuts[name].full_shape(torch.Size(spec.shape), tensor_size)))
             for name, spec in expected.items()}
     check_fits(weights, full, f"{path}: the {kind} described by config.json differs: model.safetensors")
     state = {}

@@ -143,8 +143,8 @@ def check_fits(weights: Mapping[str, Tensor], specs: Mapping[str, Spec], source:
     """InputError, naming the first of them, when tensors are missing, surplus or of other shapes than `specs` says."""
     shapes = shapes_of(weights)
     wrong = [name for name in specs if name in shapes and shapes[name] != tuple(specs[name].shape)]
-    for problem, names in (("lacks", sorted(specs.keys() - shapes.keys())), ("also holds", sorted(shapes.keys() - specs.keys())),
-                           ("has another shape for", sorted(wrong))):
+    missing, surplus = sorted(specs.keys() - shapes.keys()), sorted(shapes.keys() - specs.keys())
+    for problem, names in (("lacks", missing), ("also holds", surplus), ("has another shape for", sorted(wrong))):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             said = f": {list(shapes[names[0]])}, not {list(specs[names[0]].shape)}" if names[0] in wrong else ""

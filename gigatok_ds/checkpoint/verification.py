@@ -44,8 +44,8 @@ def _network(model: Model, specs: Mapping[str, Spec]) -> torch.nn.Module:
     """In float32, of weights as they are written."""
     network = build_on_meta(model.config)
     usual = written_specs(network)
-    network.load_state_dict({name: _rounded(model.weights[name], spec).to(usual[name].dtype) for name, spec in specs.items()},
-                            assign=True)
+    state = {name: _rounded(model.weights[name], spec).to(usual[name].dtype) for name, spec in specs.items()}
+    network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
 
@@ -73,5 +73,5 @@ def _compare_with_probe(model: Model, specs: Mapping[str, Spec], probe: Path) ->
         theirs = expected[name]
         same = torch.equal(value, theirs) if name == "codes" else (value - theirs).abs().max() <= PROBE_TOLERANCE
         if not same:
-            raise InputError(f"verification failed: the written model gives other {name} than the model in training ({probe})")
+            raise InputError(f"verification failed: the written model gives other {name} than in training ({probe})")
     return f", and what the model in training gave ({probe.name})"

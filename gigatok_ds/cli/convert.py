@@ -25,17 +25,18 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="run directory, one of its checkpoints/step-N, standalone "
-                        "directory, or .pt")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="run directory, one of its checkpoints/step-N, "
+                        "standalone directory, or .pt")
     parser.add_argument("out", type=Path, metavar="OUT", help="what to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of --recipe")
     parser.add_argument("--to", choices=("standalone", "original", "training"), default="standalone",
                         help="a directory for inference (default), a .pt as GigaTok's own code reads it, or a run directory "
                              "that training starts from with these weights")
-    parser.add_argument("--recipe", metavar="NAME", help="of a .pt: what it was trained with; with --to training: what to train")
+    parser.add_argument("--recipe", metavar="NAME",
+                        help="of a .pt: what it was trained with; with --to training: what to train")
     parser.add_argument("--weights", choices=("ema", "model"),
-                        help="the moving average, or the weights themselves (default: a run's average if it kept one; of a .pt "
-                             "as the original does: a tokenizer's ema if present, a GPT's model)")
+                        help="the moving average, or the weights themselves (default: a run's average if it kept one; "
+                             "of a .pt as the original does: a tokenizer's ema if present, a GPT's model)")
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters that are written (default: fp32)")
     parser.add_argument("--fresh", action="append", default=[], metavar="PREFIX",
@@ -124,7 +125,9 @@ def _probe(args: argparse.Namespace, model) -> Path | None:
     from gigatok_ds.checkpoint.sources import RECIPE_FILE, is_run
     from gigatok_ds.config.load import load_recipe
 
-    if args.source.is_file() or not is_run(args.source) or model.provenance.get("weights") != "model" or args.dtype != "fp32":
+    if args.source.is_file() or not is_run(args.source):
+        return None
+    if model.provenance.get("weights") != "model" or args.dtype != "fp32":
         return None
     run_dir = args.source if (args.source / "checkpoints").is_dir() else args.source.parent.parent
     training = load_recipe(str(run_dir / RECIPE_FILE)).training

@@ -26,10 +26,11 @@ from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 
 _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
-# Settings of a run that may change when it is resumed: how often it reports, what is compiled, where copies of data are
+# Settings of a run that may change when it is resumed: how often it reports, how it computes, where copies of data are
 # kept, how much of it may be bad, and where the same frozen weights (their SHA-256 is compared) are found.
 _CHANGEABLE = ("log_every", "validate_every", "compile", "precision", "micro_batch_size", "workers", "cache", "cache_gb",
                "max_bad_fraction", "weights", "backbone_weights")
+_CHANGEABLE_SECTIONS = ("parallel.", "checkpoint.", "validation.", "monitor.")
 _SHOWN = 3  # problems named in one error
 
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.
@@ -108,7 +109,7 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """Dotted keys whose values differ, other than those that may change in the middle of a run."""
     ours, theirs = _flat(recipe_to_dict(one)), _flat(recipe_to_dict(other))
     return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
-            and not key.startswith(("parallel.", "checkpoint.", "validation.", "monitor.")) and key.split(".")[-1] not in _CHANGEABLE]
+            and not key.startswith(_CHANGEABLE_SECTIONS) and key.split(".")[-1] not in _CHANGEABLE]
 
 
 def _flat(data: dict, prefix: str = "") -> dict:

@@ -68,22 +68,21 @@ class LiveState:
     @torch.no_grad()
     def restore(self, saved: SavedEngine, ema: Mapping[str, Fragment] | None) -> None:
         """Put back what snapshots of any layout hold. Collective. Raises InputError when the network is another one."""
-        topology = self._topology
+        rank = {"tensor_rank": self._topology.tensor_rank, "tensor_size": self._topology.tensor_size}
         self._check(saved)
         for name, place in self._find_places(share=False).items():
             stop = place.start + place.size
             for kind in (WEIGHTS, *MOMENTS):
                 if saved.has(kind):
                     target = place.holder if kind == WEIGHTS else self._state(place)[kind]
-                    place.view(target).copy_(saved.read_range(kind, name, place.start, stop, tensor_rank=topology.tensor_rank,
-                                                              tensor_size=topology.tensor_size))
+                    place.view(target).copy_(saved.read_range(kind, name, place.start, stop, **rank))
             if saved.has(MOMENTS[0]):
                 self._state(place)["step"].fill_(saved.layout.adam_steps[name])
         for name, (start, values) in (ema or {}).items():
-            values.copy_(saved.read_range(EMA if saved.has(EMA) else WEIGHTS, name, start, start + len(values),
-                                          tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size))
+            kind = EMA if saved.has(EMA) else WEIGHTS  # a start point has no average: it begins with the weights
+            values.copy_(saved.read_range(kind, name, start, start + len(values), **rank))
         for name, value in self._whole():
-            value.copy_(saved.read_whole(name, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size))
+            value.copy_(saved.read_whole(name, **rank))
         self._refresh()
         self._set_counters(saved.layout.counters)
 
@@ -163,14 +162,18 @@ class LiveState:
         return {name: int(state["step"]) if state else 0 for name, state in states.items()}
 
     def _scaler(self):
+        """What adapts the scale of an fp16 loss; None where nothing does."""
         optimizer = self._engine.optimizer
-        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        adapts = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
+        return scaler if adapts else None
 
     def _counters(self) -> dict[str, float]:
         scaler = {f"scaler.{name}": getattr(self._scaler(), name) for name in _SCALER_STATE if hasattr(self._scaler(), name)}
         return {name: getattr(self._engine, name) for name in _ENGINE_STATE} | scaler
 
     def _set_counters(self, counters: Mapping[str, float]) -> None:
+        """A scale is for other runs in fp16 only."""
         for name, value in counters.items():
             owner, attribute = (self._scaler(), name[7:]) if name.startswith("scaler.") else (self._engine, name)
             if hasattr(owner, attribute):

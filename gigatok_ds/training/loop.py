@@ -145,7 +145,8 @@ def _resume(task: Task, run_dir: Path, topology: Topology, branch: Path | None) 
 
 def _refuse_unknown_metric(name: str | None, figures: dict[str, float]) -> None:
     if name is not None and name not in figures:
-        raise InputError(f"checkpoint.best_metric is {name}, which is not measured; measured are {', '.join(sorted(figures))}")
+        raise InputError(f"checkpoint.best_metric is {name}, which is not measured; "
+                         f"measured are {', '.join(sorted(figures))}")
 
 
 def _refuse_non_finite(values: dict[str, float], step: int) -> None:

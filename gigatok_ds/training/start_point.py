@@ -86,8 +86,8 @@ class _Started(Mapping[str, Tensor]):
             return value
         value = self._weights[name]
         if value.shape != expected.shape:
-            raise InputError(f"{name} is {list(value.shape)} in the weights to start from and {list(expected.shape)} in this "
-                             f"recipe; change the recipe, or start that anew with --fresh {name.rpartition('.')[0] or name}")
+            raise InputError(f"{name} is {list(value.shape)} in the weights to start from and {list(expected.shape)} in "
+                             f"this recipe; change the recipe, or start that anew with --fresh {name.rpartition('.')[0] or name}")
         return value.to(expected.dtype)
 
     def __iter__(self) -> Iterator[str]:
