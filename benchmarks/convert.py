@@ -3,8 +3,9 @@
     python benchmarks/convert.py [--recipe VQ_XLXXL256] [--folder DIR]
 
 Writes a training checkpoint of random weights as two tensor ranks and four data ranks would have, and converts it with
-`gigatok-ds convert` in processes of their own: to a standalone directory, that to an original .pt, and that to a standalone
-directory again, whose weights must have the SHA-256 of the first. Beside each, the same files are copied and put on the disk.
+`gigatok-ds convert` in processes of their own: to a standalone directory, that to an original .pt, that to a standalone
+directory again, whose weights must have the SHA-256 of the first, and the first to a run that training starts from. Beside
+each, the same files are copied and put on the disk.
 Where that is allowed (root), the kernel's cache of files is emptied before each.
 
 Needs about four times the model's size on the disk. Exit code 1: a process held more than 3 GB, or was slower than both
@@ -88,8 +89,8 @@ def convert(*words: str | Path) -> Callable[[], float]:
     """A run of `gigatok-ds convert`, which returns its peak resident memory in GB (10^9 bytes)."""
 
     def run() -> float:
-        finished = subprocess.run([sys.executable, "-c", CHILD, "convert", *map(str, words)], stdout=subprocess.PIPE, text=True,
-                                  check=True)
+        finished = subprocess.run([sys.executable, "-c", CHILD, "convert", *map(str, words)], stdout=subprocess.PIPE,
+                                  text=True, check=True)
         return int(finished.stdout.split()[-1]) * 1024 / 1e9
 
     return run
@@ -137,13 +138,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         if shutil.disk_usage(folder).free < needed:
-            raise SystemExit(f"{folder} has {shutil.disk_usage(folder).free / 1e9:.0f} GB free; {needed / 1e9:.0f} are needed")
+            free = shutil.disk_usage(folder).free
+            raise SystemExit(f"{folder} has {free / 1e9:.0f} GB free; {needed / 1e9:.0f} are needed")
         checkpoint = write_checkpoint(args.recipe, folder / "run")
         print("| direction | GB | MB/s | copying, MB/s | of the copy's speed | peak memory, GB |\n|---|---|---|---|---|---|")
         good = [compare("training checkpoint to standalone", checkpoint, [folder / "model"], folder)]
         shutil.rmtree(folder / "run")
         good.append(compare("standalone to .pt", folder / "model", [folder / "m.pt", "--to", "original"], folder))
         good.append(compare(".pt to standalone", folder / "m.pt", [folder / "again", "--recipe", args.recipe], folder))
+        (folder / "m.pt").unlink()
+        good.append(compare("standalone to a training start point", folder / "model",
+                            [folder / "start", "--to", "training", "--recipe", args.recipe], folder))
         same = read_config(folder / "model")["sha256"] == read_config(folder / "again")["sha256"]
         print("the weights are the same after the way there and back" if same else "THE WEIGHTS DIFFER")
     return int(not (all(good) and same))

@@ -312,7 +312,7 @@ def test_other_contents_under_the_same_names_are_refused(source, others, tmp_pat
     out, moved = interrupted(source, tmp_path / "codes"), tmp_path / "moved"
     for before, now in (("other", "tokenizer"), ("images", "images"), ("tokenizer", "kept"), ("relabelled", "labels")):
         shutil.copytree(source / before, moved / now)
-    with pytest.raises(InputError, match="provenance.tokenizer.weights_sha256.model.safetensors '"):
+    with pytest.raises(InputError, match="provenance.tokenizer.config_sha256 '"):
         extract(moved, out)
     os.rename(moved / "tokenizer", moved / "other")
     os.rename(moved / "kept", moved / "tokenizer")
