@@ -105,10 +105,16 @@ def from_original(config: TokenizerConfig | GPTConfig, weights: Mapping[str, Ten
     specs = written_specs(build_on_meta(config))
     check_fits(weights, original_specs(config, specs), source)
 
+    packed: dict[str, Tensor] = {}  # the last packed tensor: it is asked for three times in a row
+
     def read(name: str) -> Tensor:
         original, third = original_entry(config, name)
-        tensor = weights[original] if third is None else weights[original].chunk(3)[third]
-        return tensor.to(specs[name].dtype).contiguous()
+        if third is None:
+            return weights[original].to(specs[name].dtype).contiguous()
+        if original not in packed:
+            packed.clear()
+            packed[original] = weights[original]
+        return packed[original].chunk(3)[third].to(specs[name].dtype).contiguous()
 
     return config, LazyTensors({name: spec.shape for name, spec in specs.items()}, read)
 
