@@ -160,10 +160,12 @@ def test_a_directory_round_trip_of_both_kinds(tmp_path):
 def test_the_card_says_how_to_use_the_model_and_that_works(kind, tmp_path):
     model = small_tokenizer() if kind == "tokenizer" else small_gpt()
     save_standalone(tmp_path / "m", model.config, model.state_dict(),
-                    provenance={"recipe": "small", "checkpoint": "step-0000008", "weights": "ema", "metrics": {"loss": 1.25}})
+                    provenance={"recipe": "small", "checkpoint": "step-0000008", "weights": "ema",
+                                "metrics": {"loss": 1.25, "images": 1_281_167, "data": "val"}})
     card = (tmp_path / "m" / "README.md").read_text()
     sha = json.loads((tmp_path / "m" / "config.json").read_text())["sha256"]["model.safetensors"]
-    for word in ("library_name", sha, "step-0000008", "loss: `1.25`", f"{sum(p.numel() for p in model.parameters()):,} parameters"):
+    for word in ("library_name", sha, "step-0000008", "loss: `1.25`", "images: `1281167`", "data: `val`",
+                 f"{sum(p.numel() for p in model.parameters()):,} parameters"):
         assert word in card
     code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("path/of/this/directory", str(tmp_path / "m"))
     names = {"images": torch.rand(2, 3, 16, 16) * 2 - 1, "classes": torch.tensor([0, 3])}
