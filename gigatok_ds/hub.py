@@ -33,7 +33,8 @@ except ImportError as error:
     raise InputError(f"huggingface_hub cannot be imported ({error}); pip install 'gigatok_ds[hub]', or load a local "
                      "directory with gigatok_ds.load_tokenizer and load_gpt") from error
 
-FILES = [CONFIG_FILE, INDEX_FILE, "*.safetensors", "README.md"]
+WEIGHTS = [INDEX_FILE, "*.safetensors"]
+FILES = [CONFIG_FILE, *WEIGHTS, "README.md"]
 
 
 class _OnHub(ModelHubMixin):
@@ -50,8 +51,15 @@ class _OnHub(ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".gigatok-ds.", dir=save_directory.parent) as scratch:
             written = save_standalone(Path(scratch) / "model", self.config, self.state_dict(), provenance=self.origin)
+            for pattern in WEIGHTS:  # an index of weights that were here before would be read instead of the new ones
+                for file in save_directory.glob(pattern):
+                    file.unlink()
             for file in written.iterdir():
                 os.replace(file, save_directory / file.name)
+
+    def push_to_hub(self, repo_id: str, **settings) -> str:
+        """As ModelHubMixin has it; weights that were in the repository before and are not of this model are deleted."""
+        return super().push_to_hub(repo_id, **{"delete_patterns": WEIGHTS} | settings)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None, force_download: bool,

@@ -55,6 +55,36 @@ def test_graphs_give_the_codes_and_images_of_the_model(layout, format, tmp_path)
     assert (pixels - tokenizer.decode(codes[:1])).abs().max() <= (0 if format == "torch" else 1e-4)
 
 
+def test_a_graph_holds_the_weights_of_its_own_part_only(tmp_path):
+    tokenizer = small_tokenizer()
+    for part, others in (("encoder", "decoder"), ("decoder", "encoder")):
+        export_graph(tokenizer, part, tmp_path / f"{part}.pt2")
+        held = torch.export.load(tmp_path / f"{part}.pt2").state_dict
+        elsewhere = [*getattr(tokenizer, others).parameters(), *getattr(tokenizer, f"cnn_{others}").parameters()]
+        numbers = sum(parameter.numel() for parameter in tokenizer.parameters()) - sum(p.numel() for p in elsewhere)
+        assert sum(tensor.numel() for name, tensor in held.items() if "codebook_used" not in name) <= numbers
+
+
+@pytest.mark.parametrize("format, share", [("torch", "100.0%"), ("onnx", "99.9%")])
+def test_one_code_in_ten_thousand_is_too_many_for_torch_and_one_in_five_hundred_for_onnx(format, share):
+    expected = torch.arange(10_000)
+    found = expected.clone()
+    found[0] = -1
+    if format == "onnx":
+        assert graphs._compared("encoder", format, found, expected) == "99.99% of the codes are the model's"
+        found[:20] = -1
+    with pytest.raises(InputError, match=f"at least {share} are wanted"):
+        graphs._compared("encoder", format, found, expected)
+
+
+@pytest.mark.parametrize("wrong", [2e-4, float("nan")])
+def test_pixels_that_differ_by_more_than_a_ten_thousandth_are_refused(wrong):
+    expected = torch.zeros(1, 3, 4, 4)
+    assert "9.0e-05" in graphs._compared("decoder", "onnx", expected + 9e-5, expected)
+    with pytest.raises(InputError, match="0.0001 is allowed"):
+        graphs._compared("decoder", "onnx", expected + wrong, expected)
+
+
 def test_weights_too_many_for_an_onnx_file_are_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "ONNX_BYTES", 1000)
     tokenizer = small_tokenizer()
@@ -67,7 +97,7 @@ def test_weights_too_many_for_an_onnx_file_are_beside_it(tmp_path, monkeypatch):
 def test_what_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     tokenizer = small_tokenizer()
     monkeypatch.setattr(graphs, "_of_the_model", lambda tokenizer, part, inputs: tokenizer.encode(inputs).flip(1))
-    with pytest.raises(InputError, match="of the model's codes; at least 99.9% are wanted"):
+    with pytest.raises(InputError, match="of the model's codes; at least 100.0% are wanted"):
         export_graph(tokenizer, "encoder", tmp_path / "e.pt2")
     assert list(tmp_path.iterdir()) == []
 

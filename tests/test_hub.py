@@ -15,6 +15,7 @@ import torch
 from small_models import small_gpt, small_tokenizer
 
 import gigatok_ds
+from gigatok_ds.checkpoint import standalone
 from gigatok_ds.checkpoint.standalone import load_tokenizer, save_standalone
 
 
@@ -69,6 +70,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             change = json.loads(line)
             if change["key"] == "file":
                 self.repositories[repository][change["value"]["path"]] = base64.b64decode(change["value"]["content"])
+            elif change["key"] == "deletedFile":
+                del self.repositories[repository][change["value"]["path"]]
         return self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": f"http://{self.headers['Host']}/c/1",
                             "hookOutput": "", "pullRequestUrl": None})
 
@@ -104,10 +107,35 @@ def test_a_model_is_pushed_to_a_hub_and_comes_back(hub, tmp_path):
     Hub.repositories["me/small"]["evil.py"] = b"raise SystemExit(1)"
     images = torch.randn(2, 3, 16, 16)
     torch.save(images, tmp_path / "images")
-    on_hub("import sys, torch, gigatok_ds; model = gigatok_ds.HubTokenizer.from_pretrained('me/small', dtype=torch.float32); "
+    on_hub("import sys, torch, gigatok_ds; model = gigatok_ds.HubTokenizer.from_pretrained('me/small', revision='v2'); "
            "torch.save(model.encode(torch.load(sys.argv[1])), sys.argv[2])", hub, tmp_path, tmp_path / "images", tmp_path / "codes")
     assert torch.equal(torch.load(tmp_path / "codes"), tokenizer.encode(images))
     assert not any("evil" in path for path in Hub.asked), "only what a model consists of is fetched"
+    assert any("v2" in path for path in Hub.asked)
+
+
+def test_weights_that_were_pushed_before_do_not_stay_beside_the_new_ones(hub, tmp_path):
+    """An index of several files would be read instead of the one file that is new."""
+    Hub.repositories["me/small"] = {"model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": b"old",
+                                    "notes.md": b"mine"}
+    tokenizer = small_tokenizer()
+    save_standalone(tmp_path / "tok", tokenizer.config, tokenizer.state_dict())
+    on_hub("import sys, gigatok_ds; gigatok_ds.HubTokenizer.from_pretrained(sys.argv[1]).push_to_hub('me/small')", hub, tmp_path,
+           tmp_path / "tok")
+    assert sorted(Hub.repositories["me/small"]) == ["README.md", "config.json", "model.safetensors", "notes.md"]
+
+
+def test_a_model_saved_over_a_larger_one_is_the_one_that_is_read(tmp_path, monkeypatch):
+    first, second = small_tokenizer(), small_tokenizer()
+    torch.nn.init.normal_(second.quant_conv.weight, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(standalone, "SHARD_BYTES", 100_000)
+    gigatok_ds.HubTokenizer(first).save_pretrained(tmp_path / "tok")
+    assert (tmp_path / "tok" / standalone.INDEX_FILE).is_file()
+    monkeypatch.undo()
+    gigatok_ds.HubTokenizer(second).save_pretrained(tmp_path / "tok")
+    assert sorted(path.name for path in (tmp_path / "tok").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(load_tokenizer(tmp_path / "tok").encode(images), second.encode(images))
 
 
 def test_a_directory_round_trip_of_both_kinds(tmp_path):
@@ -132,10 +160,12 @@ def test_a_directory_round_trip_of_both_kinds(tmp_path):
 def test_the_card_says_how_to_use_the_model_and_that_works(kind, tmp_path):
     model = small_tokenizer() if kind == "tokenizer" else small_gpt()
     save_standalone(tmp_path / "m", model.config, model.state_dict(),
-                    provenance={"recipe": "small", "checkpoint": "step-0000008", "weights": "ema", "metrics": {"loss": 1.25}})
+                    provenance={"recipe": "small", "checkpoint": "step-0000008", "weights": "ema",
+                                "metrics": {"loss": 1.25, "images": 1_281_167, "data": "val"}})
     card = (tmp_path / "m" / "README.md").read_text()
     sha = json.loads((tmp_path / "m" / "config.json").read_text())["sha256"]["model.safetensors"]
-    for word in ("library_name", sha, "step-0000008", "loss: `1.25`", f"{sum(p.numel() for p in model.parameters()):,} parameters"):
+    for word in ("library_name", sha, "step-0000008", "loss: `1.25`", "images: `1281167`", "data: `val`",
+                 f"{sum(p.numel() for p in model.parameters()):,} parameters"):
         assert word in card
     code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("path/of/this/directory", str(tmp_path / "m"))
     names = {"images": torch.rand(2, 3, 16, 16) * 2 - 1, "classes": torch.tensor([0, 3])}

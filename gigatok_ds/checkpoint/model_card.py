@@ -23,8 +23,9 @@ reconstruction = tokenizer.decode(codes)  # nominally in [-1, 1], not clamped
 
 ## Preprocessing
 
-RGB, channels first. The short side is resized to {size} pixels, the middle {size} x {size} are cut out, and bytes become numbers by
-`x / 127.5 - 1`. `gigatok-ds reconstruct` does all of this to files.
+As in validation: RGB, channels first. The image is halved with a box filter while its short side is at least {twice} pixels,
+its short side is resized to {size} (bicubic), the middle {size} x {size} are cut out, and bytes become numbers by
+`(x / 255 - 0.5) * 2`. `gigatok-ds reconstruct` does all of this to files.
 """
 
 _GPT = """
@@ -78,14 +79,14 @@ def model_card(description: Mapping, *, parameters: int, dtype: str) -> str:
     head = "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---\n"
     if tokenizer:
         body = _TOKENIZER.format(name=name, layout=model["layout"], parameters=parameters, size=model["image_size"],
-                                 tokens=model["latent_tokens"], codebook=model["quantizer"]["codebook_size"],
-                                 dim=model["quantizer"]["codebook_dim"])
+                                 twice=2 * model["image_size"], tokens=model["latent_tokens"],
+                                 codebook=model["quantizer"]["codebook_size"], dim=model["quantizer"]["codebook_dim"])
     else:
         body = _GPT.format(name=name, parameters=parameters, tokens=model["sequence_length"], classes=model["num_classes"],
                            vocabulary=model["vocab_size"])
     return head + body + _REST.format(
         provenance=_table(provenance, "It does not say."), dtype=dtype, files=_table(description["sha256"], "None."),
-        metrics=_table({key: f"{value:.6g}" for key, value in metrics.items()},
+        metrics=_table({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in metrics.items()},
                        "None were measured when it was written.") + _METRICS_NOTE * bool(metrics))
 
 
