@@ -107,12 +107,13 @@ def remove_leftovers(run_dir: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def damaged_file(folder: Path, state: State, part: str = "", *, share: int = 0, of: int = 1) -> str | None:
-    """What is wrong with the first file (of one part) that is not as it was written, or None.
+def damaged_file(folder: Path, state: State, part: str | None = None, *, share: int = 0, of: int = 1) -> str | None:
+    """What is wrong with the first file that is not as it was written, or None.
 
-    Looks at one share of the files out of `of`.
+    Looks at one share of the files out of `of`; with a part, at what belongs to that or to no part.
     """
-    for name in sorted(name for name in state.files if name.startswith(part))[share::of]:
+    others = tuple(f"{other}/" for other in state.parts if part is not None and other != part)
+    for name in sorted(name for name in state.files if not name.startswith(others))[share::of]:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             return f"{folder / STATE_FILE} names {name!r}, which is outside of the checkpoint"

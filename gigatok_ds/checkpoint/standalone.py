@@ -151,11 +151,11 @@ def weight_files(path: Path) -> list[Path]:
     names = [WEIGHTS_FILE]
     if (path / INDEX_FILE).is_file():
         try:
-            names = sorted(set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
+            names = list(dict.fromkeys(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path / INDEX_FILE} is damaged ({error}); copy the whole directory again") from None
     for name in names:
-        if name != os.path.basename(name) or not (path / name).is_file():
+        if not isinstance(name, str) or name != os.path.basename(name) or not (path / name).is_file():
             raise InputError(f"{path} lacks its weights file {name!r}; copy the whole directory again")
     return [path / name for name in names]
 
@@ -208,7 +208,7 @@ def _described_model(path: str | Path, kind: str, build) -> nn.Module:
 def described_config(path: str | Path, kind: str) -> TokenizerConfig | GPTConfig:
     """The model that a standalone checkpoint's config.json describes; InputError when it is of another kind."""
     description = read_config(path)
-    if description.get("kind") != kind or kind not in _CONFIGS:
+    if description.get("kind") != kind or str(kind) not in _CONFIGS:
         raise InputError(f"{path} holds a {description.get('kind')}, not a {kind}")
     try:
         return _CONFIGS[kind](description["model"])

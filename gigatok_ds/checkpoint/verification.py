@@ -26,14 +26,20 @@ def verify(source: Model, written: Model, *, dtype: torch.dtype | None = None, p
     """
     specs = written_specs(build_on_meta(source.config), dtype)
     for name, spec in specs.items():
-        if not torch.equal(_rounded(source.weights[name], spec), _rounded(written.weights[name], spec)):
+        if not _same_bits(_rounded(source.weights[name], spec), _rounded(written.weights[name], spec)):
             raise InputError(f"verification failed: {name} was not written as it was read")
     outputs = [_outputs(model, specs, _inputs(model)) for model in (source, written)]
     for name, value in outputs[0].items():
-        if not torch.equal(value, outputs[1][name]):
+        if not _same_bits(value, outputs[1][name]):
             raise InputError(f"verification failed: the written model gives other {name} for the same input")
     said = f"{len(specs)} tensors and {' and '.join(outputs[0])} are equal bit for bit"
     return said + (_compare_with_probe(written, specs, probe) if probe else "")
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Unlike torch.equal, NaN is itself and -0 is not 0."""
+    bits = [value.contiguous().reshape(-1).view(torch.uint8) for value in (one, other)]
+    return one.dtype == other.dtype and torch.equal(*bits)
 
 
 def _rounded(value: Tensor, spec: Spec) -> Tensor:

@@ -66,6 +66,8 @@ def _refuse_useless(args: argparse.Namespace) -> None:
     from gigatok_ds.errors import InputError
 
     training = args.to == "training"
+    if args.out.resolve() == args.source.resolve():
+        raise InputError(f"{args.out} is what is converted; choose another place for the result")
     if args.recipe and not (training or args.source.is_file()):
         raise InputError(f"--recipe says what a .pt is, or what --to training trains; {args.source} says itself what it is")
     if args.overrides and not args.recipe:
@@ -108,11 +110,22 @@ def _verified(args: argparse.Namespace, model, recipe) -> str:
     from gigatok_ds.checkpoint.verification import verify
 
     try:
+        for place in (args.source, args.out):
+            _refuse_damaged(place)
         written = open_model(args.out, recipe=_recipe_of(model, recipe) if args.to == "original" else None)
         return verify(model, written, dtype=_dtype(args.dtype), probe=_probe(args, model))
     except BaseException:
         shutil.rmtree(args.out, ignore_errors=True) if args.out.is_dir() else args.out.unlink(missing_ok=True)
         raise
+
+
+def _refuse_damaged(place: Path) -> None:
+    """Standalone weights that are not as they were written; runs are compared when they are opened."""
+    from gigatok_ds.checkpoint.standalone import CONFIG_FILE, damaged_weights
+    from gigatok_ds.errors import InputError
+
+    if (place / CONFIG_FILE).is_file() and (problem := damaged_weights(place)):
+        raise InputError(f"{problem}; copy or convert it again")
 
 
 def _recipe_of(model, recipe):
@@ -130,6 +143,8 @@ def _probe(args: argparse.Namespace, model) -> Path | None:
     if model.provenance.get("weights") != "model" or args.dtype != "fp32":
         return None
     run_dir = args.source if (args.source / "checkpoints").is_dir() else args.source.parent.parent
+    if not (run_dir / RECIPE_FILE).is_file():
+        return None  # a checkpoint that was copied out of its run
     training = load_recipe(str(run_dir / RECIPE_FILE)).training
     last = model.provenance["checkpoint"] == f"step-{training.steps:07d}"
     return run_dir / "probe.npz" if last and training.precision == "fp32" and (run_dir / "probe.npz").is_file() else None
