@@ -31,7 +31,7 @@ import torch
 from gigatok_ds.checkpoint.fragments import WEIGHTS, Fragment, Layout, Snapshot
 from gigatok_ds.checkpoint.inspection import folder_bytes
 from gigatok_ds.checkpoint.original import build_on_meta
-from gigatok_ds.checkpoint.run_directory import STATE_FILE, State, checkpoint_path
+from gigatok_ds.checkpoint.run_directory import MODEL_PARTS, RECIPE_FILE, STATE_FILE, State, checkpoint_path
 from gigatok_ds.checkpoint.standalone import read_config
 from gigatok_ds.config.load import load_recipe, save_resolved
 from gigatok_ds.files import sync
@@ -62,7 +62,7 @@ def write_checkpoint(recipe_name: str, run_dir: Path) -> Path:
                     adam_steps=dict.fromkeys(shapes, 0), counters={})
     buffers = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in network.state_dict().items()
                if name not in shapes}
-    part = "generator" if recipe.kind == "tokenizer" else "gpt"
+    part = MODEL_PARTS[recipe.kind]
     checkpoint, files = checkpoint_path(run_dir, 1), {}
     for tensor_rank in range(TENSOR):
         for data_rank in range(DATA):
@@ -71,7 +71,7 @@ def write_checkpoint(recipe_name: str, run_dir: Path) -> Path:
             snapshot = Snapshot(tensor_rank=tensor_rank, data_rank=data_rank, layout=layout, fragments={WEIGHTS: fragments},
                                 whole=buffers)
             files |= {f"{part}/{name}": digest for name, digest in snapshot.write(checkpoint / part).items()}
-    save_resolved(recipe, checkpoint / "recipe.yaml")
+    save_resolved(recipe, checkpoint / RECIPE_FILE)
     state = State(step=1, samples=0, parts=[part], world_size=TENSOR * DATA, tensor_size=TENSOR, stage=3, metrics={},
                   files=files)
     (checkpoint / STATE_FILE).write_text(state.to_json())

@@ -29,6 +29,7 @@ import torch
 from photograph_crops import CREDIT, HELD_OUT, PHOTOGRAPHS, SIZE, crops
 from photograph_report import Verdict, draw, judge, phases_of, table, terms_of
 
+from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.data.shards import write_shards
@@ -38,7 +39,6 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import psnr
 from gigatok_ds.training.environment import ENVIRONMENT_FILE
 from gigatok_ds.training.monitor import read_metrics
-from gigatok_ds.training.run import RECIPE_FILE
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 DOCS = Path(__file__).parent.parent / "docs"

@@ -26,10 +26,14 @@ from gigatok_ds.checkpoint.original import read_original, save_original, to_orig
 from gigatok_ds.checkpoint.pt_file import write_pt
 from gigatok_ds.checkpoint.sources import open_model
 from gigatok_ds.checkpoint.standalone import damaged_weights, lazy_weights, save_standalone
-from gigatok_ds.checkpoint.tensor_files import Spec, specs_of, write_tensors
+from gigatok_ds.checkpoint.tensor_files import Spec, write_tensors
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
+
+
+def specs_of(tensors):
+    return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def convert(capsys, *words):
@@ -226,9 +230,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("to", ["standalone", "original"])
+@pytest.mark.parametrize("to", ["standalone", "original", "training"])
 def test_a_full_disk_leaves_nothing_and_says_so(runs, small_disk, to, capsys):
-    code, said = convert(capsys, runs / "tokenizer", small_disk / "out", "--to", to)
+    recipe = ["--recipe", runs / "tokenizer.yaml"] if to == "training" else []
+    code, said = convert(capsys, runs / "tokenizer", small_disk / "out", "--to", to, *recipe)
     assert code == 2 and "could not be written" in said and "make room" in said, said
     assert os.listdir(small_disk) == []
 

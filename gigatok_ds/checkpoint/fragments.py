@@ -83,9 +83,10 @@ class Snapshot:
         """Write this rank's files below `folder`, and return the SHA-256 of each by its name."""
         folder.mkdir(parents=True, exist_ok=True)
         place = f"tensor-{self.tensor_rank:03d}"
-        starts = {f"{kind}/{name}": part.start for kind, parts in self.fragments.items() for name, part in parts.items()}
-        values = {f"{kind}/{name}": part.values for kind, parts in self.fragments.items() for name, part in parts.items()}
-        files = {f"{place}-data-{self.data_rank:05d}.safetensors": (values, {_STARTS: json.dumps(starts)})}
+        parts = {f"{kind}/{name}": part for kind, by_name in self.fragments.items() for name, part in by_name.items()}
+        starts = json.dumps({key: part.start for key, part in parts.items()})
+        values = {key: part.values for key, part in parts.items()}
+        files = {f"{place}-data-{self.data_rank:05d}.safetensors": (values, {_STARTS: starts})}
         if self.data_rank == 0:
             files[f"whole-{place}.safetensors"] = (self.whole, None)
         for name, (tensors, metadata) in files.items():
@@ -121,12 +122,16 @@ class SavedEngine:
     def tensors(self, kind: str = WEIGHTS) -> Mapping[str, Tensor]:
         """The whole network's state_dict, each tensor read when asked for: parameters of that kind, float32, and buffers."""
         shapes = {name: self.shape(name) for name in self.layout.parameters}
-        whole = {name: self._whole_shape(name) for name in self.whole_names()}
+        file = self._whole_file(0)
+        whole = {name: self._joined_shape(name, self._files.shape(file, name)) for name in self.whole_names()}
         return LazyTensors(shapes | whole, lambda name: self.read_whole(name) if name in whole else self.read(kind, name))
 
     def shape(self, name: str) -> list[int]:
         """Of a whole parameter."""
-        local, cut = self.layout.parameters[name], self.layout.cuts.get(name)
+        return self._joined_shape(name, self.layout.parameters[name])
+
+    def _joined_shape(self, name: str, local: list[int]) -> list[int]:
+        cut = self.layout.cuts.get(name)
         return cut.full_shape(torch.Size(local), self.layout.tensor_size) if cut else local
 
     def read(self, kind: str, name: str) -> Tensor:
@@ -145,18 +150,17 @@ class SavedEngine:
 
     def read_whole(self, name: str, *, tensor_rank: int = 0, tensor_size: int = 1) -> Tensor:
         """A buffer or frozen parameter as that tensor rank holds it."""
-        files = [self.folder / f"whole-tensor-{rank:03d}.safetensors" for rank in range(self.layout.tensor_size)]
         cut = self.layout.cuts.get(name)
         if cut is None:
-            return self._files.read(files[0], name)
-        return cut.cut(cut.join([self._files.read(file, name) for file in files]), tensor_rank, tensor_size)
-
-    def _whole_shape(self, name: str) -> list[int]:
-        cut, local = self.layout.cuts.get(name), self._files.shape(self.folder / "whole-tensor-000.safetensors", name)
-        return cut.full_shape(torch.Size(local), self.layout.tensor_size) if cut else local
+            return self._files.read(self._whole_file(0), name)
+        parts = [self._files.read(self._whole_file(rank), name) for rank in range(self.layout.tensor_size)]
+        return cut.cut(cut.join(parts), tensor_rank, tensor_size)
 
     def whole_names(self) -> list[str]:
-        return self._files.names(self.folder / "whole-tensor-000.safetensors")
+        return self._files.names(self._whole_file(0))
+
+    def _whole_file(self, tensor_rank: int) -> Path:
+        return self.folder / f"whole-tensor-{tensor_rank:03d}.safetensors"
 
     def _range(self, tensor_rank: int, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements from `start` to `stop` of what a saved tensor rank holds, from the parts of its data ranks."""

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from gigatok_ds.checkpoint.fragments import SavedEngine
 from gigatok_ds.checkpoint.pt_file import load_plain_data
-from gigatok_ds.checkpoint.run_directory import PARTIAL, REMOVED, STATE_FILE, complete_checkpoints, damaged_file, read_state
+from gigatok_ds.checkpoint.run_directory import (
+    PARTIAL,
+    RECIPE_FILE,
+    REMOVED,
+    STATE_FILE,
+    complete_checkpoints,
+    damaged_file,
+    read_state,
+)
 from gigatok_ds.checkpoint.standalone import damaged_weights, read_config, weight_files
 from gigatok_ds.checkpoint.tensor_files import TensorFiles
 from gigatok_ds.errors import InputError
@@ -37,7 +45,7 @@ def folder_bytes(path: Path) -> int:
 
 
 def _run(path: Path, check: bool) -> dict:
-    found = {"what": "training run", "recipe": _recipe(path / "recipe.yaml")}
+    found = {"what": "training run", "recipe": _recipe(path / RECIPE_FILE)}
     found["checkpoints"] = [_checkpoint(folder, check) for _, folder in complete_checkpoints(path)]
     found["incomplete"] = sorted(folder.name for folder in (path / "checkpoints").glob("step-*")
                                  if folder.name.endswith((PARTIAL, REMOVED)) or not (folder / STATE_FILE).is_file())
@@ -63,8 +71,8 @@ def _complete(path: Path, check: bool) -> dict:
              "topology": {"ranks": state.world_size, "tensor": state.tensor_size,
                           "data": state.world_size // state.tensor_size, "zero_stage": state.stage},
              "metrics": state.metrics, "parts": {part: _engine(path / part) for part in state.parts}}
-    if (path / "recipe.yaml").is_file():
-        found["recipe"] = _recipe(path / "recipe.yaml")
+    if (path / RECIPE_FILE).is_file():
+        found["recipe"] = _recipe(path / RECIPE_FILE)
     found["sha256"] = state.files
     if check:
         found["damaged"] = damaged_file(path, state)

@@ -17,7 +17,7 @@ from gigatok_ds.checkpoint.pt_file import lazy_tensors, write_pt
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, check_fits, shapes_of
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import scratch_beside
+from gigatok_ds.files import scratch_beside, told_failures
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 
@@ -161,13 +161,6 @@ def save_original(path: Path, config: TokenizerConfig | GPTConfig, weights: Mapp
     check_fits(weights, written_specs(network), "the state_dict")
     specs = original_specs(config, written_specs(network, dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with scratch_beside(path) as scratch:
-            write_pt(scratch, "model", specs, to_original(config, weights).__getitem__)
-    except (OSError, RuntimeError) as error:
-        # torch's own writer hides errors of the operating system.
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-            reason = getattr(error, "strerror", None) or "writing failed, probably for lack of space"
-            raise InputError(f"{path} could not be written ({reason}); make room or choose another place") from error
-        raise
+    with told_failures(path), scratch_beside(path) as scratch:
+        write_pt(scratch, "model", specs, to_original(config, weights).__getitem__)
     return path

@@ -24,6 +24,9 @@ from gigatok_ds.parallel.topology import Topology
 
 FORMAT = "gigatok-ds-training/1"
 STATE_FILE = "state.json"
+RECIPE_FILE = "recipe.yaml"  # of a run and of each of its checkpoints
+# The engine that trains what is exported, by kind of recipe.
+MODEL_PARTS = {"tokenizer": "generator", "gpt": "gpt"}
 LATEST_FILE = "latest"
 PARTIAL, REMOVED = ".partial", ".removed"
 _NAME = re.compile(r"^step-(\d{7,})$")
@@ -80,6 +83,11 @@ def read_state(folder: Path) -> State:
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:07d}"
+
+
+def partial_path(final: Path) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return final.with_name(final.name + PARTIAL)
 
 
 def complete_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from gigatok_ds.checkpoint.fragments import EMA, WEIGHTS, SavedEngine
 from gigatok_ds.checkpoint.original import from_original, read_original
 from gigatok_ds.checkpoint.run_directory import (
+    MODEL_PARTS,
+    RECIPE_FILE,
     checkpoint_path,
     complete_checkpoints,
     damaged_file,
@@ -20,10 +22,8 @@ from gigatok_ds.checkpoint.run_directory import (
 from gigatok_ds.checkpoint.standalone import described_config, lazy_weights, read_config
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
-from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
-
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def open_model(path: Path, *, choice: str | None = None, recipe: Recipe | None =
             raise InputError(f"{path} does not say what it is a checkpoint of; give --recipe, such as --recipe VQ_SS256")
         if step is not None:
             raise InputError(f"--step chooses a checkpoint of a run; {path} is a file")
-        return open_original(path, recipe, choice)
+        return open_original(path, recipe.model, choice, name=recipe.name)
     if is_run(path):
         return open_run(path, choice=choice, step=step)
     if choice or step is not None:
@@ -68,11 +68,13 @@ def open_model(path: Path, *, choice: str | None = None, recipe: Recipe | None =
                  provenance=description.get("provenance", {}))
 
 
-def open_original(path: Path, recipe: Recipe, choice: str | None) -> Model:
-    weights = read_original(path, choice, kind=recipe.kind)
-    config, ours = from_original(recipe.model, weights, str(path))
+def open_original(path: Path, config: TokenizerConfig | GPTConfig, choice: str | None = None, *,
+                  name: str | None = None) -> Model:
+    """The model of an original `.pt`, of that configuration; name is that of its recipe."""
+    weights = read_original(path, choice, kind="tokenizer" if isinstance(config, TokenizerConfig) else "gpt")
+    config, ours = from_original(config, weights, str(path))
     return Model(config=config, weights=ours,
-                 provenance={"recipe": recipe.name, "source": path.name, "weights": choice or "default"})
+                 provenance={"recipe": name, "source": path.name, "weights": choice or "default"})
 
 
 def open_run(path: Path, *, choice: str | None = None, step: int | None = None) -> Model:
@@ -86,7 +88,7 @@ def open_run(path: Path, *, choice: str | None = None, step: int | None = None) 
     if recipe_file is None:
         raise InputError(f"{path} is not a training run: it has no {RECIPE_FILE}")
     recipe = load_recipe(str(recipe_file))
-    state, part = read_state(checkpoint), "generator" if isinstance(recipe, TokenizerRecipe) else "gpt"
+    state, part = read_state(checkpoint), MODEL_PARTS[recipe.kind]
     problem = damaged_file(checkpoint, state, part)
     if problem:
         raise InputError(f"{problem}; restore it from a copy, or convert another checkpoint (--step)")

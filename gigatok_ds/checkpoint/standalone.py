@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,10 +18,10 @@ from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.model_card import model_card
 from gigatok_ds.checkpoint.original import build_on_meta, written_specs
-from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, TensorFiles, check_fits, write_tensors
+from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, TensorFiles, check_fits, groups_of, write_tensors
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, gpt_config_from_dict, tokenizer_config_from_dict
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import sha256, sync
+from gigatok_ds.files import directory_beside, sha256, sync, told_failures
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.sharding import declared_shards
@@ -35,6 +33,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 INDEX_FILE = "model.safetensors.index.json"
+# Names of the types that models are run in.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONFIGS = {"tokenizer": tokenizer_config_from_dict, "gpt": gpt_config_from_dict}
 
 
@@ -57,15 +57,13 @@ def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weigh
     network = build_on_meta(config)
     check_fits(weights, written_specs(network), "the state_dict")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        files = _write_weights(scratch, weights, written_specs(network, dtype))
+    with told_failures(path), directory_beside(path, replace=True) as scratch:
         description = {
             "format": FORMAT,
             "kind": "tokenizer" if isinstance(config, TokenizerConfig) else "gpt",
             "model": dataclasses.asdict(config),
             "provenance": provenance or {},
-            "sha256": files,
+            "sha256": _write_weights(scratch, weights, written_specs(network, dtype)),
         }
         (scratch / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
         card = model_card(description, parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -73,23 +71,12 @@ def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weigh
         (scratch / CARD_FILE).write_text(card, encoding="utf-8")
         for file in scratch.iterdir():
             sync(file)
-        scratch.chmod(0o755)
-        replaced = scratch.with_name(scratch.name + ".replaced")
-        if path.exists():
-            os.rename(path, replaced)
-        os.rename(scratch, path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{path} could not be written ({error.strerror}); make room or choose another place") from error
-        raise
     return path
 
 
 def _write_weights(folder: Path, weights: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, str]:
     """Write the weights files, and an index if there are several; returns the SHA-256 of each weights file."""
-    shards = _shards(specs)
+    shards = groups_of({name: spec.nbytes for name, spec in specs.items()}, SHARD_BYTES)
     files = {}
     weight_map = {}
     for number, names in enumerate(shards, 1):
@@ -100,18 +87,6 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], specs: Mapping[s
         index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs.values())}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return files
-
-
-def _shards(specs: Mapping[str, Spec]) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, spec in specs.items():
-        if shards[-1] and used + spec.nbytes > SHARD_BYTES:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += spec.nbytes
-    return shards
 
 
 def read_config(path: str | Path) -> dict:

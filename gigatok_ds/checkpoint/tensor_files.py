@@ -32,8 +32,17 @@ class Spec(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
-    return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+def groups_of(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in their order, in groups of at most so many bytes together, or of one name with more."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > most:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
 
 
 def write_tensors(path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor]) -> str:

@@ -18,15 +18,15 @@ from gigatok_ds.checkpoint.fragments import Snapshot
 from gigatok_ds.checkpoint.retention import discard, prune
 from gigatok_ds.checkpoint.run_directory import (
     LATEST_FILE,
-    PARTIAL,
     STATE_FILE,
     Saveable,
     State,
     checkpoint_path,
+    partial_path,
 )
 from gigatok_ds.config.checkpoint import CheckpointConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import sync, synced_sha256, write_atomically
+from gigatok_ds.files import sync, synced_sha256, write_atomically, write_failure
 from gigatok_ds.parallel.topology import Topology
 
 POLL_SECONDS = 0.05
@@ -68,7 +68,7 @@ class CheckpointWriter:
         snapshots = {name: part.snapshot() for name, part in parts.items()}
         state = State(step=step, samples=samples, parts=sorted(parts), world_size=self._topology.world_size,
                       tensor_size=self._topology.tensor_size, stage=self._stage, metrics=dict(metrics), files={})
-        partial = checkpoint_path(self._run_dir, step).with_name(checkpoint_path(self._run_dir, step).name + PARTIAL)
+        partial = partial_path(checkpoint_path(self._run_dir, step))
         self._own = _Background(lambda: self._write(partial, snapshots), lambda error: self._explained(error, step))
         if self._topology.is_first:
             self._all = _Background(lambda: self._complete(partial, state), lambda error: self._explained(error, step))
@@ -151,10 +151,9 @@ class CheckpointWriter:
         return files
 
     def _explained(self, error: BaseException, step: int) -> BaseException:
-        # safetensors reports errors of the operating system in an exception of its own.
-        if not isinstance(error, OSError) and "I/O error" not in str(error):
+        reason = write_failure(error)
+        if reason is None:
             return error
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         told = InputError(f"the checkpoint of step {step} could not be written below {self._run_dir} ({reason}); earlier "
                           "checkpoints are untouched: make room and run the same command again")
         told.__cause__ = error

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 HELP = "training run, standalone directory, original .pt: from each to each"
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.to == "training":
         return _to_training(args, model, recipe)
     written = _write(args, model)
-    said = f": {_verified(args, model, recipe)}" if args.verify else ""
+    said = f": {_verified(args, model)}" if args.verify else ""
     print(f"wrote {written}{said}")
     return 0
 
@@ -104,15 +105,15 @@ def _to_training(args: argparse.Namespace, model, recipe) -> int:
     return 0
 
 
-def _verified(args: argparse.Namespace, model, recipe) -> str:
+def _verified(args: argparse.Namespace, model) -> str:
     """What was compared. What does not compare equal is removed."""
-    from gigatok_ds.checkpoint.sources import open_model
+    from gigatok_ds.checkpoint.sources import open_model, open_original
     from gigatok_ds.checkpoint.verification import verify
 
     try:
         for place in (args.source, args.out):
             _refuse_damaged(place)
-        written = open_model(args.out, recipe=_recipe_of(model, recipe) if args.to == "original" else None)
+        written = open_original(args.out, model.config) if args.to == "original" else open_model(args.out)
         return verify(model, written, dtype=_dtype(args.dtype), probe=_probe(args, model))
     except BaseException:
         shutil.rmtree(args.out, ignore_errors=True) if args.out.is_dir() else args.out.unlink(missing_ok=True)
@@ -128,14 +129,10 @@ def _refuse_damaged(place: Path) -> None:
         raise InputError(f"{problem}; copy or convert it again")
 
 
-def _recipe_of(model, recipe):
-    """Enough of a recipe to read a .pt by: the model's own configuration."""
-    return argparse.Namespace(kind=model.kind, model=model.config, name=recipe.name if recipe else model.kind)
-
-
 def _probe(args: argparse.Namespace, model) -> Path | None:
     """Outputs of the model in training, if the run wrote them for these very weights, in float32."""
-    from gigatok_ds.checkpoint.sources import RECIPE_FILE, is_run
+    from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
+    from gigatok_ds.checkpoint.sources import is_run
     from gigatok_ds.config.load import load_recipe
 
     if args.source.is_file() or not is_run(args.source):
@@ -156,21 +153,16 @@ def _dtype(name: str):
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+@contextmanager
 def _progress(weights):
     """The weights, showing on a terminal how many of them were read."""
-    from contextlib import contextmanager
-
     from tqdm import tqdm
 
     from gigatok_ds.checkpoint.tensor_files import LazyTensors, shapes_of
 
-    @contextmanager
-    def shown():
-        with tqdm(total=len(weights), unit="tensor", disable=None) as bar:
-            def read(name):
-                bar.update()
-                return weights[name]
+    with tqdm(total=len(weights), unit="tensor", disable=None) as bar:
+        def read(name):
+            bar.update()
+            return weights[name]
 
-            yield LazyTensors(shapes_of(weights), read)
-
-    return shown()
+        yield LazyTensors(shapes_of(weights), read)

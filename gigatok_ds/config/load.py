@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import re
 import types
 import typing
@@ -24,6 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from gigatok_ds.config import losses, model, recipe
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically
 
 _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
 # Settings of a run that may change when it is resumed: how often it reports, how it computes, where copies of data are
@@ -127,14 +127,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 def save_resolved(recipe: Recipe, path: str | Path) -> None:
     """Write `recipe_to_yaml` to `path`, all of it or nothing."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        scratch.write_text(recipe_to_yaml(recipe), encoding="utf-8")
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    write_atomically(Path(path), recipe_to_yaml(recipe).encode())
 
 
 def _inherited(name: str, folder: Path, seen: tuple[str, ...]) -> dict:

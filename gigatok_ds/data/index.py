@@ -27,7 +27,7 @@ from tqdm import tqdm
 from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import write_atomically
+from gigatok_ds.files import sha256, write_atomically
 
 FORMAT = "gigatok-ds-shards/2"
 OPEN_SHARDS = 128  # files held open at once by one index in one process; far below the usual limit of 1024
@@ -52,9 +52,7 @@ class Shard:
 
 def describe_shard(path: Path, entries: list[Entry]) -> Shard:
     """Name, size, hash and number of samples of the tar at `path`."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(name=path.name, size=path.stat().st_size, sha256=digest, samples=len(entries))
+    return Shard(name=path.name, size=path.stat().st_size, sha256=sha256(path), samples=len(entries))
 
 
 def build_table(shards: list[Shard], entries: list[list[Entry]]) -> dict[str, np.ndarray]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from gigatok_ds.data.index import Contents, Shard, build_table, describe_shard, 
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, is_safe_key, scan_tar
 from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import directory_beside
 
 MAX_KEY_BYTES = 90  # a ustar header has 100 bytes for KEY.extension
 _TAR_OPTIONS = {"user": "gigatok", "group": "gigatok", "mtime": 0, "encoder": False}
@@ -63,14 +62,8 @@ def new_directory(out_dir: str | Path) -> Iterator[Path]:
     """
     out_dir = unused(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with directory_beside(out_dir) as scratch:
         yield scratch
-        scratch.chmod(0o755)
-        os.rename(scratch, out_dir)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def write_tars(records: Iterable[Record], directory: Path, *, prefix: str, samples_per_shard: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import sha256
 
 RANDOM, DOWNLOAD = "random", "download"
 # As torch.hub reads names: the first digits of the file's SHA-256, between a dash and the suffix.
@@ -89,8 +89,7 @@ class WeightFile:
         if self.is_random:
             return None
         path = self.find()
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(path)
         digits = _DIGITS.search(path.name) if path.name in self.names else None
         if digits and not digest.startswith(digits[1]):
             raise InputError(f"{self.setting}: {path} is damaged: its SHA-256 begins with {digest[:8]}, not with "

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
-from gigatok_ds.checkpoint.run_directory import complete_checkpoints
+from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints
 from gigatok_ds.config.load import differing_keys, load_recipe
 from gigatok_ds.config.recipe import Recipe, ScheduleConfig
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically
 
 BRANCH_FILE = "branch.json"
 # What a branch may have otherwise than the run it comes from: how long it is and how it cools down.
@@ -43,7 +43,7 @@ def branch_point(recipe: Recipe, source: Path) -> Path:
     """
     is_checkpoint = source.parent.name == "checkpoints"
     run_dir = source.parent.parent if is_checkpoint else source
-    recipe_file = run_dir / "recipe.yaml"
+    recipe_file = run_dir / RECIPE_FILE
     if not recipe_file.is_file():
         raise InputError(f"{source} is neither a run directory nor one of its checkpoints: there is no {recipe_file}")
     trunk = load_recipe(str(recipe_file))
@@ -84,7 +84,5 @@ def check_branch(recipe: Recipe, run_dir: Path, source: Path | None) -> Path | N
 
 def record_branch(run_dir: Path, checkpoint: Path) -> None:
     """Write down where a branch comes from."""
-    scratch = run_dir / f".{BRANCH_FILE}.partial"
     origin = {"run": checkpoint.parent.parent.name, "checkpoint": checkpoint.name}
-    scratch.write_text(json.dumps(origin) + "\n", encoding="utf-8")
-    os.replace(scratch, run_dir / BRANCH_FILE)
+    write_atomically(run_dir / BRANCH_FILE, (json.dumps(origin) + "\n").encode())

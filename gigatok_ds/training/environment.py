@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from gigatok_ds.files import write_atomically
+
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("gigatok_ds", "torch", "deepspeed", "megatron-core", "numpy", "timm", "lpips", "webdataset",
             "torch-fidelity")
@@ -37,10 +39,7 @@ def write_environment(run_dir: str | Path, *, command: list[str]) -> None:
         "cuda": torch.version.cuda,
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-    path = Path(run_dir) / ENVIRONMENT_FILE
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_atomically(Path(run_dir) / ENVIRONMENT_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _program(path: Path) -> str:

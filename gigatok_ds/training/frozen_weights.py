@@ -9,6 +9,7 @@ from pathlib import Path
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.inception import inception_file, load_inception
+from gigatok_ds.files import write_atomically
 from gigatok_ds.losses.frozen import weight_files
 from gigatok_ds.losses.semantic import check_teacher
 
@@ -60,10 +61,7 @@ def record_frozen(recipe: Recipe, run_dir: Path, *, since: Path) -> None:
         if earlier != entry["sha256"]:
             raise InputError(f"{setting}: the run in {since} was started with {_named(earlier)}, but this is "
                              f"{_named(entry['sha256'])}; give it the same weights, or choose another --out")
-    path = run_dir / FROZEN_FILE
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_atomically(run_dir / FROZEN_FILE, (json.dumps(now, indent=2) + "\n").encode())
 
 
 def _named(digest: str | None) -> str:

@@ -55,12 +55,11 @@ class LiveState:
 
     def snapshot(self, ema: Mapping[str, Fragment] | None) -> Snapshot:
         """Copies in host memory of this rank's part of everything. Collective at stage 3."""
-        places = self._places
-        kinds = {WEIGHTS: {name: _copied(place, place.holder) for name, place in places.items()}}
+        kinds = {WEIGHTS: {name: _copied(fragment) for name, fragment in self.fragments().items()}}
         for moment in MOMENTS:
-            kinds[moment] = {name: _copied(place, self._moment(place, moment)) for name, place in places.items()}
+            kinds[moment] = {name: _copied(self._moment(place, moment)) for name, place in self._places.items()}
         if ema is not None:
-            kinds[EMA] = {name: Fragment(start, values.to("cpu", copy=True)) for name, (start, values) in ema.items()}
+            kinds[EMA] = {name: _copied(fragment) for name, fragment in ema.items()}
         whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in self._whole()}
         return Snapshot(tensor_rank=self._topology.tensor_rank, data_rank=self._topology.data_rank,
                         layout=self._layout(list(kinds), whole), fragments=kinds, whole=whole)
@@ -91,14 +90,15 @@ class LiveState:
 
         At stage 0 all data ranks hold everything: of that, an equal share or, without `share`, all.
         """
-        found = {}
+        found, masters = {}, self._masters()
         for name, parameter in self._trained.items():
-            place = self._place(parameter, share)
+            place = self._place(parameter, masters.get(id(parameter), parameter), share)
             if place is not None and place.size > 0:
                 found[name] = place
         return found
 
-    def _place(self, parameter: nn.Parameter, share: bool) -> Place | None:
+    def _place(self, parameter: nn.Parameter, holder: Tensor, share: bool) -> Place | None:
+        """holder: what holds all of the parameter in float32 at stage 0."""
         optimizer, data_rank, data_size = self._engine.optimizer, self._topology.data_rank, self._topology.data_size
         if self._stage == 3:
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -112,7 +112,6 @@ class LiveState:
             here = mapping.hp_fragment_address
             return Place(optimizer.single_partition_of_fp32_groups[mapping.param_group_index], here.start,
                          mapping.lp_fragment_address.start, here.numel)
-        holder = self._masters().get(id(parameter), parameter)
         if not share:
             return Place(holder, 0, 0, holder.numel())
         size = -(-holder.numel() // data_size)
@@ -129,9 +128,10 @@ class LiveState:
     def _adam(self) -> torch.optim.Optimizer:
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
-    def _moment(self, place: Place, moment: str) -> Tensor:
+    def _moment(self, place: Place, moment: str) -> Fragment:
+        """Zeros before the first update, when Adam has no state yet."""
         state = self._adam().state.get(place.holder)
-        return state[moment] if state else torch.zeros_like(place.holder)
+        return Fragment(place.start, place.view(state[moment]) if state else torch.zeros(place.size))
 
     def _state(self, place: Place) -> dict[str, Tensor]:
         """Adam's state of a holder, which it would make at its first update."""
@@ -210,8 +210,8 @@ class LiveState:
                     low.data.copy_(values.data)
 
 
-def _copied(place: Place, tensor: Tensor) -> Fragment:
-    return Fragment(place.start, place.view(tensor).to("cpu", copy=True))
+def _copied(fragment: Fragment) -> Fragment:
+    return Fragment(fragment.start, fragment.values.to("cpu", copy=True))
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

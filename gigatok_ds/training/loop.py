@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigatok_ds.checkpoint.run_directory import complete_checkpoints, load_checkpoint, remove_leftovers
+from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints, load_checkpoint, remove_leftovers
 from gigatok_ds.checkpoint.writer import CheckpointWriter
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
@@ -26,7 +26,7 @@ from gigatok_ds.training.term_gradients import PREFIX, norms
 from gigatok_ds.training.watch import Watch, Watched, wandb_of
 
 # Files of the run directory that each checkpoint has a copy of, so that it explains itself.
-ATTACHMENTS = ("recipe.yaml", "deepspeed.json", "environment.json")
+ATTACHMENTS = (RECIPE_FILE, "deepspeed.json", "environment.json")
 
 
 class Task(Watched, Protocol):

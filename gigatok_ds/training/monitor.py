@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically
 from gigatok_ds.training.wandb_log import WandbRun, as_wandb_image
 
 METRICS_FILE = "metrics.jsonl"
@@ -155,6 +155,4 @@ def _truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = "".join(f"{text}\n" for text, record in _parse(path) if record["step"] <= last_step)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(kept, encoding="utf-8")
-    os.replace(scratch, path)
+    write_atomically(path, kept.encode())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 from pathlib import Path
 
+from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero3_worth_it
 from gigatok_ds.config.load import differing_keys, load_recipe, save_resolved
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically
 from gigatok_ds.training.branch import check_branch, record_branch
 from gigatok_ds.training.wandb_log import check_wandb
 
-RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 
 
@@ -105,7 +106,7 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     if branch:
         record_branch(run_dir, branch)
     save_resolved(recipe, run_dir / RECIPE_FILE)
-    _write_json(run_dir / DEEPSPEED_FILE, settings)
+    write_atomically(run_dir / DEEPSPEED_FILE, (json.dumps(settings, indent=2) + "\n").encode())
     write_environment(run_dir, command=sys.argv)
 
 
@@ -117,11 +118,3 @@ def _task(recipe: Recipe):
     from gigatok_ds.training.gpt_task import GPTTask
 
     return GPTTask
-
-
-def _write_json(path: Path, content: dict) -> None:
-    import json
-
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(scratch, path)

@@ -7,9 +7,6 @@ average starts from the weights, and a discriminator as in a new run.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.fragments import WEIGHTS, Fragment, Layout, Snapshot
-from gigatok_ds.checkpoint.original import build_on_meta
-from gigatok_ds.checkpoint.run_directory import STATE_FILE, State, checkpoint_path
+from gigatok_ds.checkpoint.original import build_on_meta, written_specs
+from gigatok_ds.checkpoint.run_directory import MODEL_PARTS, RECIPE_FILE, STATE_FILE, State, checkpoint_path
+from gigatok_ds.checkpoint.tensor_files import LazyTensors, groups_of, shapes_of
 from gigatok_ds.config.load import save_resolved
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import directory_beside, told_failures, write_atomically
 from gigatok_ds.models.initialisation import initial_fills
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.streams import stream_key, torch_stream
@@ -40,61 +39,46 @@ def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, 
     if out.exists():
         raise InputError(f"{out} exists already; choose another directory for the run")
     network = build_on_meta(recipe.model)
-    weights = _Started(network, weights, fresh, recipe.training.seed)
+    parts = {MODEL_PARTS[recipe.kind]: (network, _started(network, weights, fresh, recipe.training.seed))}
+    if isinstance(recipe, TokenizerRecipe) and recipe.loss.adversarial:
+        discriminator = _discriminator(recipe)
+        parts["discriminator"] = (discriminator, discriminator.state_dict())
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with told_failures(out), directory_beside(out) as scratch:
         checkpoint = checkpoint_path(scratch, 0)
-        tokenizer = isinstance(recipe, TokenizerRecipe)
-        parts = {"generator" if tokenizer else "gpt": (network, weights)}
-        if tokenizer and recipe.loss.adversarial:
-            discriminator = _discriminator(recipe)
-            parts["discriminator"] = (discriminator, discriminator.state_dict())
         files = {f"{part}/{name}": digest for part, (of, values) in parts.items()
                  for name, digest in _write_network(checkpoint / part, of, values)}
         state = State(step=0, samples=0, parts=sorted(parts), world_size=1, tensor_size=1, stage=0, metrics={}, files=files)
-        save_resolved(recipe, scratch / "recipe.yaml")
-        (checkpoint / STATE_FILE).write_text(state.to_json(), encoding="utf-8")
-        scratch.chmod(0o755)
-        os.rename(scratch, out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        save_resolved(recipe, scratch / RECIPE_FILE)
+        write_atomically(checkpoint / STATE_FILE, state.to_json().encode())
     return out
 
 
-class _Started(Mapping[str, Tensor]):
-    """The weights to start from, checked by shape before anything is read; `fresh` ones are drawn as for a new run."""
+def _started(network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[str], seed: int) -> LazyTensors:
+    """The weights to start from, checked by shape; those that begin anew are drawn as for a new run."""
+    expected, shapes = written_specs(network), shapes_of(weights)
+    fills = {name: fill for name, _, fill in initial_fills(network) if name.startswith(tuple(fresh))}
+    for prefix in fresh:
+        if not any(name.startswith(prefix) for name in fills):
+            raise InputError(f"--fresh {prefix} names no parameter of this recipe's model; names look like "
+                             f"{next(iter(expected))}")
+    for name, (_, shape) in expected.items():
+        remedy = f"start that anew with --fresh {name.rpartition('.')[0] or name}"
+        if name not in fills and name not in shapes:
+            raise InputError(f"the weights to start from lack {name}; choose the recipe of their model, or {remedy}")
+        if name not in fills and shapes[name] != shape:
+            raise InputError(f"{name} is {list(shapes[name])} in the weights to start from and {list(shape)} in this "
+                             f"recipe; change the recipe, or {remedy}")
 
-    def __init__(self, network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[str], seed: int):
-        self._expected, self._weights, self._seed = network.state_dict(), weights, seed
-        self._fresh = {name: fill for name, _, fill in initial_fills(network) if name.startswith(tuple(fresh))}
-        for prefix in fresh:
-            if not any(name.startswith(prefix) for name in self._fresh):
-                raise InputError(f"--fresh {prefix} names no parameter of this recipe's model; names look like "
-                                 f"{next(iter(self._expected))}")
-        for name in self._expected:
-            if name not in self._fresh and name not in weights:
-                raise InputError(f"the weights to start from lack {name}; choose the recipe of their model, or start that "
-                                 f"anew with --fresh {name.rpartition('.')[0] or name}")
+    def read(name: str) -> Tensor:
+        dtype, shape = expected[name]
+        if name not in fills:
+            return weights[name].to(dtype)
+        value = torch.empty(shape)
+        fills[name](value, torch_stream(seed, "weights", name))
+        return value
 
-    def __getitem__(self, name: str) -> Tensor:
-        expected = self._expected[name]
-        if name in self._fresh:
-            value = torch.empty(expected.shape)
-            self._fresh[name](value, torch_stream(self._seed, "weights", name))
-            return value
-        value = self._weights[name]
-        if value.shape != expected.shape:
-            raise InputError(f"{name} is {list(value.shape)} in the weights to start from and {list(expected.shape)} in "
-                             f"this recipe; change the recipe, or start that anew with --fresh {name.rpartition('.')[0] or name}")
-        return value.to(expected.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._expected)
-
-    def __len__(self) -> int:
-        return len(self._expected)
+    return LazyTensors({name: spec.shape for name, spec in expected.items()}, read)
 
 
 def _discriminator(recipe: TokenizerRecipe) -> nn.Module:
@@ -107,7 +91,7 @@ def _discriminator(recipe: TokenizerRecipe) -> nn.Module:
 def _write_network(folder: Path, network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Write a network as if each of several data ranks had held some of its parameters; yields names and SHA-256."""
     trained = {name: list(parameter.shape) for name, parameter in network.named_parameters() if parameter.requires_grad}
-    shares = _shares(trained)
+    shares = groups_of({name: 4 * math.prod(shape) for name, shape in trained.items()}, FILE_BYTES)
     layout = Layout(tensor_size=1, data_size=len(shares), parameters=trained,
                     cuts={name: cut for name, cut in declared_shards(network).items() if name in trained}, kinds=[WEIGHTS],
                     adam_steps=dict.fromkeys(trained, 0), counters={})
@@ -116,16 +100,3 @@ def _write_network(folder: Path, network: nn.Module, weights: Mapping[str, Tenso
         whole = {name: weights[name].contiguous() for name in weights if name not in trained} if rank == 0 else {}
         yield from Snapshot(tensor_rank=0, data_rank=rank, layout=layout, fragments={WEIGHTS: values},
                             whole=whole).write(folder).items()
-
-
-def _shares(shapes: Mapping[str, list[int]]) -> list[list[str]]:
-    shares: list[list[str]] = [[]]
-    used = 0
-    for name, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        if shares[-1] and used + size > FILE_BYTES:
-            shares.append([])
-            used = 0
-        shares[-1].append(name)
-        used += size
-    return shares

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import write_atomically
 
 ID_FILE = "wandb_id"
 
@@ -60,7 +60,5 @@ def as_wandb_image(image: np.ndarray) -> object:
 def _run_id(run_dir: Path) -> str:
     path = run_dir / ID_FILE
     if not path.is_file():
-        scratch = path.with_suffix(".partial")
-        scratch.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        write_atomically(path, f"{secrets.token_hex(4)}\n".encode())
     return path.read_text(encoding="utf-8").strip()
