@@ -25,6 +25,11 @@ COMMANDS = {
     "extract-codes": "extract_codes",
     "reconstruct": "reconstruct",
     "sample": "sample",
+    "evaluate": "evaluate",
+    "probe": "probe",
+    "search-guidance": "search_guidance",
+    "reproduce": "reproduce",
+    "ar-probe": "ar_probe",
 }
 
 

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--balanced", action="store_true", help="with --count: image i has class i modulo their number")
     parser.add_argument("--cfg", type=float, default=1.75, metavar="SCALE", help="guidance scale; 1 is off (default: 1.75)")
     parser.add_argument("--cfg-schedule", default="constant", help="constant (default), step, linear, cosine, ...")
-    parser.add_argument("--cfg-start", type=float, metavar="R", help="where the step schedule starts (GigaTok: 0.18)")
+    parser.add_argument("--cfg-start", type=float, metavar="R",
+                        help="where the step schedule (GigaTok: 0.18) or the rectangular one starts")
+    parser.add_argument("--cfg-end", type=float, metavar="R", help="where the rectangular schedule ends")
     parser.add_argument("--cfg-interval", type=int, default=-1, metavar="STEP",
                         help="no guidance after this decoding step; -1 is off (default: -1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="default: 1")
@@ -55,10 +57,14 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--balanced belongs to --count; a grid has the classes that --classes names")
     if args.count is not None and args.per_class is not None:
         raise InputError("--per-class belongs to --classes; --count says how many images there are")
-    if args.cfg_start is not None and args.cfg_schedule != "step":
-        raise InputError(f"--cfg-start belongs to --cfg-schedule step, not {args.cfg_schedule}")
+    if args.cfg_start is not None and args.cfg_schedule not in ("step", "rectangular"):
+        raise InputError(f"--cfg-start belongs to --cfg-schedule step or rectangular, not {args.cfg_schedule}")
+    if args.cfg_end is not None and args.cfg_schedule != "rectangular":
+        raise InputError(f"--cfg-end belongs to --cfg-schedule rectangular, not {args.cfg_schedule}")
+    windows = {"window_start": args.cfg_start, "window_end": args.cfg_end}
+    windows = {name: value for name, value in windows.items() if value is not None}
     settings = {"cfg_scale": args.cfg, "cfg_schedule": args.cfg_schedule, "cfg_interval": args.cfg_interval,
-                "cfg_schedule_kwargs": None if args.cfg_start is None else {"window_start": args.cfg_start},
+                "cfg_schedule_kwargs": windows or None,
                 "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     job = Job(gpt=args.gpt, tokenizer=args.tokenizer, settings=settings, seed=args.seed, batch_size=args.batch_size,
               dtype=args.dtype, compile=args.compile)

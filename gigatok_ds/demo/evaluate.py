@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,20 +10,27 @@ import torch
 from torch import Tensor
 
 from gigatok_ds import load_gpt, load_tokenizer
+from gigatok_ds.checkpoint.standalone import checkpoint_hash
 from gigatok_ds.data.codes import CodeDataset
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import evaluation_batches
 from gigatok_ds.demo.figures import reconstruction_grid, sample_grid
 from gigatok_ds.evaluation.classifier import ImageClassifier
-from gigatok_ds.evaluation.code_metrics import codebook_usage, perplexity, unigram_entropy
-from gigatok_ds.evaluation.image_metrics import psnr
+from gigatok_ds.evaluation.code_metrics import unigram_entropy
+from gigatok_ds.evaluation.cropped import CroppedImages
+from gigatok_ds.evaluation.loss import stored_codes, validation_loss
+from gigatok_ds.evaluation.probing.features import GPTFeatures
+from gigatok_ds.evaluation.probing.probe import ProbeRun, ProbeSettings
+from gigatok_ds.evaluation.reconstruction import evaluate_reconstruction
+from gigatok_ds.files import write_atomically
+from gigatok_ds.parallel.topology import single_process
 from gigatok_ds.sampling.images import sample_images
-from gigatok_ds.training.monitor import read_metrics
 
 if TYPE_CHECKING:
     from gigatok_ds.demo.pipeline import Demo
 
 PER_CLASS = 20
+PROBE_EPOCHS, PROBE_BATCH = 30, 128
 SAMPLING = {"cfg_scale": 2.0, "cfg_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -35,10 +41,10 @@ def evaluate(demo: Demo) -> dict[str, float]:
     train_images, train_labels = load_images(demo.shards["train"], size)
     test_images, test_labels = load_images(demo.shards["validation"], size)
 
-    codes = torch.cat([tokenizer.encode(batch) for batch in test_images.split(64)])
-    restored = torch.cat([tokenizer.decode(batch) for batch in codes.split(64)])
-    values = psnr(test_images, restored)
-    reconstruction_grid(demo.out / "reconstructions.png", test_images[:16], restored[:16], values[:16].tolist())
+    alone = single_process()
+    found = evaluate_reconstruction(tokenizer, CroppedImages(demo.shards["validation"], size), alone, batch_size=64)
+    restored = tokenizer.decode(tokenizer.encode(test_images[:16]))
+    reconstruction_grid(demo.out / "reconstructions.png", test_images[:16], restored, found.values["psnr"][:16].tolist())
 
     classes = torch.arange(len(demo.source.classes)).repeat_interleave(PER_CLASS)
     drawn, samples = sample_images(gpt, tokenizer, classes, seed=0, batch_size=50, **SAMPLING)
@@ -48,23 +54,34 @@ def evaluate(demo: Demo) -> dict[str, float]:
     sample_grid(demo.out / "samples.png", grid, demo.source.classes)
 
     classifier = ImageClassifier.fit(train_images, train_labels, len(demo.source.classes))
-    codebook = tokenizer.config.quantizer.codebook_size
-    validation_codes = torch.as_tensor(CodeDataset.open(demo.codes["validation"]).codes[:, 0].astype(np.int64))
+    codes = CodeDataset.open(demo.codes["validation"])
     figures = {
-        "psnr_db": float(values.mean()),
+        "psnr_db": found.figures["psnr"],
+        "ssim": found.figures["ssim"],
         "codes_per_image": tokenizer.config.latent_tokens,
-        "codebook_usage": codebook_usage(codes, codebook),
-        "codebook_perplexity": perplexity(codes, codebook),
+        "codebook_usage": found.figures["codebook_usage"],
+        "codebook_perplexity": found.figures["codebook_perplexity"],
         "sample_accuracy": classifier.accuracy(samples.clamp(-1, 1), classes),
         "samples": len(classes),
         "classifier_test_accuracy": classifier.accuracy(test_images, test_labels),
-        "gpt_validation_loss": last_value(read_metrics(demo.out / "gpt"), "validation/loss"),
-        "unigram_entropy": unigram_entropy(validation_codes, codebook),
+        "gpt_validation_loss": validation_loss(gpt, stored_codes(codes, alone, 64), alone)["validation_loss"],
+        "unigram_entropy": unigram_entropy(torch.as_tensor(codes.codes[:, 0].astype(np.int64)),
+                                           tokenizer.config.quantizer.codebook_size),
+        "probe_accuracy": probe_accuracy(demo, GPTFeatures(tokenizer, gpt)),
     }
-    scratch = demo.out / "metrics.partial"
-    scratch.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(scratch, demo.out / "metrics.json")
+    write_atomically(demo.out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures
+
+
+def probe_accuracy(demo: Demo, features: GPTFeatures) -> float:
+    """Of a linear probe on the training images, on the test images: a third of the published protocol's epochs."""
+    train, alone = ShardIndex.open(demo.shards["train"]), single_process()
+    settings = ProbeSettings(classes=len(demo.source.classes), epochs=PROBE_EPOCHS, warmup_epochs=PROBE_EPOCHS // 9,
+                             batch_size=min(PROBE_BATCH, len(train)), flip=demo.recipes["tokenizer"].data.flip)
+    identity = {"gpt_sha256": checkpoint_hash(demo.exports["gpt"]), "train_sha256": train.identity()}
+    run = ProbeRun(features, train, settings, alone, demo.out / "probe", identity=identity)
+    run.run()
+    return run.accuracy(CroppedImages(demo.shards["validation"], features.tokenizer.config.image_size), 64)
 
 
 def load_images(shards, size: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +91,3 @@ def load_images(shards, size: int) -> tuple[Tensor, Tensor]:
         images.append(batch["images"][batch["valid"]])
         labels.append(batch["labels"][batch["valid"]])
     return torch.cat(images), torch.cat(labels)
-
-
-def last_value(metrics: list[dict], name: str) -> float:
-    return next(line[name] for line in reversed(metrics) if name in line)

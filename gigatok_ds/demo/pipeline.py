@@ -26,6 +26,7 @@ from gigatok_ds.demo.summary import summarise
 from gigatok_ds.errors import InputError
 from gigatok_ds.sampling.extract import extract_codes
 from gigatok_ds.sampling.views import views_of
+from gigatok_ds.studies.stages import rank_environment
 from gigatok_ds.training.export import export_run
 
 CODE_VIEWS = 8  # encoded crops per training image
@@ -158,9 +159,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def rank_environment(ranks: int) -> dict[str, str]:
-    """The environment for `ranks` processes on this machine: they share its cores unless the user decided."""
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    return {"OMP_NUM_THREADS": threads} | os.environ

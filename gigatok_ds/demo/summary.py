@@ -27,6 +27,7 @@ FILES = [
     ("samples.png", "generated images, a row for each class"),
     ("loss_curves.png", "losses of both training runs"),
     ("samples.npz", "codes and classes of the samples"),
+    ("probe/", "the linear probe on the GPT's features"),
     ("data/", "image shards: train and test"),
     ("codes/", "code shards: train and test"),
     ("tokenizer/", "training run: recipe, DeepSpeed settings, environment, metrics, events, checkpoints"),
@@ -47,6 +48,7 @@ def figures_with_targets(values: dict[str, float], *, has_targets: bool) -> list
     return [
         figure("Reconstruction PSNR", "psnr_db", "dB", "mean over the test images",
                "at least 20", values["psnr_db"] >= 20),
+        figure("Reconstruction SSIM", "ssim", "", "mean over the test images, as the original computes it"),
         figure("Codes per image", "codes_per_image", "", "latent tokens", "at most 16", values["codes_per_image"] <= 16),
         figure("Codebook usage", "codebook_usage", "", "share of the codebook that the test images use",
                "at least 0.5", values["codebook_usage"] >= 0.5),
@@ -58,6 +60,8 @@ def figures_with_targets(values: dict[str, float], *, has_targets: bool) -> list
                "at least 0.95", values["classifier_test_accuracy"] >= 0.95),
         figure("GPT validation loss", "gpt_validation_loss", "nats per code", "on codes of the test images",
                "below the unigram entropy", values["gpt_validation_loss"] < values["unigram_entropy"]),
+        figure("Linear probe on the GPT's features", "probe_accuracy", "", "of the test images, by a linear layer on the "
+               "middle block's mean", "at least 0.9", values["probe_accuracy"] >= 0.9),
         figure("Unigram entropy", "unigram_entropy", "nats per code", "of the same codes: what counting alone achieves"),
     ]
 

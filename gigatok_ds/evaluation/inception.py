@@ -6,6 +6,7 @@ import importlib.util
 import io
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,25 @@ from gigatok_ds.models.published import WeightFile
 from gigatok_ds.streams import torch_stream
 
 FEATURES = 2048
+SPATIAL_CHANNELS = 7  # of the 17 x 17 map that sFID looks at
+SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 
 
+class InceptionOutput(NamedTuple):
+    """What ADM's evaluator takes of the network, float32: pooled (B, 2048), `pool_3` in TensorFlow's graph; spatial
+    (B, 2023), the first 7 channels of `mixed_6/conv`, flattened in the order row, column, channel; logits (B, 1008),
+    the pooled features times the classifier's weights without its bias."""
+
+    pooled: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+
 class InceptionFeatures(nn.Module):
-    """Frozen, in float32; images are (B, 3, H, W) floats in [-1, 1], features float32 (B, 2048).
+    """Frozen, in float32; images are (B, 3, H, W), uint8 or floats in [-1, 1], features float32 (B, 2048).
 
     An image is taken as a file would hold it, in 8 bits, and resized to 299 pixels as TensorFlow 1 did.
     """
@@ -33,11 +46,24 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        return self._run(images)[0]
+
+    def outputs(self, images: Tensor) -> InceptionOutput:
+        """Everything that ADM's evaluator looks at; the network must be torch-fidelity's."""
+        maps = []
+        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
+        try:
+            pooled, logits = self._run(images)
+        finally:
+            hook.remove()
+        return InceptionOutput(pooled, maps[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1), logits)
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> tuple[Tensor, ...]:
         # TensorFloat-32, which convolutions use unless told not to, would round features to three digits.
         with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-            return self.network(to_uint8(images))[0]
+            return self.network(images if images.dtype == torch.uint8 else to_uint8(images))
 
 
 def inception_file(weights: str | Path, setting: str) -> WeightFile:
@@ -92,7 +118,7 @@ def _empty_network() -> nn.Module:
     torch.save({}, nothing)
     nothing.seek(0)
     with torch.device("meta"):
-        return Empty("inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=nothing)
+        return Empty("inception-v3-compat", [str(FEATURES), "logits_unbiased"], feature_extractor_weights_path=nothing)
 
 
 def _random_weights(network: nn.Module) -> dict[str, Tensor]:

@@ -99,6 +99,11 @@ class Topology:
         return found
 
 
+def single_process(device: torch.device | str = "cpu") -> Topology:
+    """The layout of a process on its own, without a process group."""
+    return Topology(rank=0, world_size=1, device=torch.device(device), data_rank=0, data_size=1)
+
+
 def _gather(tensor: Tensor, group: Any, size: int) -> Tensor:
     if size == 1:
         return tensor

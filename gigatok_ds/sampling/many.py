@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gigatok_ds.checkpoint.standalone import checkpoint_hash, load_gpt_part, load_tokenizer
+from gigatok_ds.checkpoint.standalone import DTYPES, checkpoint_hash, load_gpt_part, load_tokenizer
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import to_uint8
-from gigatok_ds.parallel.topology import Topology, start_process_group
+from gigatok_ds.parallel.topology import Topology, single_process, start_process_group
 from gigatok_ds.sampling.collection import claim, collection_at
 from gigatok_ds.sampling.generate import Sampler
 from gigatok_ds.sampling.images import check_pair, decode_images, sample_grid
 from gigatok_ds.streams import numpy_stream
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ class Job:
 def join_ranks(device: str, tensor_size: int) -> Topology:
     """This process among those that the launcher started (RANK, WORLD_SIZE, ... as in training), or alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and tensor_size == 1:
-        return Topology(rank=0, world_size=1, device=torch.device(device), data_rank=0, data_size=1)
+        return single_process(device)
     topology = start_process_group(tensor_size=tensor_size)
     if topology.device.type != torch.device(device).type:
         raise InputError(f"--device is {device}, but several ranks run on {topology.device.type} here; choose that, or "

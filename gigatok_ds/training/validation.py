@@ -14,6 +14,7 @@ from gigatok_ds.data.loader import evaluation_batches
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.code_metrics import entropy_of_counts, usage_of_counts
 from gigatok_ds.evaluation.distribution import FeatureStatistics, frechet_distance
+from gigatok_ds.evaluation.generation import short_count
 from gigatok_ds.evaluation.image_metrics import psnr
 from gigatok_ds.evaluation.inception import FEATURES, load_inception, origin_of
 from gigatok_ds.losses.perceptual import LPIPS
@@ -128,5 +129,4 @@ def fid_name(images: int, weights: str) -> str:
     The fewer the images the larger the distance, so those of different numbers do not compare. Those of random weights
     compare with nothing.
     """
-    count = f"{images // 1000}k" if images % 1000 == 0 else str(images)
-    return f"rfid_val{count}" + ("_random" if weights == RANDOM else "")
+    return f"rfid_val{short_count(images)}" + ("_random" if weights == RANDOM else "")

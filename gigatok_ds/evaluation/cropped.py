@@ -1,0 +1,58 @@
+"""Real images for evaluation, center-cropped to a model's size: of shards, or of a directory of image files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from gigatok_ds.data.folder import scan_image_folder
+from gigatok_ds.data.loader import BatchLoader, image_name
+from gigatok_ds.data.remote import open_shards
+from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of
+from gigatok_ds.files import sha256
+from gigatok_ds.parallel.topology import Topology
+
+
+class CroppedImages(Dataset):
+    """Items: `pixels` uint8 (3, S, S), `labels` (the class number) and `number`, the place in this set.
+
+    location: shards (a directory or URL), or a directory of JPEG and PNG files, a sub-directory for each class. Raises
+    InputError when there are no images, and for one that cannot be decoded: leaving it out would falsify figures.
+    """
+
+    def __init__(self, location: str | Path, size: int):
+        self.size, self.index, self.folder = size, None, None
+        if Path(location).is_dir() and not any(Path(location).glob("*.tar")):
+            self.folder = scan_image_folder(location)
+        else:
+            self.index = open_shards(location)
+
+    def __len__(self) -> int:
+        return len(self.index if self.index is not None else self.folder.paths)
+
+    def __getitem__(self, number: int) -> dict:
+        if self.index is not None:
+            data, name, label = self.index.read(number), image_name(self.index, number), self.index.label(number)
+        else:
+            path = self.folder.paths[number]
+            data, name, label = path.read_bytes(), str(path), self.folder.labels[number]
+        return {"pixels": pixels_of(center_crop(decode_image(data, name), self.size)), "labels": label, "number": number}
+
+    def identity(self) -> str:
+        """SHA-256 that tells these images from any others."""
+        if self.index is not None:
+            return self.index.identity()
+        return hashlib.sha256("".join(sha256(path) for path in self.folder.paths).encode()).hexdigest()
+
+    def batches(self, topology: Topology, batch_size: int, *, workers: int = 0) -> BatchLoader:
+        """This rank's batches: every batch-th of consecutive images, each image on one rank, and none twice."""
+        starts = range(topology.rank * batch_size, len(self), topology.world_size * batch_size)
+        numbers = [list(range(start, min(start + batch_size, len(self)))) for start in starts]
+        return BatchLoader(self, numbers, workers=workers, pin_memory=topology.device.type == "cuda")
+
+    def pixels(self, numbers: list[int]) -> torch.Tensor:
+        """uint8 (B, 3, S, S) of single images."""
+        return torch.stack([self[number]["pixels"] for number in numbers])

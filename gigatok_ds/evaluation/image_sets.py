@@ -1,0 +1,134 @@
+"""Sets of finished images to be judged: an `.npz` batch as ADM's evaluator takes it, or a directory of PNGs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigatok_ds.data.folder import scan_image_folder
+from gigatok_ds.data.transforms import decode_image, pixels_of
+from gigatok_ds.errors import InputError
+from gigatok_ds.files import sha256
+
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+
+
+class NpzImages:
+    """Of `arr_0` (N, H, W, 3), uint8, which stays on the disk where the file is not compressed.
+
+    With `any_dtype`, floats in 0 .. 255 are taken, too, and rounded down. `labels` (N,) int64 are `arr_1` as
+    `gigatok-ds sample` writes it, or None. Raises InputError for anything else.
+    """
+
+    def __init__(self, path: Path, *, any_dtype: bool = False):
+        self.path = path
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                names = archive.files
+                self.statistics = {name: archive[name] for name in STATISTICS} if set(STATISTICS) <= set(names) else None
+                labels = archive["arr_1"] if "arr_1" in names else None
+            self._pixels = _mapped_array(path, "arr_0") if "arr_0" in names else None
+        except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
+            raise InputError(f"{path} is not an .npz batch of images ({error})") from None
+        if self._pixels is None or self._pixels.ndim != 4 or self._pixels.shape[3] != 3 or not len(self._pixels):
+            shape = None if self._pixels is None else self._pixels.shape
+            raise InputError(f"{path} has no images: arr_0 should be (images, height, width, 3), not {shape}")
+        self.dtype = str(self._pixels.dtype)
+        if self.dtype != "uint8" and not (any_dtype and self._pixels.dtype.kind == "f"):
+            raise InputError(f"{path} holds {self.dtype}, but published figures are of uint8 images, clamped and rounded "
+                             "down; convert them, or say --allow dtype if they are floats in 0 .. 255")
+        self.size = self._pixels.shape[1:3]
+        self.labels = labels.astype(np.int64) if labels is not None and labels.shape == (len(self),) else None
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def read(self, numbers: range) -> Tensor:
+        """Images uint8 (B, 3, H, W)."""
+        pixels = np.asarray(self._pixels[numbers.start : numbers.stop])
+        if self.dtype != "uint8":
+            if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() < 256):
+                raise InputError(f"{self.path} holds floats outside 0 .. 255")
+            pixels = pixels.astype(np.uint8)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+
+    def sha256(self) -> str:
+        return sha256(self.path)
+
+
+class FolderImages:
+    """The JPEG and PNG files below a directory, in the order of their names; they must be of one size.
+
+    `labels` come from `labels.npy`, which `gigatok-ds sample` leaves there, and are None without it.
+    """
+
+    dtype, statistics = "uint8", None
+
+    def __init__(self, path: Path):
+        self.path, self.paths = path, sorted(scan_image_folder(path).paths)
+        self.size = tuple(self._read(0).shape[1:])
+        labels = np.load(path / "labels.npy", allow_pickle=False) if (path / "labels.npy").is_file() else None
+        self.labels = labels if labels is not None and len(labels) == len(self) else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, numbers: range) -> Tensor:
+        """Images uint8 (B, 3, H, W). Raises InputError when one cannot be read or is of another size."""
+        images = [self._read(number) for number in numbers]
+        for image, number in zip(images, numbers, strict=True):
+            if tuple(image.shape[1:]) != self.size:
+                raise InputError(f"{self.paths[number]} has {tuple(image.shape[1:])} pixels, {self.paths[0].name} has "
+                                 f"{self.size}; images of one set must be of one size")
+        return torch.stack(images)
+
+    def _read(self, number: int) -> Tensor:
+        path = self.paths[number]
+        return pixels_of(decode_image(path.read_bytes(), str(path)))
+
+    def sha256(self) -> str:
+        """Of the images' hashes, in their order."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(bytes.fromhex(sha256(path)))
+        return digest.hexdigest()
+
+
+ImageSet = NpzImages | FolderImages
+
+
+def open_images(path: Path, *, any_dtype: bool = False) -> ImageSet:
+    """The images at `path`. Raises InputError when it holds none."""
+    if path.is_dir():
+        return FolderImages(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give a directory of PNGs or an .npz file")
+    return NpzImages(path, any_dtype=any_dtype)
+
+
+def _mapped_array(path: Path, name: str) -> np.ndarray:
+    """An array of an .npz, read when it is looked at; of a compressed file, in memory."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays[name]
+    with open(path, "rb") as file:
+        # The lengths of name and extra field are those of the local header, which differ from the directory's.
+        file.seek(member.header_offset + 26)
+        name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+        file.seek(name_length + extra_length, 1)
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(file)
+        if dtype.hasobject or fortran_order:
+            raise ValueError(f"{name} is not a plain array")
+        if path.stat().st_size < file.tell() + math.prod(shape) * dtype.itemsize:
+            raise ValueError("the file is cut short")
+        return np.memmap(path, dtype, "r", file.tell(), shape) if math.prod(shape) else np.empty(shape, dtype)

@@ -1,0 +1,71 @@
+"""Commands of ours run one after the other, each by all ranks of this host, and skipped where their result is there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gigatok_ds.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`gigatok-ds ARGUMENTS`; `done` exists once it has ended well; None: the command knows itself, and is always run.
+
+    `alone`: by one process.
+    """
+
+    name: str
+    arguments: Sequence[object]
+    done: Path | None
+    alone: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """Starts stages in `ranks` processes of this host. With `dry_run` commands are printed and nothing starts."""
+
+    ranks: int = 1
+    dry_run: bool = False
+
+    def __post_init__(self):
+        if self.ranks < 1:
+            raise InputError(f"--ranks is {self.ranks}; it must be at least 1")
+
+    def command(self, stage: Stage) -> list[str]:
+        prefix = [sys.executable]
+        if self.ranks > 1 and not stage.alone:
+            prefix += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+        return [*prefix, "-m", "gigatok_ds", *map(str, stage.arguments)]
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Raises InputError for a stage that fails; what it printed says why, and the next try goes on there."""
+        for stage in stages:
+            if self.dry_run:
+                print(f"# {stage.name}{': done' if _ended(stage) else ''}")
+                print(" ".join(self.command(stage)))
+                continue
+            if _ended(stage):
+                print(f"== {stage.name}: done", file=sys.stderr, flush=True)
+                continue
+            print(f"== {stage.name}", file=sys.stderr, flush=True)
+            finished = subprocess.run(self.command(stage), env=rank_environment(self.ranks), check=False)
+            if finished.returncode:
+                raise InputError(f"{stage.name} failed (exit code {finished.returncode}); its own message is above; "
+                                 "running the same command again goes on there")
+            if stage.done and not stage.done.exists():
+                raise InputError(f"{stage.name} ended, but {stage.done} is not there")
+
+
+def _ended(stage: Stage) -> bool:
+    return stage.done is not None and stage.done.exists()
+
+
+def rank_environment(ranks: int) -> dict[str, str]:
+    """The environment for `ranks` processes on this machine: they share its cores unless the user decided."""
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    return {"OMP_NUM_THREADS": threads} | os.environ
