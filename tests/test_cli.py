@@ -47,8 +47,19 @@ OPTIONS = {
                       "--device", "--from-npy", "--codebook-size"},
     "reconstruct": {"tokenizer", "images", "--out", "--device"},
     "sample": {"--gpt", "--tokenizer", "--classes", "--count", "--out", "--per-class", "--balanced", "--cfg",
-               "--cfg-schedule", "--cfg-start", "--cfg-interval", "--temperature", "--top-k", "--top-p", "--seed",
+               "--cfg-schedule", "--cfg-start", "--cfg-end", "--cfg-interval", "--temperature", "--top-k", "--top-p", "--seed",
                "--batch-size", "--dtype", "--compile", "--tp", "--device"},
+    "evaluate": {"what", "source", "data", "--out", "--inception", "--vgg", "--reference", "--cache", "--tokenizer", "--allow",
+                 "--dtype", "--batch-size", "--workers", "--device"},
+    "probe": {"tokenizer", "--gpt", "--train", "--val", "--out", "--features", "--depth", "--no-dropout", "--epochs",
+              "--warmup-epochs", "--base-lr", "--batch-size", "--no-flip", "--seed", "--workers", "--device"},
+    "search-guidance": {"--gpt", "--tokenizer", "--reference", "--inception", "--out", "--schedule", "--start", "--cfg-start",
+                        "--count", "--seed", "--dtype", "--batch-size", "--keep-samples", "--allow", "--ranks", "--device"},
+    "reproduce": {"row", "--tokenizer", "--gpt", "--val", "--train", "--reference", "--inception", "--vgg", "--out", "--count",
+                  "--probe", "--batch-size", "--allow", "--workers", "--ranks", "--device", "--dry-run"},
+    "ar-probe": {"tokenizer", "--train", "--val", "--reference", "--inception", "--out", "--recipe", "--gpt", "--zero",
+                 "--crops", "--cfg", "--count", "--probe", "--batch-size", "--allow", "--workers", "--ranks", "--device",
+                 "--dry-run"},
 }
 
 

@@ -157,8 +157,8 @@ def test_folders_and_files_hold_the_same(batches, tmp_path):
 
 
 def test_damaged_and_floating_batches(tmp_path, batches):
-    data = (batches / "samples.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
+    content = (batches / "samples.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="is not an .npz batch"):
         open_images(tmp_path / "cut.npz")
     values = np.linspace(0, 255.9, 2 * 16 * 16 * 3).reshape(2, 16, 16, 3)

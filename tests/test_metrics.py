@@ -1,13 +1,17 @@
 """Metrics against direct computations and closed forms."""
 
+import io
 import math
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from golden_weights import image
-from skimage.metrics import structural_similarity
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from gigatok_ds.data.transforms import pixels_of, scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.classifier import ImageClassifier
 from gigatok_ds.evaluation.code_metrics import (
@@ -16,6 +20,23 @@ from gigatok_ds.evaluation.code_metrics import (
     unigram_entropy,
 )
 from gigatok_ds.evaluation.image_metrics import make_grid, psnr, ssim, to_uint8
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # that scikit-image ships
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_have_scikit_images_figures(name):
+    """One-image batches, through JPEG at low quality and a shift that leaves the range."""
+    photograph = Image.fromarray(getattr(skimage.data, name)()).resize((200, 160))
+    buffer = io.BytesIO()
+    photograph.save(buffer, format="JPEG", quality=20)
+    truth, restored = (scale_pixels(pixels_of(picture))[None] for picture in (photograph, Image.open(buffer)))
+    restored = restored + 0.05
+    unit = (truth[0].double() + 1).numpy().transpose(1, 2, 0) / 2
+    theirs = to_uint8(restored)[0].numpy().transpose(1, 2, 0).astype(np.float64) / 255
+    assert psnr(truth, restored).item() == pytest.approx(peak_signal_noise_ratio(unit, theirs, data_range=1.0), rel=1e-6)
+    expected = structural_similarity(unit, theirs, channel_axis=-1, data_range=2.0)
+    assert ssim(truth, restored).item() == pytest.approx(expected, rel=1e-6)
 
 
 def images(name, shape=(3, 3, 20, 24)):

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from gigatok_ds.demo.pipeline import Demo
 
 PER_CLASS = 20
-PROBE_EPOCHS, PROBE_BATCH = 30, 128
+# LARS moves weights by a thousandth of their size times the rate: few images need a larger one than ImageNet.
+PROBE_EPOCHS, PROBE_BATCH, PROBE_LR = 30, 128, 20.0
 SAMPLING = {"cfg_scale": 2.0, "cfg_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -77,7 +78,7 @@ def probe_accuracy(demo: Demo, features: GPTFeatures) -> float:
     """Of a linear probe on the training images, on the test images: a third of the published protocol's epochs."""
     train, alone = ShardIndex.open(demo.shards["train"]), single_process()
     settings = ProbeSettings(classes=len(demo.source.classes), epochs=PROBE_EPOCHS, warmup_epochs=PROBE_EPOCHS // 9,
-                             batch_size=min(PROBE_BATCH, len(train)), flip=demo.recipes["tokenizer"].data.flip)
+                             base_lr=PROBE_LR, batch_size=min(PROBE_BATCH, len(train)), flip=demo.recipes["tokenizer"].data.flip)
     identity = {"gpt_sha256": checkpoint_hash(demo.exports["gpt"]), "train_sha256": train.identity()}
     run = ProbeRun(features, train, settings, alone, demo.out / "probe", identity=identity)
     run.run()

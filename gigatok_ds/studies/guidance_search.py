@@ -63,7 +63,7 @@ def climb(schedule: str, start: float, window_start: float | None, measure: Call
             trial = Trial(schedule=schedule, scale=scale, **window)
             found[trial] = tried[scale] = measure(trial)
         start = min(tried, key=lambda scale: (tried[scale], scale))
-    return min(found, key=lambda trial: found[trial])
+    return min(found, key=lambda trial: (found[trial], trial.scale))
 
 
 def search_guidance(setup: GenerationSetup, out: Path, launcher: Launcher, *, schedule: str, start: float,

@@ -12,6 +12,9 @@ from pathlib import Path
 from gigatok_ds.errors import InputError
 
 
+STDERR = 2  # stages tell their progress; what we print is the result
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """`gigatok-ds ARGUMENTS`; `done` exists once it has ended well; None: the command knows itself, and is always run.
@@ -53,7 +56,7 @@ class Launcher:
                 print(f"== {stage.name}: done", file=sys.stderr, flush=True)
                 continue
             print(f"== {stage.name}", file=sys.stderr, flush=True)
-            finished = subprocess.run(self.command(stage), env=rank_environment(self.ranks), check=False)
+            finished = subprocess.run(self.command(stage), env=rank_environment(self.ranks), stdout=STDERR, check=False)
             if finished.returncode:
                 raise InputError(f"{stage.name} failed (exit code {finished.returncode}); its own message is above; "
                                  "running the same command again goes on there")

@@ -119,7 +119,7 @@ class ProbeRun:
             if self.step % (save_every * self.steps_per_epoch) == 0 or self.step == self.steps:
                 self._save()
         progress.close()
-        return None if loss is None else float(loss)
+        return None if loss is None else loss.item()
 
     @torch.no_grad()
     def accuracy(self, images: CroppedImages, batch_size: int) -> float:
