@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PER_CLASS = 20
 # LARS moves weights by a thousandth of their size times the rate: few images need a larger one than ImageNet.
-PROBE_EPOCHS, PROBE_BATCH, PROBE_LR = 30, 128, 20.0
+PROBE_EPOCHS, PROBE_BATCH, PROBE_LR = 30, 128, 40.0
 SAMPLING = {"cfg_scale": 2.0, "cfg_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
