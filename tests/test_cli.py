@@ -39,6 +39,7 @@ OPTIONS = {
     "doctor": {"--build"},
     "check-cluster": {"--hostfile", "--out", "--recipe", "--timeout", "--no-allreduce"},
     "train": {"recipe", "overrides", "--out", "--branch-from", "--tp", "--zero", "--deepspeed"},
+    "status": {"run_directory", "--json"},
     "convert": {"source", "out", "overrides", "--to", "--recipe", "--weights", "--step", "--dtype", "--fresh", "--verify",
                 "--overwrite"},
     "inspect": {"path", "--check", "--json"},

@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "doctor",
     "check-cluster": "check_cluster",
     "train": "train",
+    "status": "status",
     "convert": "convert",
     "inspect": "inspect",
     "export-graph": "export_graph",

@@ -41,10 +41,10 @@ def reconstruction(args: argparse.Namespace, topology: Topology) -> Results:
         raise InputError(f"{args.data} holds {len(images)} images, but published figures are of ImageNet's "
                          f"{VALIDATION_IMAGES:,} validation images; say --allow count to measure these")
     inception, network, suffix = _inception(args, topology)
-    lpips = None
-    if args.vgg is not None:
-        _fetch(vgg_file(args.vgg), topology)
-        lpips = load_lpips(args.vgg).to(topology.device).eval()
+    vgg, lpips = None if args.vgg is None else vgg_file(args.vgg, "--vgg"), None
+    if vgg:
+        _fetch(vgg, topology)
+        lpips = load_lpips(args.vgg, setting="--vgg").to(topology.device).eval()
     result = evaluate_reconstruction(tokenizer, images, topology, inception=inception, lpips=lpips, suffix=suffix,
                                      batch_size=args.batch_size, workers=args.workers)
     settings = {
@@ -52,7 +52,7 @@ def reconstruction(args: argparse.Namespace, topology: Topology) -> Results:
         "data": short_name(args.data), "data_sha256": images.identity(), "images": len(images),
         "image_size": tokenizer.config.image_size, "dtype": "float32", "batch_size": args.batch_size,
         "pixels": "center crop; reconstructions in 8 bits, rounded down; LPIPS of the unclamped output",
-        **network, "vgg16_sha256": vgg_file(args.vgg).sha256() if args.vgg else None, **numeric_settings(topology.device),
+        **network, "vgg16_sha256": vgg.sha256() if vgg else None, **numeric_settings(topology.device),
     }
     pictures = {}
     if topology.is_first:

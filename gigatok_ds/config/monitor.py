@@ -11,14 +11,18 @@ from gigatok_ds.errors import InputError
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
     """`peak_tflops` is what a device could do at most, in 1e12 floating-point operations per second (null: from a table
-    of GPUs); `mfu` and `hfu` are fractions of it. `wandb_project` also logs to that Weights & Biases project."""
+    of GPUs); `mfu` and `hfu` are fractions of it. `wandb_project` also logs to that Weights & Biases project. A rank
+    that is at one step, one validation or one checkpoint for more than `stall_seconds` ends the run (null: never)."""
 
     peak_tflops: float | None = None
     wandb_project: str | None = None
+    stall_seconds: float | None = 3600.0
 
     def __post_init__(self):
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise InputError(f"monitor.peak_tflops is {self.peak_tflops}; it must be above 0, or null")
+        if self.stall_seconds is not None and self.stall_seconds <= 0:
+            raise InputError(f"monitor.stall_seconds is {self.stall_seconds}; it must be above 0, or null")
         if self.wandb_project == "":
             raise InputError("monitor.wandb_project is empty; give the name of a project, or null")
 

@@ -111,18 +111,19 @@ def _unit_channels(feature: Tensor) -> Tensor:
     return feature / (torch.linalg.vector_norm(feature, dim=1, keepdim=True) + 1e-10)
 
 
-def load_lpips(weights: str | Path | None = None, *, dropout: bool = False, precision: str = "fp32") -> LPIPS:
+def load_lpips(weights: str | Path | None = None, *, dropout: bool = False, precision: str = "fp32",
+               setting: str = SETTING) -> LPIPS:
     """LPIPS with torchvision's VGG16 (`weights` as in `WeightFile.value`) and the lpips package's heads.
 
-    Raises InputError when either is missing.
+    setting: what names the weights, for messages. Raises InputError when either is missing.
     """
-    features = build_frozen(_vgg_features, vgg_file(weights), _of_features)
+    features = build_frozen(_vgg_features, vgg_file(weights, setting), _of_features)
     return LPIPS(features, read_frozen_weights(heads_file()), dropout=dropout, precision=precision)
 
 
-def vgg_file(weights: str | Path | None) -> WeightFile:
+def vgg_file(weights: str | Path | None, setting: str = SETTING) -> WeightFile:
     name = VGG_URL.rpartition("/")[2]
-    return WeightFile(setting=SETTING, value=weights, names=(name,), url=VGG_URL,
+    return WeightFile(setting=setting, value=weights, names=(name,), url=VGG_URL,
                       what=f"torchvision's VGG16_Weights.IMAGENET1K_V1, {name}")
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
@@ -30,26 +30,51 @@ REPORT_SECONDS = 20.0
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 
+# Ends the job from any thread: what to print, once, and the exit code.
+End = Callable[[str, int], None]
+
+
 @contextlib.contextmanager
-def watch_ranks(topology: Topology) -> Iterator[None]:
-    """Within, no rank outlives another's failure. Collective; nothing is done for a single rank.
+def watch_ranks(topology: Topology, told: Callable[[str], None] = lambda text: None) -> Iterator[End]:
+    """Within, no rank outlives another's failure; gives a function that ends all of them. Collective.
 
     An exception does not leave this context when there are several ranks: it is reported and the process ends, with
-    exit code 2 for an InputError or OSError and 1 for anything else.
+    exit code 2 for an InputError or OSError and 1 for anything else. `told` gets what is reported, on the first rank.
     """
     if topology.world_size == 1:
-        yield
+        with _single(told) as end:
+            yield end
         return
     server = socket.create_server(("", 0)) if topology.is_first else None
     port, token = topology.from_first((server.getsockname()[1], secrets.token_hex(16)) if server else None)
-    watch = _Hub(server, token, topology.world_size) if server else _Spoke(topology.rank, port, token)
+    watch = _Hub(server, token, topology.world_size, told) if server else _Spoke(topology.rank, port, token)
     try:
-        yield
+        yield watch.fail
     except BaseException as error:
         text, code = _described(error, topology.rank)
         watch.fail(text, code)
     else:
         watch.leave()
+
+
+@contextlib.contextmanager
+def _single(told: Callable[[str], None]) -> Iterator[End]:
+    """The same for a rank without others, whose exceptions go their way."""
+
+    def end(text: str, code: int) -> None:
+        with contextlib.suppress(OSError):
+            told(text)
+        _print(text)
+        os._exit(code)
+
+    try:
+        yield end
+    except BaseException as error:
+        text, _ = _described(error, 0)
+        if text:
+            with contextlib.suppress(OSError):
+                told(text)
+        raise
 
 
 def _described(error: BaseException, rank: int) -> tuple[str, int]:
@@ -74,7 +99,8 @@ def _died(rank: int, place: str) -> str:
 class _Hub:
     """Rank 0's end of all connections."""
 
-    def __init__(self, server: socket.socket, token: str, world_size: int):
+    def __init__(self, server: socket.socket, token: str, world_size: int, told: Callable[[str], None]):
+        self._told = told
         self._server, self._token, self._waiting = server, token, set(range(1, world_size))
         self._peers: dict[socket.socket, _Peer] = {}
         self._lock, self._all_left = threading.RLock(), threading.Event()
@@ -133,6 +159,9 @@ class _Hub:
     def _end(self, text: str, code: int) -> None:
         with self._lock:  # kept: whoever comes second must not print
             _print(text)
+            if text:
+                with contextlib.suppress(OSError):
+                    self._told(text)
             for connection in self._peers:
                 with contextlib.suppress(OSError):
                     _send(connection, end=code)

@@ -19,11 +19,15 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import stream_key
 from gigatok_ds.training.engine import Engine
+from gigatok_ds.training.faults import End
+from gigatok_ds.training.history import tell
 from gigatok_ds.training.memory import memory_line, peak_memory
 from gigatok_ds.training.monitor import NOT_FINITE, Monitor
 from gigatok_ds.training.schedules import lr_of_iteration
+from gigatok_ds.training.stop_requests import REQUEUE, StopRequests
 from gigatok_ds.training.term_gradients import PREFIX, norms
 from gigatok_ds.training.watch import Watch, Watched, wandb_of
+from gigatok_ds.training.watchdog import Watchdog
 
 # Files of the run directory that each checkpoint has a copy of, so that it explains itself.
 ATTACHMENTS = (RECIPE_FILE, "deepspeed.json", "environment.json")
@@ -50,10 +54,11 @@ class Task(Watched, Protocol):
         """Outputs on a few fixed inputs, against which an exported model is checked; collective."""
 
 
-def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int,
+def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int, end: End,
           branch: Path | None = None) -> None:
     """Train `task` to recipe.training.steps, from the newest complete checkpoint of `run_dir` or else from `branch`.
 
+    A run that stalls is ended by `end`. One that SIGTERM or SIGUSR1 asks to stop saves and raises SystemExit(REQUEUE).
     Afterwards `probe.npz` holds the trained model's own outputs on a few inputs.
     """
     start = _resume(task, run_dir, topology, branch)
@@ -62,8 +67,9 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
                                   attachments=ATTACHMENTS)
         monitor = Monitor(run_dir, enabled=topology.is_first, total_steps=recipe.training.steps, start_step=start,
                           description=recipe.name, wandb=wandb_of(recipe, run_dir, topology))
-        with monitor, writer:
-            _run_steps(recipe, task, run_dir, topology, accumulation, start, monitor, writer)
+        watchdog = Watchdog(recipe.monitor.stall_seconds, run_dir, topology.rank, end)
+        with monitor, writer, watchdog, StopRequests(topology) as requests:
+            _run_steps(recipe, task, run_dir, topology, accumulation, start, monitor, writer, watchdog, requests)
     probe = task.probe()
     if topology.is_first:
         scratch = run_dir / "probe.partial.npz"
@@ -72,13 +78,14 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
 
 
 def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int, start: int,
-               monitor: Monitor, writer: CheckpointWriter) -> None:
+               monitor: Monitor, writer: CheckpointWriter, watchdog: Watchdog, requests: StopRequests) -> None:
     settings = recipe.training
     batches = task.micro_batches(start)
     window, told_memory = Window(), False
     watch = Watch(recipe, task, run_dir, topology, monitor, start)
     for step in range(start + 1, settings.steps + 1):
         writer.check()
+        watchdog.beat(step)
         figures: dict[str, float] = {}
         last = step == settings.steps
         lr = lr_of_iteration(recipe.schedule, recipe.optimizer.lr, settings.steps, step - 1)
@@ -97,15 +104,31 @@ def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, ac
             if not told_memory:
                 monitor.note(memory_line(peak, next(iter(task.engines.values())).stage, recipe))
                 told_memory = True
+        watchdog.beat(step)
         if step % settings.validate_every == 0 or last:
             with watch.paused():
                 figures = task.validate(step)
                 _refuse_unknown_metric(recipe.checkpoint.best_metric, figures)
                 monitor.log(step, {f"validation/{name}": value for name, value in figures.items()})
                 watch.show(step)
-        if step % recipe.checkpoint.every == 0 or last:
+        asked = None if last else requests.agreed()
+        if step % recipe.checkpoint.every == 0 or last or asked:
             with watch.paused():
                 writer.save(step, step * settings.global_batch_size, task.engines, figures)
+            if topology.is_first:
+                tell(run_dir, "saved", step=step)
+        if asked:
+            _stop(asked, step, run_dir, topology, writer)
+
+
+def _stop(signal: str, step: int, run_dir: Path, topology: Topology, writer: CheckpointWriter) -> None:
+    """End a run that was asked to, once its checkpoint is complete."""
+    writer.finish()
+    if topology.is_first:
+        tell(run_dir, "stopped", step=step, reason=signal)
+        print(f"stopped by {signal}: step {step} is saved, and the same command goes on from there (exit code {REQUEUE})",
+              file=sys.stderr)
+    raise SystemExit(REQUEUE)
 
 
 class Window:

@@ -73,22 +73,31 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.training.data_record import record_data
     from gigatok_ds.training.faults import watch_ranks
+    from gigatok_ds.training.history import tell
     from gigatok_ds.training.loop import train
 
     branch = check_run(recipe, run_dir, branch_from)
     parallel = recipe.parallel
     topology = start_process_group(tensor_size=parallel.tensor, sequence_parallel=parallel.sequence)
     try:
-        with watch_ranks(topology):
+        with watch_ranks(topology, lambda text: tell(run_dir, "failed", reason=_last_line(text))) as end:
             settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
             if topology.is_first:
                 _prepare(recipe, run_dir, settings, warnings, branch)
+                tell(run_dir, "started", ranks=topology.world_size, command=sys.argv)
             topology.barrier()
             task = _task(recipe)(recipe, topology, settings)
             record_data(task.data_identity(), run_dir, topology)
-            train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], branch)
+            train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch)
+            if topology.is_first:
+                tell(run_dir, "finished", step=recipe.training.steps)
     finally:
         stop_process_group(topology)
+
+
+def _last_line(text: str) -> str:
+    """Of a report: the exception of a traceback, or all of a single line."""
+    return text.strip().splitlines()[-1].strip()
 
 
 def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], branch: Path | None) -> None:

@@ -1,0 +1,54 @@
+"""What state a run is in, read from its directory while it trains or afterwards."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints
+from gigatok_ds.config.load import load_recipe
+from gigatok_ds.errors import InputError
+from gigatok_ds.training.history import read_history
+from gigatok_ds.training.monitor import METRICS_FILE, read_metrics
+from gigatok_ds.training.watchdog import HEARTBEAT
+
+ALIVE_SECONDS = 120.0  # since the last heartbeat, or the last of anything else that a run writes
+
+
+def status(run_dir: Path, now: float | None = None) -> dict:
+    """State, progress, speed, time left, newest checkpoint, and the faults so far.
+
+    state is finished, running, stopped (asked to, and saved), failed, or silent: nothing was heard of it for two minutes
+    (validation and saving are silent, too). Times are in seconds. Raises InputError when it is not a run.
+    """
+    now = time.time() if now is None else now
+    if not (run_dir / RECIPE_FILE).is_file():
+        raise InputError(f"{run_dir} is not a training run: it has no {RECIPE_FILE}")
+    recipe, history = load_recipe(str(run_dir / RECIPE_FILE)), read_history(run_dir)
+    metrics = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
+    heartbeat = json.loads((run_dir / HEARTBEAT).read_text()) if (run_dir / HEARTBEAT).is_file() else {}
+    checkpoints = complete_checkpoints(run_dir)
+    step = max([line["step"] for line in metrics] + [heartbeat.get("step", 0)], default=0)
+    heard = max([line["time"] for line in [*metrics, *history]] + [heartbeat.get("time", 0.0)], default=0.0)
+    speed = next((line for line in reversed(metrics) if "throughput/step_seconds" in line), {})
+    total, seconds = recipe.training.steps, speed.get("throughput/step_seconds")
+    return {
+        "run": str(run_dir), "recipe": recipe.name,
+        "state": _state(history, now - heard), "step": step, "steps": total,
+        "seconds_since_heard": round(now - heard, 1) if heard else None,
+        "seconds_per_step": seconds,
+        "per_second": {name.removeprefix("throughput/").removesuffix("_per_second"): value
+                       for name, value in speed.items() if name.endswith("_per_second")},
+        "seconds_left": None if seconds is None else round((total - step) * seconds, 1),
+        "newest_checkpoint": str(checkpoints[-1][1]) if checkpoints else None,
+        "starts": sum(line["event"] == "started" for line in history),
+        "faults": [line for line in history if line["event"] in ("failed", "stopped")],
+        "warnings": [line["warning"] for line in metrics if "warning" in line],
+    }
+
+
+def _state(history: list[dict], silence: float) -> str:
+    ends = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
+    last = next((line["event"] for line in reversed(history) if line["event"] != "saved"), None)
+    return ends.get(last) or ("running" if silence < ALIVE_SECONDS else "silent")
