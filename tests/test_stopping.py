@@ -120,6 +120,36 @@ def test_a_stalled_rank_ends_all_with_everyones_stacks(data, tmp_path, rank):
     assert status(tmp_path / "run")["state"] == "failed"
 
 
+def diverge(recipe, out, step, of_gradient):
+    """Train, but one of two ranks has a loss that is not finite, or only its gradient."""
+    plain = GPTTask.train_micro_batch
+
+    def train_micro_batch(self, batch, number, lr):
+        if self.topology.rank != 1 or number != step:
+            return plain(self, batch, number, lr)
+        if not of_gradient:
+            return plain(self, batch, number, lr) | {"loss": torch.tensor(float("nan"))}
+        handle = self.engine.network.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+        try:
+            return plain(self, batch, number, lr)
+        finally:
+            handle.remove()
+
+    GPTTask.train_micro_batch = train_micro_batch
+    run_training(recipe, out, zero_settings(1))
+
+
+@pytest.mark.parametrize("of_gradient", [False, True], ids=["loss", "gradient"])
+def test_no_checkpoint_is_made_of_what_is_not_finite(data, tmp_path, of_gradient):
+    folder, names = data
+    recipe = load_recipe(folder / "gpt.yaml", [*names, "checkpoint.every=1", "training.log_every=100"])
+    with pytest.raises(RanksFailed, match="exit code 2"):
+        run_ranks(diverge, 2, recipe, tmp_path / "run", 3, of_gradient)
+    assert [step for step, _ in complete_checkpoints(tmp_path / "run")] == [1, 2]
+    failed, = [line for line in read_history(tmp_path / "run") if line["event"] == "failed"]
+    assert "step 3: " in failed["reason"] and "is not finite" in failed["reason"]
+
+
 def test_a_stall_in_c_code_that_holds_the_interpreter_ends_too(tmp_path):
     script = """
 import ctypes, sys

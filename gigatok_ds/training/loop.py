@@ -113,6 +113,7 @@ def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, ac
                 watch.show(step)
         asked = None if last else requests.agreed()
         if step % recipe.checkpoint.every == 0 or last or asked:
+            _refuse_non_finite(norms(window.so_far(topology)) | _gradient_norms(task, settings.precision), step)
             with watch.paused():
                 writer.save(step, step * settings.global_batch_size, task.engines, figures)
             if topology.is_first:
@@ -146,9 +147,16 @@ class Window:
 
     def mean(self, topology: Topology) -> dict[str, float]:
         """Means over the window and over ranks; empties the window."""
-        names = sorted(self.sums)
-        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        means = self.so_far(topology)
         self.sums, self.counts = {}, {}
+        return means
+
+    def so_far(self, topology: Topology) -> dict[str, float]:
+        """The same, of a window that goes on; nothing of an empty one."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
         return dict(zip(names, topology.mean_over_ranks(means).tolist()))
 
 
@@ -170,6 +178,14 @@ def _refuse_unknown_metric(name: str | None, figures: dict[str, float]) -> None:
     if name is not None and name not in figures:
         raise InputError(f"checkpoint.best_metric is {name}, which is not measured; "
                          f"measured are {', '.join(sorted(figures))}")
+
+
+def _gradient_norms(task: Task, precision: str) -> dict[str, float]:
+    """Those of the last step that tell whether the weights can be kept: under fp16 a step that overflows is left out."""
+    if precision == "fp16":
+        return {}
+    return {f"the gradient of {name}": norm for name, engine in task.engines.items()
+            if (norm := engine.gradient_norm()) is not None}
 
 
 def _refuse_non_finite(values: dict[str, float], step: int) -> None:
