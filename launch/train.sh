@@ -13,6 +13,8 @@
 #   GPUS         ranks on each host (default: its slots in the hostfile; without one, all GPUs)
 #   MASTER_ADDR  where the ranks meet (default: the first host of the hostfile); every host must reach that address
 #   MASTER_PORT  and the TCP port there (default: 29500)
+#   MAX_RESTARTS how often in a row to start again after a fault without a new checkpoint (default: never); errors of the
+#                command line, an interruption and a run that was asked to stop are final
 #   FORCE_SSH=1  reach the host by ssh also when the hostfile has a single one, which DeepSpeed takes for this machine
 #
 # Several hosts need: pdsh here; ssh from here to each without a password; this checkout, the python that is first on

@@ -2,7 +2,8 @@
 
     python -m gigatok_ds.cluster.launch [--dry-run] ARGUMENT... of gigatok-ds train
 
-Reads HOSTFILE, GPUS, MASTER_ADDR, MASTER_PORT and FORCE_SSH from the environment, as launch/train.sh --help explains.
+Reads HOSTFILE, GPUS, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS and FORCE_SSH from the environment, as
+launch/train.sh --help explains.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gigatok_ds.cluster.hostfile import positive, read_hostfile, rendezvous
+from gigatok_ds.cluster.restarts import newest_checkpoint, run_with_restarts
 from gigatok_ds.cluster.ssh_environment import ENV_FILE_VARIABLE, escaped, for_deepspeed, for_pdsh, rank_variables
 from gigatok_ds.errors import InputError
 
@@ -90,19 +93,27 @@ def described(launch: Launch, environment: Mapping[str, str]) -> str:
     return "\n".join([*lines, shlex.join(launch.command)])
 
 
-def start(launch: Launch, environment: Mapping[str, str]) -> None:
-    """Become DeepSpeed's launcher. The env file is one in memory: nothing is left behind however the job ends."""
-    environment = dict(environment)
+def start(launch: Launch, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Become DeepSpeed's launcher or, with MAX_RESTARTS, start it as often as is needed and return its exit code.
+
+    The env file is one in memory: nothing is left behind however the job ends.
+    """
+    restarts = positive(environment, "MAX_RESTARTS")
+    environment, inherited = dict(environment), ()
     if launch.env_file is not None:
         memory = os.memfd_create("deepspeed_env", 0)
         os.write(memory, launch.env_file.encode())
         os.set_inheritable(memory, True)
+        inherited = (memory,)
         environment[ENV_FILE_VARIABLE] = f"/proc/self/fd/{memory}"
         if shutil.which("pdsh") is None:
             raise InputError("pdsh is not installed on this machine, and DeepSpeed starts other hosts with it; install "
                              "it (Debian: apt-get install pdsh) or use launch/torchrun.sh on every host")
     sys.stdout.flush()
-    os.execve(launch.command[0], launch.command, environment)
+    if not restarts:
+        os.execve(launch.command[0], launch.command, environment)
+    return run_with_restarts(lambda: subprocess.Popen(launch.command, env=environment, pass_fds=inherited), restarts,
+                             lambda: newest_checkpoint(arguments))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -114,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         if dry_run:
             print(described(launch, os.environ))
             return 0
-        start(launch, os.environ)
+        return start(launch, argv, os.environ)
     except (InputError, OSError) as error:
         print(f"train.sh: error: {error}", file=sys.stderr)
     return 2

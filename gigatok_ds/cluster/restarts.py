@@ -1,0 +1,67 @@
+"""A job that ends by a fault is started again, after waits that grow, as long as it makes progress."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# Done; an error that the user has to mend; interrupted; asked to stop (training.stop_requests).
+FINAL = (0, 2, 130, 75)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds
+
+
+def run_with_restarts(launch: Callable[[], subprocess.Popen], most: int, progress: Callable[[], object], *,
+                      sleep: Callable[[float], None] = time.sleep) -> int:
+    """The exit code of the last try. There are at most `most` restarts in a row without progress.
+
+    progress: something that changes when the job has got further, such as its newest checkpoint. Waits double from five
+    seconds to five minutes, and begin anew after progress. A signal to this process goes to the job, and ends the tries.
+    """
+    asked: list[int] = []
+    running: list[subprocess.Popen] = []
+
+    def forward(number: int, _frame) -> None:
+        asked.append(number)
+        for process in running:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    tries, wait = 0, FIRST_WAIT
+    try:
+        while True:
+            reached = progress()
+            running[:] = [launch()]
+            code = running[0].wait()
+            running.clear()
+            if code in FINAL or asked:
+                return _as_exit_code(code)
+            if progress() != reached:
+                tries, wait = 0, FIRST_WAIT
+            if tries == most:
+                print(f"train.sh: {most} restarts in a row without a new checkpoint; giving up", file=sys.stderr)
+                return _as_exit_code(code)
+            tries += 1
+            print(f"train.sh: the job ended with exit code {code}; restart {tries} of {most} in {wait:g} s", file=sys.stderr)
+            sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+            if asked:
+                return 128 + asked[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def newest_checkpoint(arguments: Sequence[str]) -> str | None:
+    """The name of the newest complete checkpoint of the run that `gigatok-ds train ARGUMENTS` writes to."""
+    out = next((Path(value) for option, value in zip(arguments, arguments[1:], strict=False) if option == "--out"), None)
+    latest = out / "checkpoints" / "latest" if out else None
+    return latest.read_text().strip() if latest and latest.is_file() else None
+
+
+def _as_exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
