@@ -26,6 +26,8 @@ from gigatok_ds.parallel.topology import Topology
 GRACE_SECONDS = 0.5
 # How long a failing rank waits for rank 0 to have told of it.
 REPORT_SECONDS = 20.0
+# How long a rank waits at the start to hear from rank 0 where that is.
+GREETING_SECONDS = 60.0
 # A host that lost power closes no connection: it is asked for a sign of life (idle, interval, attempts).
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
@@ -180,12 +182,13 @@ class _Spoke:
     """Any other rank's connection to rank 0."""
 
     def __init__(self, rank: int, port: int, token: str):
-        self._rank, self._left = rank, False
+        self._rank, self._left, self._greeted = rank, False, threading.Event()
         self._connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
         self._connection.settimeout(None)
         _keep_alive(self._connection)
         _send(self._connection, token=token, rank=rank, place=_here())
         threading.Thread(target=self._watch, daemon=True, name="watch-ranks").start()
+        self._greeted.wait(GREETING_SECONDS)
 
     def leave(self) -> None:
         self._left = True
@@ -206,6 +209,7 @@ class _Spoke:
                 if "end" in message:
                     os._exit(message["end"])
                 place = message["place"]
+                self._greeted.set()
         if not self._left:
             if self._rank == 1:  # one of the others is enough
                 _print(_died(0, place))
