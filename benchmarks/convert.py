@@ -72,7 +72,7 @@ def write_checkpoint(recipe_name: str, run_dir: Path) -> Path:
                                 whole=buffers)
             files |= {f"{part}/{name}": digest for name, digest in snapshot.write(checkpoint / part).items()}
     save_resolved(recipe, checkpoint / RECIPE_FILE)
-    state = State(step=1, samples=0, parts=[part], world_size=TENSOR * DATA, tensor_size=TENSOR, stage=3, metrics={},
+    state = State(step=1, samples=0, parts=[part], world_size=TENSOR * DATA, tensor_size=TENSOR, stage=3, metrics={}, guard={},
                   files=files)
     (checkpoint / STATE_FILE).write_text(state.to_json())
     return checkpoint

@@ -104,6 +104,7 @@ class Ours:
         from gigatok_ds.losses.composition import TokenizerObjective
         from gigatok_ds.parallel.topology import start_process_group
         from gigatok_ds.training import tokenizer_task
+        from gigatok_ds.training.step_guard import StepGuard
 
         def objective(config, *, device, grid, precision):
             return TokenizerObjective(config, perceptual=random_perceptual(), teacher=random_teacher(recipe)).to(device)
@@ -113,10 +114,14 @@ class Ours:
         self.device = topology.device
         settings, _ = resolve_deepspeed(zero_settings(zero), recipe, data_parallel_size=1)
         self.task = tokenizer_task.TokenizerTask(recipe, topology, settings)
+        self.guard = StepGuard(recipe.faults, self.task.engines, topology, fp16=False)
         self.positions, self.lr = torch.arange(recipe.training.global_batch_size), recipe.optimizer.lr
 
     def __call__(self, images: Tensor, step: int) -> dict[str, Tensor]:
-        logged = self.task.train_micro_batch({"images": images, "position": self.positions}, step, self.lr)
+        self.guard.begin()
+        logged = self.task.train_micro_batch({"images": images, "position": self.positions}, step)
+        verdict = self.guard.finish(self.task.learning_rates(step, self.lr), logged)
+        assert verdict.kind == "accept", verdict
         return {name: value for name, value in logged.items() if name.startswith(("loss/", "discriminator/"))}
 
     def norms(self) -> dict[str, float]:

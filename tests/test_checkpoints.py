@@ -82,7 +82,7 @@ def test_killed_at_25_random_moments_a_run_keeps_complete_checkpoints_only(tmp_p
         found = complete_checkpoints(tmp_path)
         for step, folder in found:
             part = Part(200_000)
-            assert load_checkpoint(folder, {"net": part}, ALONE) == step
+            assert load_checkpoint(folder, {"net": part}, ALONE).step == step
             assert len(part.weights) == 200_000 and (part.weights == step).all()
         assert found[-1][0] > newest
         newest = found[-1][0]

@@ -120,7 +120,7 @@ def load_and_save(recipe, source, out, settings):
     topology = start_process_group(tensor_size=recipe.parallel.tensor, sequence_parallel=recipe.parallel.sequence)
     settings, _ = resolve_deepspeed(settings, recipe, data_parallel_size=topology.data_size)
     task = _task(recipe)(recipe, topology, settings)
-    step = load_checkpoint(source, task.engines, topology)
+    step = load_checkpoint(source, task.engines, topology).step
     with CheckpointWriter(out, recipe.checkpoint, topology, stage=0) as writer:
         writer.save(step, 0, task.engines, {})
     if topology.tensor_size > 1 or settings["zero_optimization"]["stage"] == 3:

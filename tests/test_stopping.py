@@ -19,7 +19,6 @@ from gigatok_ds.checkpoint.run_directory import complete_checkpoints
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.training.gpt_task import GPTTask
 from gigatok_ds.training.history import read_history
 from gigatok_ds.training.run import run_training
 from gigatok_ds.training.status import status
@@ -91,17 +90,8 @@ def test_a_signal_to_one_of_two_ranks_stops_both(data, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
-def stall(recipe, out, rank, step):
-    """Train, but one rank sleeps for ever in a step."""
-    plain = GPTTask.train_micro_batch
-
-    def train_micro_batch(self, batch, number, lr):
-        if self.topology.rank == rank and number == step:
-            time.sleep(1000)
-        return plain(self, batch, number, lr)
-
-    GPTTask.train_micro_batch = train_micro_batch
-    run_training(recipe, out, zero_settings(1))
+def train(recipe, out, faults):
+    run_training(recipe, out, zero_settings(1), faults=faults)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -110,44 +100,30 @@ def test_a_stalled_rank_ends_all_with_everyones_stacks(data, tmp_path, rank):
     recipe = load_recipe(folder / "gpt.yaml", [*names, "monitor.stall_seconds=8"])
     began = time.monotonic()
     with pytest.raises(RanksFailed, match="exit code 1"):
-        run_ranks(stall, 2, recipe, tmp_path / "run", rank, 3)
+        run_ranks(train, 2, recipe, tmp_path / "run", [f"hang:rank={rank},step=3"])
     assert time.monotonic() - began < 90
     stacks = [(tmp_path / "run" / "stacks" / f"rank-0000{number}.txt").read_text() for number in range(2)]
-    assert "at step 3 for more than 8 s" in stacks[rank] and "test_stopping.py" in stacks[rank]
+    assert "at step 3 for more than 8 s" in stacks[rank] and "injection.py" in stacks[rank]
+    assert ", number " in stacks[1 - rank] and "not finished" in stacks[1 - rank], "the collective that it waits in"
     assert "train_micro_batch" in stacks[1 - rank], "it waits for the other in a collective of its step"
     failed = [line for line in read_history(tmp_path / "run") if line["event"] == "failed"]
     assert len(failed) == 1 and "monitor.stall_seconds" in failed[0]["reason"]
     assert status(tmp_path / "run")["state"] == "failed"
 
 
-def diverge(recipe, out, step, of_gradient):
-    """Train, but one of two ranks has a loss that is not finite, or only its gradient."""
-    plain = GPTTask.train_micro_batch
-
-    def train_micro_batch(self, batch, number, lr):
-        if self.topology.rank != 1 or number != step:
-            return plain(self, batch, number, lr)
-        if not of_gradient:
-            return plain(self, batch, number, lr) | {"loss": torch.tensor(float("nan"))}
-        handle = self.engine.network.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
-        try:
-            return plain(self, batch, number, lr)
-        finally:
-            handle.remove()
-
-    GPTTask.train_micro_batch = train_micro_batch
-    run_training(recipe, out, zero_settings(1))
-
-
-@pytest.mark.parametrize("of_gradient", [False, True], ids=["loss", "gradient"])
-def test_no_checkpoint_is_made_of_what_is_not_finite(data, tmp_path, of_gradient):
+def test_a_data_worker_that_stops_ends_the_run_too(data, tmp_path):
     folder, names = data
-    recipe = load_recipe(folder / "gpt.yaml", [*names, "checkpoint.every=1", "training.log_every=100"])
-    with pytest.raises(RanksFailed, match="exit code 2"):
-        run_ranks(diverge, 2, recipe, tmp_path / "run", 3, of_gradient)
-    assert [step for step, _ in complete_checkpoints(tmp_path / "run")] == [1, 2]
-    failed, = [line for line in read_history(tmp_path / "run") if line["event"] == "failed"]
-    assert "step 3: " in failed["reason"] and "is not finite" in failed["reason"]
+    code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names, "monitor.stall_seconds=6", "data.workers=1",
+                          "--inject", "hang-worker:step=3", *LONG])
+    assert code == 1 and "monitor.stall_seconds" in output, output
+    assert "throughput.py" in (tmp_path / "run" / "stacks" / "rank-00000.txt").read_text(), "it waits for data"
+
+
+def test_a_data_worker_that_is_killed_is_named(data, tmp_path):
+    folder, names = data
+    code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names, "data.workers=1",
+                          "--inject", "kill-worker:step=3", *LONG])
+    assert code == 1 and "DataLoader worker (pid" in output and "killed by signal" in output, output
 
 
 def test_a_stall_in_c_code_that_holds_the_interpreter_ends_too(tmp_path):

@@ -43,7 +43,8 @@ class State:
     """What `state.json` says of a checkpoint.
 
     The position in the data and all random streams follow from `step` and the recipe; `samples` were seen so far.
-    `metrics` are the validation figures of that step, if it was validated. `files` maps paths to SHA-256.
+    `metrics` are the validation figures of that step, if it was validated. `guard` is what decisions about the next steps
+    depend on (training.step_guard). `files` maps paths to SHA-256.
     """
 
     step: int
@@ -53,6 +54,7 @@ class State:
     tensor_size: int
     stage: int
     metrics: dict[str, float]
+    guard: dict
     files: dict[str, str]
 
     def to_json(self) -> str:
@@ -132,8 +134,8 @@ def damaged_file(folder: Path, state: State, part: str | None = None, *, share: 
     return None
 
 
-def load_checkpoint(folder: Path, parts: Mapping[str, Saveable], topology: Topology) -> int:
-    """Check every file, restore every part, and return the step to continue after. Collective.
+def load_checkpoint(folder: Path, parts: Mapping[str, Saveable], topology: Topology) -> State:
+    """Check every file, restore every part, and return what to continue after. Collective.
 
     It may have been written by any number of ranks, tensor ranks and at any ZeRO stage. Raises InputError when a file is
     damaged or the checkpoint is of another kind of run.
@@ -146,4 +148,4 @@ def load_checkpoint(folder: Path, parts: Mapping[str, Saveable], topology: Topol
         raise InputError(f"{problem}; restore it from a copy, or remove {folder} to continue from an earlier checkpoint")
     for name, part in parts.items():
         part.load(folder / name)
-    return state.step
+    return state

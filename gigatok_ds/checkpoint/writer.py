@@ -58,7 +58,8 @@ class CheckpointWriter:
                 self._all.thread.join(LAST_WAIT_SECONDS)
             self._abandon()
 
-    def save(self, step: int, samples: int, parts: Mapping[str, Saveable], metrics: Mapping[str, float]) -> None:
+    def save(self, step: int, samples: int, parts: Mapping[str, Saveable], metrics: Mapping[str, float],
+             guard: Mapping | None = None) -> None:
         """Save every part. Collective. When asynchronous, returns after copying, once an earlier save is finished.
 
         A failure leaves earlier checkpoints as they were, and is raised here or by a later call: InputError when the disk
@@ -67,7 +68,8 @@ class CheckpointWriter:
         self.finish()
         snapshots = {name: part.snapshot() for name, part in parts.items()}
         state = State(step=step, samples=samples, parts=sorted(parts), world_size=self._topology.world_size,
-                      tensor_size=self._topology.tensor_size, stage=self._stage, metrics=dict(metrics), files={})
+                      tensor_size=self._topology.tensor_size, stage=self._stage, metrics=dict(metrics),
+                      guard=dict(guard or {}), files={})
         partial = partial_path(checkpoint_path(self._run_dir, step))
         self._own = _Background(lambda: self._write(partial, snapshots), lambda error: self._explained(error, step))
         if self._topology.is_first:

@@ -30,7 +30,7 @@ _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
 # kept, how much of it may be bad, and where the same frozen weights (their SHA-256 is compared) are found.
 _CHANGEABLE = ("log_every", "validate_every", "compile", "precision", "micro_batch_size", "workers", "cache", "cache_gb",
                "max_bad_fraction", "weights", "backbone_weights")
-_CHANGEABLE_SECTIONS = ("parallel.", "checkpoint.", "validation.", "monitor.")
+_CHANGEABLE_SECTIONS = ("parallel.", "checkpoint.", "validation.", "monitor.", "faults.")
 _SHOWN = 3  # problems named in one error
 
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from gigatok_ds.config.checkpoint import CheckpointConfig
+from gigatok_ds.config.faults import FaultConfig
 from gigatok_ds.config.location import check_cache
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
@@ -198,6 +199,7 @@ class TokenizerRecipe:
     parallel: TokenizerParallelConfig = TokenizerParallelConfig()
     validation: ValidationConfig = ValidationConfig()
     monitor: TokenizerMonitorConfig = TokenizerMonitorConfig()
+    faults: FaultConfig = FaultConfig()
 
     def __post_init__(self):
         model, tensor = self.model, self.parallel.tensor
@@ -232,6 +234,7 @@ class GPTRecipe:
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     monitor: MonitorConfig = MonitorConfig()
+    faults: FaultConfig = FaultConfig()
 
     def __post_init__(self):
         model, tensor = self.model, self.parallel.tensor

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.parallel import flight_recorder
 from gigatok_ds.parallel.layers import PLAIN, Layers, PlainLayers
 from gigatok_ds.parallel.reduce import RankMean
 
@@ -137,6 +138,7 @@ def start_process_group(*, tensor_size: int = 1, sequence_parallel: bool = False
         # Megatron overlaps communication with computation relying on the order of kernels in one queue.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
+        flight_recorder.switch_on()
         backend = "nccl" if device.type == "cuda" else "gloo"
         if launched:
             dist.init_process_group(backend)

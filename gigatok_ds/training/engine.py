@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +24,12 @@ from gigatok_ds.config.recipe import OptimizerConfig
 from gigatok_ds.freed_memory import keep_freed_memory
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.parallel.consistency import check_spread, global_gradient_norm
+from gigatok_ds.parallel.drift import Replicated
 from gigatok_ds.parallel.dropout import name_dropouts
 from gigatok_ds.parallel.partial import sum_partial_gradients
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.training.ema import ShardedEMA
+from gigatok_ds.training.live_gradients import LiveGradients
 from gigatok_ds.training.live_state import LiveState
 
 
@@ -74,6 +76,8 @@ class Engine:
         self._norm: float | None = None
         check_spread(network, topology, deepspeed.zero.GatheredParameters)
         self._state = LiveState(self._engine, self.stage, topology, whole)
+        self._gradients = LiveGradients(self._engine, self.stage)
+        self._remembered: list[Tensor] = []
         self.ema = None if ema_decay is None else ShardedEMA(ema_decay, self._state.fragments)
 
     @property
@@ -95,8 +99,39 @@ class Engine:
         if updates and not self._tells_norm:
             self._norm = global_gradient_norm(self.network, self._topology)
         self._engine.step()
-        if updates and self.ema:
+        if updates and self.ema and self._engine.was_step_applied():
             self.ema.update()
+
+    def gradients_finite(self) -> Tensor:
+        """Whether this rank's part of the accumulated gradients is finite, as a boolean on the device."""
+        return self._gradients.finite()
+
+    def drop(self) -> None:
+        """Instead of the `step` that would update: leave the update out."""
+        self._gradients.drop()
+
+    @torch.no_grad()
+    def remember_buffers(self) -> None:
+        """Keep the network's buffers as they are now, for `restore_buffers`."""
+        buffers = list(self.network.buffers())
+        if len(self._remembered) != len(buffers):
+            self._remembered = [torch.empty_like(buffer) for buffer in buffers]
+        for kept, buffer in zip(self._remembered, buffers):
+            kept.copy_(buffer)
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        for kept, buffer in zip(self._remembered, self.network.buffers(), strict=True):
+            buffer.copy_(kept)
+
+    def weights_finite(self) -> bool:
+        """Whether this rank's part of the weights is finite."""
+        found = [torch.isfinite(values).all() for _, values in self._state.fragments().values()]
+        return bool(torch.stack(found).all()) if found else True
+
+    def replicated(self) -> Iterator[Replicated]:
+        """What ranks should hold alike. Collective at stage 3."""
+        return self._state.replicated(self.ema.fragments if self.ema else {})
 
     def gradient_norm(self) -> float | None:
         """Global gradient norm of the last update before clipping; None before the first."""

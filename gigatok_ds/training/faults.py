@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-from gigatok_ds.errors import InputError
+from gigatok_ds.errors import InputError, MachineError
 from gigatok_ds.parallel.topology import Topology
 
 # A failure is held back this long, in case the death of another rank turns out to be its cause.
@@ -87,6 +87,8 @@ def _described(error: BaseException, rank: int) -> tuple[str, int]:
         return "", error.code if isinstance(error.code, int) and error.code else 1
     if isinstance(error, (InputError, OSError)) and not os.environ.get("GIGATOK_TRACEBACK"):
         return f"gigatok-ds train: error: {' '.join(str(error).split())}", 2
+    if isinstance(error, MachineError):
+        return f"gigatok-ds train: {error}", 1
     return f"rank {rank} ({_here()}) failed:\n{traceback.format_exc().rstrip()}", 1
 
 

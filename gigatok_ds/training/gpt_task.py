@@ -45,7 +45,7 @@ class GPTTask:
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         return self.source.micro_batches(start_step)
 
-    def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
+    def train_micro_batch(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         device = self.topology.device
         codes, classes = batch["codes"].to(device), batch["labels"].to(device)
         self.engine.network.train()
@@ -53,8 +53,10 @@ class GPTTask:
             classes = self._drop_classes(classes, batch["position"], step)
             loss = self.engine(codes[:, :-1], classes, codes).mean()
             self.engine.backward(loss)
-        self.engine.step(lr)
         return {"loss": loss}
+
+    def learning_rates(self, step: int, lr: float) -> dict[str, float]:
+        return {"gpt": lr}
 
     def _drop_classes(self, classes: Tensor, positions: Tensor, step: int) -> Tensor:
         """Replace some classes by "no class", so that the model also learns to run without guidance."""

@@ -6,7 +6,7 @@ of one data rank. `Place` says where; `checkpoint.fragments` says how it is writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.fragments import EMA, MOMENTS, WEIGHTS, Fragment, Layout, SavedEngine, Snapshot
 from gigatok_ds.errors import InputError
+from gigatok_ds.parallel.drift import Replicated
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.parallel.topology import Topology
 
@@ -85,6 +86,22 @@ class LiveState:
         self._refresh()
         self._set_counters(saved.layout.counters)
 
+    def replicated(self, ema: Mapping[str, Fragment]) -> Iterator[Replicated]:
+        """What several ranks hold alike: partitions on tensor ranks, unless cut; on data ranks what ZeRO leaves whole."""
+        cuts, everywhere = declared_shards(self._network), self._stage == 0
+        for name, place in self._find_places(share=False).items():
+            whole = name not in cuts
+            yield Replicated(name, place.view(place.holder), everywhere, whole)
+            for moment in MOMENTS:
+                yield Replicated(f"{moment} of {name}", self._moment(place, moment).values, everywhere, whole)
+        for name, (_, values) in ema.items():
+            yield Replicated(f"the average of {name}", values, False, name not in cuts)
+        if self._stage in (1, 2):
+            for name, parameter in self._trained.items():
+                yield Replicated(name, parameter, True, name not in cuts)
+        for name, value in self._whole():
+            yield Replicated(name, value, True, name not in cuts)
+
     def _find_places(self, *, share: bool) -> dict[str, Place]:
         """Of every trained parameter of which this rank holds something.
 
@@ -131,7 +148,7 @@ class LiveState:
     def _moment(self, place: Place, moment: str) -> Fragment:
         """Zeros before the first update, when Adam has no state yet."""
         state = self._adam().state.get(place.holder)
-        return Fragment(place.start, place.view(state[moment]) if state else torch.zeros(place.size))
+        return Fragment(place.start, place.view(state[moment]) if state else torch.zeros_like(place.view(place.holder)))
 
     def _state(self, place: Place) -> dict[str, Tensor]:
         """Adam's state of a holder, which it would make at its first update."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
@@ -63,12 +64,13 @@ def _check_data(recipe: Recipe) -> None:
         check_sources(recipe)
 
 
-def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_from: Path | None = None) -> None:
+def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_from: Path | None = None,
+                 faults: Sequence[str] = ()) -> None:
     """Train `recipe` in this process (one rank of however many were launched), into `run_dir`.
 
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
-    holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. Raises InputError for anything the
-    user can mend.
+    holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. `faults` happen on purpose
+    (training.injection). Raises InputError for anything the user can mend.
     """
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.training.data_record import record_data
@@ -87,6 +89,10 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                 tell(run_dir, "started", ranks=topology.world_size, command=sys.argv)
             topology.barrier()
             task = _task(recipe)(recipe, topology, settings)
+            if faults:
+                from gigatok_ds.training.injection import inject
+
+                task = inject(task, faults, run_dir, topology)
             record_data(task.data_identity(), run_dir, topology)
             train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch)
             if topology.is_first:

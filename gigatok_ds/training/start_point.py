@@ -48,7 +48,8 @@ def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, 
         checkpoint = checkpoint_path(scratch, 0)
         files = {f"{part}/{name}": digest for part, (of, values) in parts.items()
                  for name, digest in _write_network(checkpoint / part, of, values)}
-        state = State(step=0, samples=0, parts=sorted(parts), world_size=1, tensor_size=1, stage=0, metrics={}, files=files)
+        state = State(step=0, samples=0, parts=sorted(parts), world_size=1, tensor_size=1, stage=0, metrics={}, guard={},
+                      files=files)
         save_resolved(recipe, scratch / RECIPE_FILE)
         write_atomically(checkpoint / STATE_FILE, state.to_json().encode())
     return out

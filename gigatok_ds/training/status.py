@@ -13,6 +13,7 @@ from gigatok_ds.training.history import read_history
 from gigatok_ds.training.monitor import METRICS_FILE, read_metrics
 from gigatok_ds.training.watchdog import HEARTBEAT
 
+FAULTS = ("failed", "stopped", "skipped", "rewound")  # events of a history
 ALIVE_SECONDS = 120.0  # since the last heartbeat, or the last of anything else that a run writes
 
 
@@ -43,12 +44,12 @@ def status(run_dir: Path, now: float | None = None) -> dict:
         "seconds_left": None if seconds is None else round((total - step) * seconds, 1),
         "newest_checkpoint": str(checkpoints[-1][1]) if checkpoints else None,
         "starts": sum(line["event"] == "started" for line in history),
-        "faults": [line for line in history if line["event"] in ("failed", "stopped")],
+        "faults": [line for line in history if line["event"] in FAULTS],
         "warnings": [line["warning"] for line in metrics if "warning" in line],
     }
 
 
 def _state(history: list[dict], silence: float) -> str:
     ends = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
-    last = next((line["event"] for line in reversed(history) if line["event"] != "saved"), None)
+    last = next((line["event"] for line in reversed(history) if line["event"] in ("started", *ends)), None)
     return ends.get(last) or ("running" if silence < ALIVE_SECONDS else "silent")

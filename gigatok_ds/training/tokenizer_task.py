@@ -97,22 +97,25 @@ class TokenizerTask:
         )
         return on_device(batches, ("images",), topology.device)
 
-    def train_micro_batch(self, batch: dict[str, Tensor], step: int, lr: float) -> dict[str, Tensor]:
+    def train_micro_batch(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         images = batch["images"].to(self.topology.device, non_blocking=True)
         positions = batch["position"]
         numbers = self.topology.gather_images(positions.to(images.device, non_blocking=True))
         with dropout_at(self.recipe.training.seed, numbers):
             output, logged = self._generator_pass(images, positions, step)
-        self.generator.step(lr)
         if self.discriminator and self.objective.discriminator_active(step):
             logged |= self._discriminator_pass(images, output, positions, step)
-            # The original first schedules the discriminator's rate after its first step.
-            starts = step == self.recipe.loss.adversarial.start_step
-            self.discriminator.step(self.recipe.optimizer.lr if starts else lr)
         codes = self.topology.gather_data(output.codes)
         logged["codebook_usage"] = self.generator.network.quantizer.record_usage(codes)
         logged[NOT_FINITE] = (codes < 0).sum()
         return logged
+
+    def learning_rates(self, step: int, lr: float) -> dict[str, float]:
+        if not self.discriminator or not self.objective.discriminator_active(step):
+            return {"generator": lr}
+        # The original first schedules the discriminator's rate after its first step.
+        starts = step == self.recipe.loss.adversarial.start_step
+        return {"generator": lr, "discriminator": self.recipe.optimizer.lr if starts else lr}
 
     def _generator_pass(self, images: Tensor, positions: Tensor, step: int):
         """Forward and backward of the tokenizer.

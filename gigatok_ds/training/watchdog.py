@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gigatok_ds.files import write_atomically
+from gigatok_ds.parallel.flight_recorder import last_collectives
 
 STACKS = "stacks"
 HEARTBEAT = "heartbeat.json"
@@ -24,7 +25,7 @@ BACKSTOP_SECONDS = 30.0
 
 
 class Watchdog:
-    """Every rank has one. `beat` says that it lives; after `seconds` without one its stacks are written to
+    """Every rank has one. `beat` says that it lives; after `seconds` without one its stacks and latest collectives are written to
     RUN/stacks/rank-R.txt, and `end(text, exit code)` is called, on a thread of its own. None: never.
 
     The first rank also leaves heartbeat.json, with step and time, at most every ten seconds.
@@ -69,6 +70,7 @@ class Watchdog:
             if time.monotonic() - self._beat < self.seconds:
                 continue
             self._backstop.write(f"rank {self.rank}: at step {self.step} for more than {self.seconds:g} s\n")
+            self._backstop.write("".join(f"collective: {line}\n" for line in last_collectives()))
             self._backstop.flush()
             faulthandler.dump_traceback(self._backstop, all_threads=True)
             if not self._over.wait(GATHER_SECONDS):
