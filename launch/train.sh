@@ -4,6 +4,12 @@
 #   launch/train.sh VQ_SS256 --out runs/ss --zero 2 data.train=shards/train data.validation=shards/val
 #   HOSTFILE=hostfile launch/train.sh VQ_XLXXL256 --out /shared/runs/xl --tp 4 --zero 3 data.train=/shared/train ...
 #   HOSTFILE=hostfile launch/train.sh --dry-run GPT-B --out ...     prints what would be run, and starts nothing
+#   HOSTFILE=hostfile launch/train.sh --max-restarts 5 --min-hosts 7 VQ_XLXXL256 --out ...
+#
+# --max-restarts N: start again after a fault, at most N times in a row without a new checkpoint; errors of the command
+# line, an interruption and a run that was asked to stop are final. Before each restart the hosts that the hostfile names
+# by then are asked whether they can take part, as by check-cluster; those that cannot are left out if at least
+# --min-hosts N (default: all) can, and otherwise that was a try.
 #
 # The arguments are those of `gigatok-ds train` (see its --help). For several hosts, first ask
 #   gigatok-ds check-cluster --hostfile hostfile --out /shared/runs/xl --recipe VQ_XLXXL256
@@ -13,8 +19,6 @@
 #   GPUS         ranks on each host (default: its slots in the hostfile; without one, all GPUs)
 #   MASTER_ADDR  where the ranks meet (default: the first host of the hostfile); every host must reach that address
 #   MASTER_PORT  and the TCP port there (default: 29500)
-#   MAX_RESTARTS how often in a row to start again after a fault without a new checkpoint (default: never); errors of the
-#                command line, an interruption and a run that was asked to stop are final
 #   FORCE_SSH=1  reach the host by ssh also when the hostfile has a single one, which DeepSpeed takes for this machine
 #
 # Several hosts need: pdsh here; ssh from here to each without a password; this checkout, the python that is first on

@@ -31,17 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: 1)")
     parser.add_argument("--tp", type=int, metavar="N",
                         help="tensor-parallel ranks, within a host; the same as parallel.tensor=N (default: 1)")
-    parser.add_argument("--inject", action="append", default=[], metavar="FAULT", type=_fault,
+    parser.add_argument("--inject", action="append", default=[], metavar="FAULT",
                         help="for drills: a fault such as kill:rank=2,step=7 or nan:rank=0,after=60 (seconds); may be given "
                              "several times (kinds: docs/reliability.md)")
     engine.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed settings file instead, e.g. ds_configs/zero3.json")
-
-
-def _fault(text: str) -> str:
-    from gigatok_ds.training.injection import parse_fault
-
-    parse_fault(text)
-    return text
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.config.load import load_recipe
     from gigatok_ds.training.run import check_run, run_training
 
+    if args.inject:
+        from gigatok_ds.training.injection import parse_fault
+
+        for fault in args.inject:
+            parse_fault(fault)
     tensor = [] if args.tp is None else [f"parallel.tensor={args.tp}"]
     recipe = load_recipe(args.recipe, [*args.overrides, *tensor])
     check_run(recipe, args.out, args.branch_from)

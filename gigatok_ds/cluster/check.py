@@ -70,7 +70,7 @@ def check_cluster(request: Request, environment: Mapping[str, str]) -> Verdict:
     with _shared_folder(request.out) as folder:
         if folder:
             expected = replace(expected, token=(folder / "token").read_text(), shared=str(folder.parent))
-        results = _probe(hosts, reach, recipe, folder, str(working_dir), request.seconds)
+        results = probe_hosts(hosts, reach, recipe, folder, str(working_dir), request.seconds)
     if not request.hostfile and results[0].facts:
         slots = len(results[0].facts.devices) or _CPU_RANKS
         results = [replace(results[0], host=Host(name=HERE, slots=slots))]
@@ -108,8 +108,9 @@ def _shared_folder(out: Path | None) -> Iterator[Path | None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _probe(hosts: Sequence[Host], reach: Reach, recipe: str | None, folder: Path | None, working_dir: str,
-           seconds: int) -> list[HostResult]:
+def probe_hosts(hosts: Sequence[Host], reach: Reach, recipe: str | None, folder: Path | None, working_dir: str,
+                seconds: int) -> list[HostResult]:
+    """What each host tells of itself, or why it does not; with a folder that all should share, they answer there, too."""
     answers = [folder / f"host-{index}" if folder else None for index in range(len(hosts))]
     questions = [probe.Question(recipe=recipe, token=str(folder / "token") if folder else None,
                                 answer=str(answer) if answer else None, working_dir=working_dir)

@@ -1,9 +1,8 @@
 """Start `gigatok-ds train` on every rank by DeepSpeed's launcher; launch/train.sh is its front door.
 
-    python -m gigatok_ds.cluster.launch [--dry-run] ARGUMENT... of gigatok-ds train
+    python -m gigatok_ds.cluster.launch [--dry-run] [--max-restarts N] [--min-hosts N] ARGUMENT... of gigatok-ds train
 
-Reads HOSTFILE, GPUS, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS and FORCE_SSH from the environment, as
-launch/train.sh --help explains.
+Reads HOSTFILE, GPUS, MASTER_ADDR, MASTER_PORT and FORCE_SSH from the environment, as launch/train.sh --help explains.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gigatok_ds.cluster.hostfile import positive, read_hostfile, rendezvous
+from gigatok_ds.cluster.preflight import hostfile_in_memory, usable_hosts
 from gigatok_ds.cluster.restarts import newest_checkpoint, run_with_restarts
 from gigatok_ds.cluster.ssh_environment import ENV_FILE_VARIABLE, escaped, for_deepspeed, for_pdsh, rank_variables
 from gigatok_ds.errors import InputError
@@ -93,39 +93,79 @@ def described(launch: Launch, environment: Mapping[str, str]) -> str:
     return "\n".join([*lines, shlex.join(launch.command)])
 
 
-def start(launch: Launch, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Become DeepSpeed's launcher or, with MAX_RESTARTS, start it as often as is needed and return its exit code.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """train.sh's own options, which come before those of gigatok-ds train."""
 
-    The env file is one in memory: nothing is left behind however the job ends.
-    """
-    restarts = positive(environment, "MAX_RESTARTS")
-    environment, inherited = dict(environment), ()
-    if launch.env_file is not None:
-        memory = os.memfd_create("deepspeed_env", 0)
-        os.write(memory, launch.env_file.encode())
-        os.set_inheritable(memory, True)
-        inherited = (memory,)
-        environment[ENV_FILE_VARIABLE] = f"/proc/self/fd/{memory}"
-        if shutil.which("pdsh") is None:
-            raise InputError("pdsh is not installed on this machine, and DeepSpeed starts other hosts with it; install "
-                             "it (Debian: apt-get install pdsh) or use launch/torchrun.sh on every host")
+    dry_run: bool = False
+    max_restarts: int = 0
+    min_hosts: int | None = None  # None: all that the hostfile names
+
+    @classmethod
+    def taken_from(cls, argv: Sequence[str]) -> tuple[Options, list[str]]:
+        """The options, and the arguments that follow them."""
+        found: dict = {}
+        rest = list(argv)
+        while rest and rest[0] in ("--dry-run", "--max-restarts", "--min-hosts"):
+            name = rest.pop(0)[2:].replace("-", "_")
+            found[name] = True if name == "dry_run" else positive({name: rest.pop(0) if rest else "nothing"}, name)
+        options = cls(**found)
+        if options.min_hosts and not options.max_restarts:
+            raise InputError("--min-hosts is for restarts, of which there are none; give --max-restarts, too")
+        return options, rest
+
+
+def start(launch: Launch, options: Options, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Become DeepSpeed's launcher or, with restarts, start it as often as is needed and return its exit code."""
     sys.stdout.flush()
-    if not restarts:
-        os.execve(launch.command[0], launch.command, environment)
-    return run_with_restarts(lambda: subprocess.Popen(launch.command, env=environment, pass_fds=inherited), restarts,
-                             lambda: newest_checkpoint(arguments))
+    if not options.max_restarts:
+        command, variables, _ = _ready(launch, environment)
+        os.execve(command[0], command, variables)
+
+    def again(restarts: int) -> subprocess.Popen | None:
+        planned, inherited = launch, ()
+        if restarts and launch.env_file is not None:
+            hosts = usable_hosts(environment["HOSTFILE"], environment)
+            needed = options.min_hosts or len(read_hostfile(environment["HOSTFILE"], environment))
+            if len(hosts) < needed:
+                print(f"train.sh: {len(hosts)} hosts can take part, and {needed} must (--min-hosts)", file=sys.stderr)
+                return None
+            memory = hostfile_in_memory(hosts)
+            smaller = {**environment, "HOSTFILE": f"/proc/self/fd/{memory}", "FORCE_SSH": "1"}
+            planned, inherited = plan(arguments, smaller, home=Path.home(), working_dir=Path.cwd()), (memory,)
+        command, variables, descriptors = _ready(planned, environment)
+        try:
+            return subprocess.Popen(command, env=variables, pass_fds=(*descriptors, *inherited))
+        finally:
+            for descriptor in (*descriptors, *inherited):
+                os.close(descriptor)
+
+    return run_with_restarts(again, options.max_restarts, lambda: newest_checkpoint(arguments))
+
+
+def _ready(launch: Launch, environment: Mapping[str, str]) -> tuple[list[str], dict[str, str], tuple[int, ...]]:
+    """Command, environment and descriptors to inherit. The env file is one in memory: nothing is left behind."""
+    if launch.env_file is None:
+        return launch.command, dict(environment), ()
+    if shutil.which("pdsh") is None:
+        raise InputError("pdsh is not installed on this machine, and DeepSpeed starts other hosts with it; install "
+                         "it (Debian: apt-get install pdsh) or use launch/torchrun.sh on every host")
+    memory = os.memfd_create("deepspeed_env", 0)
+    os.write(memory, launch.env_file.encode())
+    os.set_inheritable(memory, True)
+    return launch.command, {**environment, ENV_FILE_VARIABLE: f"/proc/self/fd/{memory}"}, (memory,)
 
 
 def main(argv: Sequence[str]) -> int:
-    dry_run = argv[:1] == ["--dry-run"]
     try:
-        launch = plan(argv[1:] if dry_run else argv, os.environ, home=Path.home(), working_dir=Path.cwd())
+        options, arguments = Options.taken_from(argv)
+        launch = plan(arguments, os.environ, home=Path.home(), working_dir=Path.cwd())
         if launch.note:
             print(f"train.sh: {launch.note}", file=sys.stderr)
-        if dry_run:
+        if options.dry_run:
             print(described(launch, os.environ))
             return 0
-        return start(launch, argv, os.environ)
+        return start(launch, options, arguments, os.environ)
     except (InputError, OSError) as error:
         print(f"train.sh: error: {error}", file=sys.stderr)
     return 2

@@ -15,11 +15,12 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds
 
 
-def run_with_restarts(launch: Callable[[], subprocess.Popen], most: int, progress: Callable[[], object], *,
+def run_with_restarts(launch: Callable[[int], subprocess.Popen | None], most: int, progress: Callable[[], object], *,
                       sleep: Callable[[float], None] = time.sleep) -> int:
     """The exit code of the last try. There are at most `most` restarts in a row without progress.
 
-    progress: something that changes when the job has got further, such as its newest checkpoint. Waits double from five
+    launch: starts the job, given how many restarts there have been; None when that is not possible now, which counts as a
+    try. progress: something that changes when the job has got further, such as its newest checkpoint. Waits double from five
     seconds to five minutes, and begin anew after progress. A signal to this process goes to the job, and ends the tries.
     """
     asked: list[int] = []
@@ -31,12 +32,12 @@ def run_with_restarts(launch: Callable[[], subprocess.Popen], most: int, progres
             process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
-    tries, wait = 0, FIRST_WAIT
+    tries, wait, restarts = 0, FIRST_WAIT, 0
     try:
         while True:
             reached = progress()
-            running[:] = [launch()]
-            code = running[0].wait()
+            running[:] = filter(None, [launch(restarts)])
+            code = running[0].wait() if running else 1
             running.clear()
             if code in FINAL or asked:
                 return _as_exit_code(code)
@@ -45,7 +46,7 @@ def run_with_restarts(launch: Callable[[], subprocess.Popen], most: int, progres
             if tries == most:
                 print(f"train.sh: {most} restarts in a row without a new checkpoint; giving up", file=sys.stderr)
                 return _as_exit_code(code)
-            tries += 1
+            tries, restarts = tries + 1, restarts + 1
             print(f"train.sh: the job ended with exit code {code}; restart {tries} of {most} in {wait:g} s", file=sys.stderr)
             sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterable, Iterator
+from multiprocessing import connection
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from gigatok_ds.streams import numpy_stream, torch_stream
 MAX_REPLACEMENTS = 16  # undecodable images in a row before the data as a whole is taken to be bad
 
 _PICKLED = 4096  # bytes
+_sockets = itertools.count()  # of this process
 _BAD = "bad"  # a batch's BadSamples, on their way from a worker
 
 Batch = dict[str, Tensor]
@@ -49,8 +53,10 @@ def _collate(items: list) -> Batch | InputError:
     return batch | small | ({_BAD: bad} if bad else {})
 
 
-def _keep_memory(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     keep_freed_memory()
+    # Workers hand tensors over by a socket, of which multiprocessing makes a file: a killed worker would leave it.
+    connection.arbitrary_address = lambda family: f"\0gigatok-ds-{os.getpid()}-{next(_sockets)}"
 
 
 class BatchLoader:
@@ -65,7 +71,7 @@ class BatchLoader:
         self._loader = DataLoader(
             _Checked(dataset), batch_sampler=batch_sampler, num_workers=workers,
             persistent_workers=workers > 0, pin_memory=pin_memory, collate_fn=_collate,
-            generator=torch_stream(0, "data workers"), worker_init_fn=_keep_memory)
+            generator=torch_stream(0, "data workers"), worker_init_fn=_prepare_worker)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import secrets
 import selectors
@@ -67,7 +68,7 @@ def _single(told: Callable[[str], None]) -> Iterator[End]:
         with contextlib.suppress(OSError):
             told(text)
         _print(text)
-        os._exit(code)
+        _leave(code)
 
     try:
         yield end
@@ -169,7 +170,7 @@ class _Hub:
             for connection in self._peers:
                 with contextlib.suppress(OSError):
                     _send(connection, end=code)
-            os._exit(code)
+            _leave(code)
 
 
 class _Peer:
@@ -202,20 +203,27 @@ class _Spoke:
             _send(self._connection, failed=[text, code])
             time.sleep(REPORT_SECONDS)  # the watching thread ends this process when rank 0 has told of it
         _print(text)
-        os._exit(code)
+        _leave(code)
 
     def _watch(self) -> None:
         place = "its host is unknown"
         with contextlib.suppress(OSError), self._connection.makefile("rb") as lines:
             for message in map(json.loads, lines):
                 if "end" in message:
-                    os._exit(message["end"])
+                    _leave(message["end"])
                 place = message["place"]
                 self._greeted.set()
         if not self._left:
             if self._rank == 1:  # one of the others is enough
                 _print(_died(0, place))
-            os._exit(1)
+            _leave(1)
+
+
+def _leave(code: int) -> None:
+    """End this process from whatever thread, and its data workers with it: one that is stopped would never notice."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def _send(connection: socket.socket, **message) -> None:

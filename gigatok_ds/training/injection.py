@@ -34,6 +34,7 @@ KINDS = {
     "kill-worker": "a data worker is killed",
     "hang-worker": "a data worker stops",
     "kill-saving": "SIGKILL between the files of the next checkpoint and its completion",
+    "slow": "each micro batch takes a second longer, from then on and for good",
     "nan": "the loss and the gradients of an engine (part=NAME; default: the first) are NaN",
     "inf": "the gradients of an engine are infinite",
     "spike": "the loss and the gradients of an engine are 100 times what they are",
@@ -44,7 +45,8 @@ _KEYS = ("rank", "step", "after", "steps", "part", "tensor")
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Strikes `rank` in `step`, or in the first step that begins `after` so many seconds of training; for `steps` steps."""
+    """Strikes `rank` in `step`, or in the first step that begins `after` so many seconds since the run was first started;
+    for `steps` steps."""
 
     text: str
     kind: str
@@ -87,18 +89,21 @@ def inject(task, faults: Sequence[str], run_dir: Path, topology: Topology):
             raise InputError(f"--inject {fault.text}: there is no rank {fault.rank}; this job has {topology.world_size}")
         if fault.part is not None and fault.part not in task.engines:
             raise InputError(f"--inject {fault.text}: there is no part {fault.part}; there are {', '.join(task.engines)}")
-    struck = {line["fault"] for line in read_history(run_dir) if line["event"] == "injected"}
+    history = read_history(run_dir)
+    struck = {line["fault"] for line in history if line["event"] == "injected"}
+    began = next(line["time"] for line in history if line["event"] == "started")
     # All ranks look before any of them can strike.
     topology.barrier()
-    return _Suffering(task, [fault for fault in parsed if fault.rank == topology.rank and fault.text not in struck], run_dir)
+    return _Suffering(task, [fault for fault in parsed if fault.rank == topology.rank and (fault.text not in struck or fault.kind == "slow")],
+                      run_dir, began)
 
 
 class _Suffering:
     """A task to the loop, with faults in its steps."""
 
-    def __init__(self, task, faults: list[Fault], run_dir: Path):
+    def __init__(self, task, faults: list[Fault], run_dir: Path, began: float):
         self._task, self._faults, self._run_dir = task, faults, run_dir
-        self._began = time.monotonic()
+        self._began = began
         self._first: dict[Fault, int] = {}  # the step in which each first struck
 
     def __getattr__(self, name: str):
@@ -122,8 +127,10 @@ class _Suffering:
     def _due(self, step: int) -> list[Fault]:
         due = []
         for fault in self._faults:
-            now = step == fault.step if fault.after is None else time.monotonic() - self._began >= fault.after
-            if now and fault not in self._first:
+            now = step == fault.step if fault.after is None else time.time() - self._began >= fault.after
+            if fault.kind == "slow":
+                due += [fault] * (now or fault.after is None and step > fault.step)
+            elif now and fault not in self._first:
                 self._first[fault] = step
                 tell(self._run_dir, "injected", fault=fault.text, step=step, rank=fault.rank)
                 due.append(fault)
@@ -189,5 +196,6 @@ _ACTIONS: dict[str, Callable] = {
     "kill-worker": functools.partial(_to_worker, signal.SIGKILL),
     "hang-worker": functools.partial(_to_worker, signal.SIGSTOP),
     "kill-saving": _kill_saving,
+    "slow": lambda *_: time.sleep(1.0),
     "drift": _drift,
 }
