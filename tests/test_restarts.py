@@ -9,9 +9,10 @@ import time
 
 import pytest
 from test_rank_failure import ranks_below, wait_for
-from training_runs import launch, prepare
+from training_runs import LAUNCHER, launch, prepare
 
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints
+from gigatok_ds.cluster.launch import Options, main
 from gigatok_ds.cluster.restarts import newest_checkpoint, run_with_restarts
 from gigatok_ds.training.history import read_history
 from gigatok_ds.training.stop_requests import REQUEUE
@@ -21,7 +22,8 @@ def tries(codes, most, reached=None):
     """(exit code, waits, how many were started) of a job that ends with each of `codes` in turn."""
     waits, started, progress = [], [], iter(reached or [0] * 100)
 
-    def start():
+    def start(restarts):
+        assert restarts == len(started)
         started.append(1)
         return subprocess.Popen([sys.executable, "-c", f"import os; os._exit({codes[len(started) - 1]})"])
 
@@ -49,14 +51,14 @@ def test_progress_begins_the_count_anew():
 
 
 def test_a_killed_job_has_the_code_of_a_shell():
-    def start():
+    def start(restarts):
         return subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
 
     assert run_with_restarts(start, 0, lambda: 0) == 128 + 9
 
 
 def test_signals_reach_the_job_and_end_the_tries():
-    def start():
+    def start(restarts):
         threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
@@ -72,13 +74,76 @@ def test_the_newest_checkpoint_is_found_by_the_arguments(tmp_path):
     assert newest_checkpoint(["GPT-B", "--out", str(tmp_path), "a=b"]) == "step-0000004"
 
 
-def test_a_rank_that_is_killed_costs_a_restart_only(tmp_path, monkeypatch):
+def test_a_try_that_cannot_be_made_is_a_try():
+    waits = []
+    assert run_with_restarts(lambda restarts: None, 3, lambda: 0, sleep=waits.append) == 1 and waits == [5, 10, 20]
+
+
+def test_options_of_the_launcher_come_first(monkeypatch, capsys):
+    assert Options.taken_from(["--max-restarts", "3", "--min-hosts", "2", "GPT-B", "--out", "x"]) == (
+        Options(max_restarts=3, min_hosts=2), ["GPT-B", "--out", "x"])
+    assert Options.taken_from(["--dry-run", "GPT-B"]) == (Options(dry_run=True), ["GPT-B"])
+    assert Options.taken_from(["GPT-B", "--max-restarts"]) == (Options(), ["GPT-B", "--max-restarts"])
+    for words, said in ((["--max-restarts", "x"], "max_restarts is 'x'"), (["--max-restarts"], "max_restarts is 'nothing'"),
+                        (["--min-hosts", "2", "GPT-B"], "--min-hosts is for restarts")):
+        assert main(words) == 2 and said in capsys.readouterr().err
+
+
+# Stands for ssh: runs the command here for hosts named `good`, and reaches no other.
+SSH = """#!/bin/sh
+while [ "$1" = -o ]; do shift 2; done
+case "$1" in good*) shift; exec sh -c "$*" ;; esac
+echo "ssh: connect to host $1 port 22: Connection refused" >&2
+exit 255
+"""
+# Stands for DeepSpeed's launcher: tells what it was given, and that the first two starts failed.
+DEEPSPEED = """#!/bin/sh
+while [ "$1" != --hostfile ]; do shift; done
+echo start >> starts
+echo "start $(wc -l < starts): $(tr '\\n' ' ' < "$2")"
+test "$(wc -l < starts)" -gt 2
+"""
+
+
+def test_a_host_that_is_gone_is_left_out(tmp_path):
+    """Through launch/train.sh, with stand-ins for ssh and for what starts the ranks of several hosts."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("ssh", SSH), ("pdsh", "#!/bin/sh\n"), ("deepspeed", DEEPSPEED)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("gone slots=2\ngood-1 slots=2\ngood-2 slots=2\n")
+    script = f"""
+import sys
+from gigatok_ds.cluster import launch, restarts
+launch._deepspeed = lambda: {str(tools / "deepspeed")!r}
+restarts.FIRST_WAIT = 0.1
+sys.exit(launch.main(sys.argv[1:]))
+"""
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "HOSTFILE": "hosts",
+                                "PYTHONPATH": str(LAUNCHER.parent.parent)}
+
+    def run(*options):
+        (tmp_path / "starts").unlink(missing_ok=True)
+        finished = subprocess.run([sys.executable, "-c", script, *options, "GPT-B", "--out", "x"], cwd=tmp_path, text=True,
+                                  env=environment, capture_output=True, check=False, timeout=200)
+        return finished.returncode, [line for line in finished.stdout.splitlines() if line.startswith("start")], finished.stderr
+
+    code, starts, said = run("--max-restarts", "3", "--min-hosts", "2")
+    assert code == 0, said
+    assert starts == ["start 1: gone slots=2 good-1 slots=2 good-2 slots=2 ", "start 2: good-1 slots=2 good-2 slots=2 ",
+                      "start 3: good-1 slots=2 good-2 slots=2 "]
+    assert "leaving out gone: ssh does not reach it" in said and "GPUs" not in said
+    code, starts, said = run("--max-restarts", "2")
+    assert code == 1 and len(starts) == 1 and "2 hosts can take part, and 3 must (--min-hosts)" in said
+
+
+def test_a_rank_that_is_killed_costs_a_restart_only(tmp_path):
     """Two ranks through launch/train.sh; the run ends by itself, from its last checkpoint on."""
-    monkeypatch.setenv("MAX_RESTARTS", "2")
     names = prepare(tmp_path)["gpt"]
     out = tmp_path / "run"
     steps = ["training.steps=400", "checkpoint.every=20", "checkpoint.keep=2", "training.validate_every=400"]
-    job = launch([tmp_path / "gpt.yaml", "--out", out, *names, *steps], 2)
+    job = launch(["--max-restarts", "2", tmp_path / "gpt.yaml", "--out", out, *names, *steps], 2)
     try:
         wait_for(lambda: complete_checkpoints(out) or job.poll() is not None, 200)
         os.kill(ranks_below(job.pid)[1], signal.SIGKILL)
