@@ -1,7 +1,51 @@
 """Several pytest workers share the cores: each computes with its part of them, and so does what it starts."""
 
 import os
+import time
+import uuid
+from pathlib import Path
+
+import pytest
 
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if workers > 1:  # before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+
+
+SESSION = "GIGATOK_TEST_SESSION"  # in the environment of whatever a session starts
+LEFT_SECONDS = 20.0  # for what ends by itself when a session does
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):
+        os.environ[SESSION] = uuid.uuid4().hex
+        session.config.shared_memory_before = set(os.listdir("/dev/shm"))
+
+
+@pytest.hookimpl(trylast=True)  # after xdist has ended its workers
+def pytest_sessionfinish(session):
+    """Tests that leave a process or shared memory behind fail as a whole."""
+    if hasattr(session.config, "workerinput"):
+        return
+    deadline = time.monotonic() + LEFT_SECONDS
+    while (left := _left(session.config.shared_memory_before)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if left:
+        print("\nleft behind by the tests: " + "; ".join(left))
+        session.exitstatus = 1
+
+
+def _left(shared_memory_before):
+    mark = f"{SESSION}={os.environ[SESSION]}".encode()
+    processes = [f"process {pid} ({_read(pid, 'cmdline').replace(bytes(1), b' ').decode(errors='replace')[:120]})"
+                 for pid in filter(str.isdigit, os.listdir("/proc"))
+                 if int(pid) != os.getpid() and mark in _read(pid, "environ").split(bytes(1))]
+    return processes + [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_memory_before
+                        if Path("/dev/shm", name).stat().st_uid == os.getuid()]
+
+
+def _read(pid, name):
+    try:
+        return Path("/proc", pid, name).read_bytes()
+    except OSError:
+        return b""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ RECIPE_FILE = "recipe.yaml"  # of a run and of each of its checkpoints
 # The engine that trains what is exported, by kind of recipe.
 MODEL_PARTS = {"tokenizer": "generator", "gpt": "gpt"}
 LATEST_FILE = "latest"
+SEEN_SECONDS = 60.0  # how long a rank waits to see a checkpoint that the first rank sees
 PARTIAL, REMOVED = ".partial", ".removed"
 _NAME = re.compile(r"^step-(\d{7,})$")
 
@@ -134,18 +136,42 @@ def damaged_file(folder: Path, state: State, part: str | None = None, *, share: 
     return None
 
 
+def damage(folder: Path, topology: Topology) -> str | None:
+    """What is wrong with a checkpoint, and what to do, alike on all ranks; None when all of it is as it was written.
+
+    Collective. A rank that does not see it yet, on a file system whose hosts lag behind each other, waits for it.
+    """
+    return next(filter(None, topology.gather_objects(_own_share_of_damage(folder, topology))), None)
+
+
+def _own_share_of_damage(folder: Path, topology: Topology) -> str | None:
+    deadline = time.monotonic() + SEEN_SECONDS
+    while topology.world_size > 1 and not (folder / STATE_FILE).is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    try:
+        problem = damaged_file(folder, read_state(folder), share=topology.rank, of=topology.world_size)
+    except InputError as error:
+        return str(error)
+    return problem and f"{problem}; restore it from a copy, or remove {folder} to continue from an earlier checkpoint"
+
+
 def load_checkpoint(folder: Path, parts: Mapping[str, Saveable], topology: Topology) -> State:
     """Check every file, restore every part, and return what to continue after. Collective.
 
     It may have been written by any number of ranks, tensor ranks and at any ZeRO stage. Raises InputError when a file is
     damaged or the checkpoint is of another kind of run.
     """
+    problem = damage(folder, topology)
+    if problem:
+        raise InputError(problem)
+    return restore(folder, parts)
+
+
+def restore(folder: Path, parts: Mapping[str, Saveable]) -> State:
+    """The same without looking for damage."""
     state = read_state(folder)
     if state.parts != sorted(parts):
         raise InputError(f"{folder} holds {', '.join(state.parts)}, but this recipe trains {', '.join(sorted(parts))}")
-    problems = topology.gather_objects(damaged_file(folder, state, share=topology.rank, of=topology.world_size))
-    for problem in filter(None, problems):
-        raise InputError(f"{problem}; restore it from a copy, or remove {folder} to continue from an earlier checkpoint")
     for name, part in parts.items():
         part.load(folder / name)
     return state

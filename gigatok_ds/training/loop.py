@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints, load_checkpoint, remove_leftovers
+from gigatok_ds.checkpoint.run_directory import (
+    RECIPE_FILE,
+    complete_checkpoints,
+    damage,
+    load_checkpoint,
+    remove_leftovers,
+    restore,
+)
 from gigatok_ds.checkpoint.writer import CheckpointWriter
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
@@ -213,18 +220,25 @@ class Window:
 
 
 def _resume(task: Task, run_dir: Path, topology: Topology, guard: StepGuard, branch: Path | None) -> int:
-    """Load the newest checkpoint that the first rank sees, or that of another run, on all ranks; 0 when there is none."""
+    """Load the newest whole checkpoint that the first rank sees, or that of another run, on all ranks; 0 without any."""
     if topology.is_first:
         remove_leftovers(run_dir)
-    found = complete_checkpoints(run_dir)
-    newest = topology.from_first(str(found[-1][1] if found else branch) if found or branch else None)
-    if newest is None:
-        return 0
-    state = load_checkpoint(Path(newest), task.engines, topology)
-    guard.restore(state.guard)
-    if topology.is_first:
-        print(f"resuming from {newest}", file=sys.stderr)
-    return state.step
+    found = topology.from_first([str(path) for _, path in complete_checkpoints(run_dir)] or ([str(branch)] if branch else []))
+    while found:
+        newest = Path(found.pop())
+        problem = damage(newest, topology)
+        if problem is None:
+            state = restore(newest, task.engines)
+            guard.restore(state.guard)
+            if topology.is_first:
+                print(f"resuming from {newest}", file=sys.stderr)
+            return state.step
+        if not found:
+            raise InputError(problem)
+        if topology.is_first:
+            print(f"warning: {problem}. Going on from the checkpoint before", file=sys.stderr)
+            tell(run_dir, "damaged", reason=problem)
+    return 0
 
 
 def _refuse_unknown_metric(name: str | None, figures: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ from gigatok_ds.training.history import read_history
 from gigatok_ds.training.monitor import METRICS_FILE, read_metrics
 from gigatok_ds.training.watchdog import HEARTBEAT
 
-FAULTS = ("failed", "stopped", "skipped", "rewound")  # events of a history
+FAULTS = ("failed", "stopped", "skipped", "rewound", "damaged")  # events of a history
 ALIVE_SECONDS = 120.0  # since the last heartbeat, or the last of anything else that a run writes
 
 

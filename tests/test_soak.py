@@ -1,0 +1,17 @@
+"""The soak in a short form: random faults for two minutes, and the same bits as without them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "soak.py"
+
+
+@pytest.mark.slow
+def test_two_minutes_of_faults_change_nothing(tmp_path):
+    finished = subprocess.run([sys.executable, SCRIPT, "--minutes", "2", "--mean", "20", "--steps", "40", "--keep", tmp_path],
+                              capture_output=True, text=True, check=False, timeout=1200)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "the same bits, the same lines, none" in finished.stdout
