@@ -38,7 +38,7 @@ OPTIONS = {
     "check-shards": {"shards", "--no-decode", "--workers"},
     "doctor": {"--build"},
     "check-cluster": {"--hostfile", "--out", "--recipe", "--timeout", "--no-allreduce"},
-    "train": {"recipe", "overrides", "--out", "--branch-from", "--tp", "--zero", "--deepspeed"},
+    "train": {"recipe", "overrides", "--out", "--branch-from", "--tp", "--inject", "--zero", "--deepspeed"},
     "status": {"run_directory", "--json"},
     "convert": {"source", "out", "overrides", "--to", "--recipe", "--weights", "--step", "--dtype", "--fresh", "--verify",
                 "--overwrite"},

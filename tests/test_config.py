@@ -216,7 +216,7 @@ def test_wrong_types_name_key_value_and_what_is_allowed(override, message):
     ("schedule.zzz=1",
      "unknown key schedule.zzz; allowed are kind, warmup_steps, end_lr, decay_fraction, decay_shape"),
     ("str=1", "unknown key str; allowed are kind, name, model, loss, training, optimizer, schedule, data, "
-     "checkpoint, parallel, validation, monitor"),
+     "checkpoint, parallel, validation, monitor, faults"),
 ])
 def test_unknown_keys_name_the_nearest(override, message):
     assert refused("VQ_SS256", override) == f"VQ_SS256: {message}"

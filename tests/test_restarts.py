@@ -142,7 +142,7 @@ def test_a_rank_that_is_killed_costs_a_restart_only(tmp_path):
     """Two ranks through launch/train.sh; the run ends by itself, from its last checkpoint on."""
     names = prepare(tmp_path)["gpt"]
     out = tmp_path / "run"
-    steps = ["training.steps=400", "checkpoint.every=20", "checkpoint.keep=2", "training.validate_every=400"]
+    steps = ["training.steps=160", "checkpoint.every=20", "checkpoint.keep=2", "training.validate_every=160"]
     job = launch(["--max-restarts", "2", tmp_path / "gpt.yaml", "--out", out, *names, *steps], 2)
     try:
         wait_for(lambda: complete_checkpoints(out) or job.poll() is not None, 200)
@@ -154,4 +154,4 @@ def test_a_rank_that_is_killed_costs_a_restart_only(tmp_path):
     assert "restart 1 of 2 in 5 s" in output and "resuming from" in output
     told = [line["event"] for line in read_history(out) if line["event"] != "saved"]
     assert told == ["started", "failed", "started", "finished"]
-    assert complete_checkpoints(out)[-1][0] == 400
+    assert complete_checkpoints(out)[-1][0] == 160

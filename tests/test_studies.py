@@ -148,6 +148,7 @@ def test_a_tokenizers_row(setting, tmp_path, capfd):
     assert main(["reproduce"]) == 0 and "GPT-XXL/XL-XXL" in capfd.readouterr().out
 
 
+@pytest.mark.slow  # sampling and its figures are in test_ar_probing_in_one_command, rows in test_a_tokenizers_row
 def test_a_generators_row(setting, tmp_path, capfd):
     world, gpt, judged = setting  # noqa: F811
     command = ["reproduce", "GPT-B/XL-XXL", "--tokenizer", world / "tok", "--gpt", gpt, *judged, "--allow", "model",

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gigatok_ds.cluster.hostfile import positive, read_hostfile, rendezvous
-from gigatok_ds.cluster.preflight import hostfile_in_memory, usable_hosts
 from gigatok_ds.cluster.restarts import newest_checkpoint, run_with_restarts
 from gigatok_ds.cluster.ssh_environment import ENV_FILE_VARIABLE, escaped, for_deepspeed, for_pdsh, rank_variables
 from gigatok_ds.errors import InputError
@@ -125,6 +124,8 @@ def start(launch: Launch, options: Options, arguments: Sequence[str], environmen
     def again(restarts: int) -> subprocess.Popen | None:
         planned, inherited = launch, ()
         if restarts and launch.env_file is not None:
+            from gigatok_ds.cluster.preflight import hostfile_in_memory, usable_hosts
+
             hosts = usable_hosts(environment["HOSTFILE"], environment)
             needed = options.min_hosts or len(read_hostfile(environment["HOSTFILE"], environment))
             if len(hosts) < needed:
