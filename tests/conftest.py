@@ -40,8 +40,10 @@ def _left(shared_memory_before):
     processes = [f"process {pid} ({_read(pid, 'cmdline').replace(bytes(1), b' ').decode(errors='replace')[:120]})"
                  for pid in filter(str.isdigit, os.listdir("/proc"))
                  if int(pid) != os.getpid() and mark in _read(pid, "environ").split(bytes(1))]
-    return processes + [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_memory_before
-                        if Path("/dev/shm", name).stat().st_uid == os.getuid()]
+    new = set(os.listdir("/dev/shm")) - shared_memory_before
+    # What a living process uses is that of others on this machine: ours have ended, or are told above.
+    used = b"".join(_read(pid, "maps") for pid in filter(str.isdigit, os.listdir("/proc")) if int(pid) != os.getpid()) if new else b""
+    return processes + [f"/dev/shm/{name}" for name in sorted(new) if f"/dev/shm/{name}".encode() not in used]
 
 
 def _read(pid, name):

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from rank_runs import RanksFailed, run_ranks
-from training_runs import prepare, start
+from training_runs import prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints
-from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel import drift
@@ -14,17 +13,12 @@ from gigatok_ds.parallel.topology import single_process
 from gigatok_ds.training.health import check_health
 from gigatok_ds.training.history import read_history
 from gigatok_ds.training.injection import parse_fault
-from gigatok_ds.training.run import run_training
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drift")
     return folder, prepare(folder)
-
-
-def train(recipe, out, stage, faults):
-    run_training(recipe, out, zero_settings(stage), faults=faults)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.uint8, torch.bool])
@@ -69,7 +63,7 @@ def test_a_rank_that_drifts_is_named_before_anything_is_saved(data, tmp_path, ki
     recipe = load_recipe(folder / f"{kind}.yaml", [*names[kind], f"parallel.tensor={tensor_size}", "checkpoint.every=2",
                                                    "training.global_batch_size=12", "training.steps=8"])
     with pytest.raises(RanksFailed, match="exit code 1"):
-        run_ranks(train, ranks, recipe, out, stage, [fault])
+        run_ranks(train_with_faults, ranks, recipe, out, stage, [fault])
     failed, = [line for line in read_history(out) if line["event"] == "failed"]
     drifted = parse_fault(fault)
     assert said in failed["reason"] and "a link is faulty" in failed["reason"], failed
@@ -85,7 +79,7 @@ def test_it_is_looked_at_between_checkpoints(data, tmp_path):
     out = tmp_path / "run"
     recipe = load_recipe(folder / "gpt.yaml", [*names["gpt"], "faults.compare_every=1", "checkpoint.every=8"])
     with pytest.raises(RanksFailed, match="exit code 1"):
-        run_ranks(train, 2, recipe, out, 0, ["drift:rank=1,step=3,tensor=norm.weight"])
+        run_ranks(train_with_faults, 2, recipe, out, 0, ["drift:rank=1,step=3,tensor=norm.weight"])
     failed, = [line for line in read_history(out) if line["event"] == "failed"]
     assert "step 3: of the gpt, " in failed["reason"] and "nothing is saved" in failed["reason"]
 

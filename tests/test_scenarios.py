@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from rank_runs import RanksFailed, run_ranks
-from training_runs import prepare, start
+from training_runs import prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint import run_directory
 from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, read_state
@@ -26,16 +26,12 @@ def runs(tmp_path_factory):
     """A folder with recipes, data, and a run of two ranks with checkpoints of steps 2, 4, 6 and 8."""
     folder = tmp_path_factory.mktemp("scenarios")
     data = prepare(folder)["gpt"]
-    run_ranks(train, 2, recipe_of(folder, data), folder / "whole", [])
+    run_ranks(train_with_faults, 2, recipe_of(folder, data), folder / "whole", 1, [])
     return folder, data
 
 
 def recipe_of(folder, data):
     return load_recipe(folder / "gpt.yaml", [*data, "checkpoint.every=2", "checkpoint.keep=9"])
-
-
-def train(recipe, out, faults):
-    run_training(recipe, out, zero_settings(1), faults=faults)
 
 
 def train_behind(recipe, out):
@@ -74,10 +70,10 @@ def test_killed_between_files_and_completion_the_step_before_counts_for_all(runs
     folder, data = runs
     recipe, out = recipe_of(folder, data), tmp_path / "run"
     with pytest.raises(RanksFailed):
-        run_ranks(train, 2, recipe, out, [f"kill-saving:rank={rank},step=5"])
+        run_ranks(train_with_faults, 2, recipe, out, 1, [f"kill-saving:rank={rank},step=5"])
     assert [step for step, _ in complete_checkpoints(out)] == [2, 4]
     assert (out / "checkpoints" / "step-0000006.partial").is_dir()
-    run_ranks(train, 2, recipe, out, [])
+    run_ranks(train_with_faults, 2, recipe, out, 1, [])
     assert files(out, 8) == files(folder / "whole", 8)
     assert not list((out / "checkpoints").glob("*partial*"))
 
@@ -86,7 +82,7 @@ def test_killed_before_latest_is_written_the_newest_complete_checkpoint_counts(r
     folder, data = runs
     out = copy_of(runs, tmp_path, 6)
     (out / "checkpoints" / "latest").write_text("step-0000002\n")
-    run_ranks(train, 2, recipe_of(folder, data), out, [])
+    run_ranks(train_with_faults, 2, recipe_of(folder, data), out, 1, [])
     assert files(out, 8) == files(folder / "whole", 8)
     assert [line["step"] for line in read_history(out)[-3:] if line["event"] == "saved"] == [8]
 
@@ -99,7 +95,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs, tmp_path
     victim = newest / "state.json" if damaged == "state.json" else newest / "gpt" / "tensor-000-data-00001.safetensors"
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-9] if damaged == "cut off" else whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    run_ranks(train, 2, recipe_of(folder, data), out, [])
+    run_ranks(train_with_faults, 2, recipe_of(folder, data), out, 1, [])
     told, = [line for line in read_history(out) if line["event"] == "damaged"]
     assert str(victim) in told["reason"]
     assert files(out, 6) == files(folder / "whole", 6) and files(out, 8) == files(folder / "whole", 8)

@@ -6,17 +6,15 @@ import pytest
 import torch
 from rank_runs import RanksFailed, run_ranks
 from saved_runs import read_everything
-from training_runs import prepare, start
+from training_runs import prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, read_state
-from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.faults import FaultConfig
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import single_process
 from gigatok_ds.training.history import read_history
 from gigatok_ds.training.monitor import read_metrics
-from gigatok_ds.training.run import run_training
 from gigatok_ds.training.status import status
 from gigatok_ds.training.step_guard import ENOUGH, StepGuard
 
@@ -27,10 +25,6 @@ EVERY = ["checkpoint.every=1", "checkpoint.keep=100", "training.ema_decay=0.9"]
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guard")
     return folder, prepare(folder)
-
-
-def train(recipe, out, stage, faults):
-    run_training(recipe, out, zero_settings(stage), faults=faults)
 
 
 def saved(out, step):
@@ -67,7 +61,7 @@ def test_a_step_of_one_rank_that_is_not_finite_is_left_out_of_everything(data, t
     folder, names = data
     out = tmp_path / "run"
     recipe = load_recipe(folder / "tokenizer.yaml", [*names["tokenizer"], *EVERY, f"training.micro_batch_size={micro}"])
-    run_ranks(train, 2, recipe, out, stage, [fault])
+    run_ranks(train_with_faults, 2, recipe, out, stage, [fault])
     assert differing(saved(out, 5), saved(out, 6)) == []
     assert len(differing(saved(out, 6), saved(out, 7))) > 20
     skipped, = events(out, "skipped")
@@ -79,7 +73,7 @@ def test_a_step_of_one_rank_that_is_not_finite_is_left_out_of_everything(data, t
         folder_of = checkpoint_path(out, step)
         folder_of.rename(tmp_path / folder_of.name)
     (out / "checkpoints" / "latest").unlink()
-    run_ranks(train, 2, recipe, out, stage, [])
+    run_ranks(train_with_faults, 2, recipe, out, stage, [])
     assert differing(whole, saved(out, 8)) == []
 
 
@@ -88,7 +82,7 @@ def test_so_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(data, tm
     out = tmp_path / "run"
     recipe = load_recipe(folder / "gpt.yaml", [*names["gpt"], "checkpoint.every=2", "faults.in_a_row=3"])
     with pytest.raises(RanksFailed, match="exit code 2"):
-        run_ranks(train, 2, recipe, out, 1, ["nan:rank=1,step=3,steps=9"])
+        run_ranks(train_with_faults, 2, recipe, out, 1, ["nan:rank=1,step=3,steps=9"])
     reason = events(out, "failed")[0]["reason"]
     assert "step 5: loss, the gradient of the gpt are not finite, 3 times in a row (faults.in_a_row)" in reason
     assert "the newest checkpoint is " in reason and "step-0000004" in reason
@@ -115,7 +109,7 @@ def test_a_spike_is_left_out_or_undone(data, tmp_path, policy, ranks, stage):
     folder, names = data
     out = tmp_path / "run"
     recipe = load_recipe(folder / "gpt.yaml", [*names["gpt"], *SPIKE, "checkpoint.every=1", f"faults.on_spike={policy}"])
-    run_ranks(train, ranks, recipe, out, stage, ["spike:step=25"])
+    run_ranks(train_with_faults, ranks, recipe, out, stage, ["spike:step=25"])
     kind = {"skip": "skipped", "rewind": "rewound"}[policy]
     told, = events(out, kind)
     assert told["step"] == 25 and "is a spike" in told["reason"]
@@ -127,7 +121,7 @@ def test_a_rewind_goes_back_to_the_newest_checkpoint_and_on_with_the_next_data(d
     folder, names = data
     out = tmp_path / "run"
     recipe = load_recipe(folder / "gpt.yaml", [*names["gpt"], *SPIKE, "faults.on_spike=rewind"])
-    run_ranks(train, 2, recipe, out, 1, ["spike:rank=1,step=25"])
+    run_ranks(train_with_faults, 2, recipe, out, 1, ["spike:rank=1,step=25"])
     assert differing(saved(out, 20), saved(out, 25)) == []
     assert [line["step"] for line in read_metrics(out) if "loss" in line] == [*range(1, 25), *range(26, 31)]
     assert len(read_state(checkpoint_path(out, 25)).guard["losses"]) == 20

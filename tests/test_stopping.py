@@ -13,14 +13,12 @@ import torch
 from rank_runs import RanksFailed, run_ranks
 from saved_runs import read_everything
 from test_rank_failure import ranks_below, wait_for
-from training_runs import launch, prepare, start
+from training_runs import launch, prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints
 from gigatok_ds.cli.main import main
-from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.training.history import read_history
-from gigatok_ds.training.run import run_training
 from gigatok_ds.training.status import status
 from gigatok_ds.training.stop_requests import REQUEUE
 
@@ -92,17 +90,13 @@ def test_a_signal_to_one_of_two_ranks_stops_both(data, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
-def train(recipe, out, faults):
-    run_training(recipe, out, zero_settings(1), faults=faults)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stalled_rank_ends_all_with_everyones_stacks(data, tmp_path, rank):
     folder, names = data
     recipe = load_recipe(folder / "gpt.yaml", [*names, "monitor.stall_seconds=8"])
     began = time.monotonic()
     with pytest.raises(RanksFailed, match="exit code 1"):
-        run_ranks(train, 2, recipe, tmp_path / "run", [f"hang:rank={rank},step=3"])
+        run_ranks(train_with_faults, 2, recipe, tmp_path / "run", 1, [f"hang:rank={rank},step=3"])
     assert time.monotonic() - began < 90
     stacks = [(tmp_path / "run" / "stacks" / f"rank-0000{number}.txt").read_text() for number in range(2)]
     assert "at step 3 for more than 8 s" in stacks[rank] and "injection.py" in stacks[rank]

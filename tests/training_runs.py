@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.data.codes import CodeSample, write_code_shards
 from gigatok_ds.data.shards import Sample, write_shards
 from gigatok_ds.demo.pipeline import free_port
+from gigatok_ds.training.run import run_training
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "train.sh"
 
@@ -90,6 +92,11 @@ def prepare(folder):
         "tokenizer": [f"data.train={folder / 'images'}", f"data.validation={folder / 'test_images'}"],
         "gpt": [f"data.train={folder / 'codes'}", f"data.validation={folder / 'test_codes'}"],
     }
+
+
+def train_with_faults(recipe, out, stage, faults):
+    """Train on the ranks that `rank_runs` has started, while faults happen."""
+    run_training(recipe, out, zero_settings(stage), faults=faults)
 
 
 def start(arguments, ranks=1):
