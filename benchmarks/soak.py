@@ -63,7 +63,7 @@ class Soak:
         """One start of the launcher, which starts ranks as often as it sees fit; its exit code."""
         steps = self.options.steps
         settings = [f"data.train={self.folder / 'train'}", f"data.validation={self.folder / 'validation'}",
-                    f"training.steps={steps}", f"training.validate_every={steps}", "training.log_every=10",
+                    f"training.steps={steps}", f"training.validate_every={steps}", "training.log_every=1",
                     "training.ema_decay=0.99", f"loss.adversarial.start_step={steps // 3}",
                     f"loss.auxiliary.end_step={steps // 2}", "checkpoint.every=10", "checkpoint.keep=2", "data.workers=1",
                     "monitor.stall_seconds=20", "faults.in_a_row=1"]
