@@ -32,7 +32,7 @@ from gigatok_ds.data.shards import write_shards
 from gigatok_ds.demo.pipeline import free_port
 from gigatok_ds.demo.source import digits_source
 from gigatok_ds.training.history import read_history
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.training.monitor import of_the_machine, read_metrics
 from gigatok_ds.training.stop_requests import REQUEUE
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,6 @@ KINDS = ("kill", "raise", "hang", "term", "usr1", "kill-worker", "hang-worker", 
 STARTED_HERE = (REQUEUE, 2)  # exit codes that the launcher leaves to others
 MOST_STARTS = 200
 IMAGE_SIZE = 32
-OF_THE_MACHINE = ("time", "mfu", "hfu", "memory/", "throughput/")
 
 
 def schedule(minutes: float, mean: float, ranks: int, seed: int) -> list[str]:
@@ -101,7 +100,7 @@ class Soak:
         return found + (["the last steps differ"] if states[0].step != states[1].step else [])
 
     def _curve(self, out: str) -> list[dict]:
-        return [{name: value for name, value in line.items() if not name.startswith(OF_THE_MACHINE)}
+        return [{name: value for name, value in line.items() if not of_the_machine(name)}
                 for line in read_metrics(self.folder / out) if "warning" not in line]
 
     def leftovers(self, shared_before: set[str]) -> list[str]:

@@ -6,12 +6,12 @@ import torch
 from rank_runs import run_ranks
 from saved_runs import read_weights
 from torch import nn
-from training_runs import of_the_machine, prepare
+from training_runs import prepare
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.losses.perceptual import PerceptualDistance
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.training.monitor import of_the_machine, read_metrics
 
 STEPS = 10
 # A large epsilon, because Adam would turn the rounding noise of gradients that are truly zero (biases of attention

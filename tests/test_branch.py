@@ -7,13 +7,13 @@ import pytest
 import torch
 from rank_runs import run_ranks
 from saved_runs import read_weights
-from training_runs import of_the_machine, prepare
+from training_runs import prepare
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.training.branch import branch_point, check_branch
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.training.monitor import of_the_machine, read_metrics
 
 PARTS = {"tokenizer": ("generator", "discriminator"), "gpt": ("gpt",)}
 CONSTANT = ["schedule={kind: const, warmup_steps: 2}", "training.steps=6"]

@@ -13,11 +13,10 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfi
 from layout_runs import Layout, LayoutRuns, train_on_a_rank, use_stand_ins
 from rank_runs import run_ranks
 from saved_runs import read_everything
-from training_runs import of_the_machine
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.training.live_state import LiveState
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.training.monitor import of_the_machine, read_metrics
 
 SAVED, STEPS = 3, 6
 MORE = [f"training.steps={STEPS}", "checkpoint.every=3", "training.ema_decay=0.8", "training.validate_every=6"]

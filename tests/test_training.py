@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from saved_runs import read_weights
-from training_runs import of_the_machine, prepare, start
+from training_runs import prepare, start
 
 from gigatok_ds import load_gpt, load_tokenizer
 from gigatok_ds.training.export import export_run
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.training.monitor import of_the_machine, read_metrics
 
 PARTS = {"tokenizer": "generator", "gpt": "gpt"}
 

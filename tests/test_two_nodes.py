@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from saved_runs import read_weights
-from training_runs import LAUNCHER, free_port, of_the_machine, prepare
+from training_runs import LAUNCHER, free_port, prepare
 
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.training.monitor import of_the_machine, read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from rank_runs import run_ranks
 from small_models import small_tokenizer
-from training_runs import of_the_machine, prepare
+from training_runs import prepare
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
@@ -19,7 +19,7 @@ from gigatok_ds.data.loader import evaluation_batches
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import to_uint8
 from gigatok_ds.parallel.topology import Topology
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.training.monitor import of_the_machine, read_metrics
 from gigatok_ds.training.previews import preview_grid
 from gigatok_ds.training.term_gradients import TermGradients
 

@@ -13,6 +13,7 @@ from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.data.codes import CodeSample, write_code_shards
 from gigatok_ds.data.shards import Sample, write_shards
 from gigatok_ds.demo.pipeline import free_port
+from gigatok_ds.training.injection import parse_fault
 from gigatok_ds.training.run import run_training
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "train.sh"
@@ -75,11 +76,6 @@ def code_shards(folder, count, seed, tokens=8):
     write_code_shards(samples, folder, codebook_size=64, latent_tokens=tokens, provenance={})
 
 
-def of_the_machine(name):
-    """Whether a logged figure of this name depends on the machine, not only on the run."""
-    return name in ("time", "mfu", "hfu") or name.startswith(("memory/", "throughput/"))
-
-
 def prepare(folder):
     """Recipes and data of both kinds below `folder`; returns the arguments that name the data."""
     (folder / "tokenizer.yaml").write_text(TOKENIZER)
@@ -96,7 +92,7 @@ def prepare(folder):
 
 def train_with_faults(recipe, out, stage, faults):
     """Train on the ranks that `rank_runs` has started, while faults happen."""
-    run_training(recipe, out, zero_settings(stage), faults=faults)
+    run_training(recipe, out, zero_settings(stage), faults=[parse_fault(text) for text in faults])
 
 
 def start(arguments, ranks=1):

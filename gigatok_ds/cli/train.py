@@ -42,14 +42,13 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.config.load import load_recipe
     from gigatok_ds.training.run import check_run, run_training
 
+    faults = []
     if args.inject:
         from gigatok_ds.training.injection import parse_fault
 
-        for fault in args.inject:
-            parse_fault(fault)
+        faults = [parse_fault(text) for text in args.inject]
     tensor = [] if args.tp is None else [f"parallel.tensor={args.tp}"]
     recipe = load_recipe(args.recipe, [*args.overrides, *tensor])
     check_run(recipe, args.out, args.branch_from)
-    run_training(recipe, args.out, args.deepspeed or zero_settings(args.zero), args.branch_from,
-                 args.inject)
+    run_training(recipe, args.out, args.deepspeed or zero_settings(args.zero), args.branch_from, faults)
     return 0

@@ -124,14 +124,14 @@ def start(launch: Launch, options: Options, arguments: Sequence[str], environmen
     def again(restarts: int) -> subprocess.Popen | None:
         planned, inherited = launch, ()
         if restarts and launch.env_file is not None:
-            from gigatok_ds.cluster.preflight import hostfile_in_memory, usable_hosts
+            from gigatok_ds.cluster.preflight import usable_hosts
 
             hosts = usable_hosts(environment["HOSTFILE"], environment)
             needed = options.min_hosts or len(read_hostfile(environment["HOSTFILE"], environment))
             if len(hosts) < needed:
                 print(f"train.sh: {len(hosts)} hosts can take part, and {needed} must (--min-hosts)", file=sys.stderr)
                 return None
-            memory = hostfile_in_memory(hosts)
+            memory = _in_memory("hostfile", "".join(f"{host.name} slots={host.slots}\n" for host in hosts))
             smaller = {**environment, "HOSTFILE": f"/proc/self/fd/{memory}", "FORCE_SSH": "1"}
             planned, inherited = plan(arguments, smaller, home=Path.home(), working_dir=Path.cwd()), (memory,)
         command, variables, descriptors = _ready(planned, environment)
@@ -151,10 +151,16 @@ def _ready(launch: Launch, environment: Mapping[str, str]) -> tuple[list[str], d
     if shutil.which("pdsh") is None:
         raise InputError("pdsh is not installed on this machine, and DeepSpeed starts other hosts with it; install "
                          "it (Debian: apt-get install pdsh) or use launch/torchrun.sh on every host")
-    memory = os.memfd_create("deepspeed_env", 0)
-    os.write(memory, launch.env_file.encode())
-    os.set_inheritable(memory, True)
+    memory = _in_memory("deepspeed_env", launch.env_file)
     return launch.command, {**environment, ENV_FILE_VARIABLE: f"/proc/self/fd/{memory}"}, (memory,)
+
+
+def _in_memory(name: str, text: str) -> int:
+    """A descriptor, which child processes may inherit, of a file that no disk holds."""
+    memory = os.memfd_create(name, 0)
+    os.write(memory, text.encode())
+    os.set_inheritable(memory, True)
+    return memory
 
 
 def main(argv: Sequence[str]) -> int:

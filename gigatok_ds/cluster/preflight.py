@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,11 +32,3 @@ def usable_hosts(hostfile: str, environment: Mapping[str, str], seconds: int = S
         if not wrong:
             usable.append(result.host)
     return usable
-
-
-def hostfile_in_memory(hosts: list[Host]) -> int:
-    """A descriptor, which child processes may inherit, of a hostfile that no disk holds."""
-    memory = os.memfd_create("hostfile", 0)
-    os.write(memory, "".join(f"{host.name} slots={host.slots}\n" for host in hosts).encode())
-    os.set_inheritable(memory, True)
-    return memory

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from gigatok_ds.parallel.drift import checksum, outsiders
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.parallel.topology import Topology
 
@@ -37,31 +38,20 @@ def check_spread(network: nn.Module, topology: Topology, whole: Whole) -> None:
         if group is not None and dist.get_process_group_ranks(group) != data_ranks:
             raise LayoutError(f"{name} is partitioned over ranks {dist.get_process_group_ranks(group)}, not over its "
                               f"data ranks {data_ranks}: different parts of the model would be mixed")
-    differing = list(_differing_replicas(network, topology, whole))
+    differing = _differing_replicas(network, topology, whole)
     if differing:
         raise LayoutError(f"{differing[0]} (and {len(differing) - 1} more) should be alike on all tensor ranks, "
                           "but is not")
 
 
-def _differing_replicas(network: nn.Module, topology: Topology, whole: Whole) -> Iterator[str]:
+def _differing_replicas(network: nn.Module, topology: Topology, whole: Whole) -> list[str]:
     shards = declared_shards(network)
     names = [name for name, _ in network.named_parameters() if name not in shards]
     sums = []
     for name in names:
         with whole(parameter := network.get_parameter(name)):
-            sums.append(_checksum(parameter))
-    ours = torch.stack(sums)
-    lowest, highest = ours.clone(), ours.clone()
-    dist.all_reduce(lowest, dist.ReduceOp.MIN, group=topology.tensor_group)
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group=topology.tensor_group)
-    yield from (name for name, alike in zip(names, (lowest == highest).all(1).tolist()) if not alike)
-
-
-def _checksum(parameter: Tensor) -> Tensor:
-    """Two numbers that change when a value changes or moves."""
-    values = parameter.detach().double().flatten()
-    places = torch.arange(1, values.numel() + 1, device=values.device, dtype=values.dtype)
-    return torch.stack([values.sum(), values @ places])
+            sums.append(checksum(parameter))
+    return [names[index] for index, _ in outsiders(torch.stack(sums), topology.tensor_group, topology.tensor_size)]
 
 
 def global_gradient_norm(network: nn.Module, topology: Topology) -> float:

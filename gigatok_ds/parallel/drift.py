@@ -37,18 +37,21 @@ def compare_replicas(tensors: Iterable[Replicated], topology: Topology) -> None:
             (topology.data_group, topology.data_size, [(item.name, total) for item, total in sums if item.over_data]),
             (topology.tensor_group, topology.tensor_size, [(item.name, total) for item, total in sums if item.over_tensor])):
         if size > 1 and chosen:
-            differing = _differing(torch.stack([total for _, total in chosen]), group, size)
-            found += [(chosen[index][0], outsiders, group) for index, outsiders in differing]
-    told = [(name, outsiders, dist.get_process_group_ranks(group)) for name, outsiders, group in found[:1]]
+            differing = outsiders(torch.stack([total for _, total in chosen]), group, size)
+            found += [(chosen[index][0], places, group) for index, places in differing]
+    told = [(name, places, dist.get_process_group_ranks(group)) for name, places, group in found[:1]]
     everywhere = topology.gather_objects((told, len(found), socket.gethostname()))
     hosts = [host for _, _, host in everywhere]
     for told, count, _ in everywhere:
-        for name, outsiders, ranks in told:
-            raise MachineError(_text(name, [ranks[index] for index in outsiders], ranks, count, hosts))
+        for name, places, ranks in told:
+            raise MachineError(_text(name, [ranks[place] for place in places], ranks, count, hosts))
 
 
-def _differing(sums: Tensor, group: Any, size: int) -> list[tuple[int, list[int]]]:
-    """(index of a tensor, places in the group of those that hold another than most) of each that differs."""
+def outsiders(sums: Tensor, group: Any, size: int) -> list[tuple[int, list[int]]]:
+    """(index of a tensor, places in the group of those that hold another than most) of each that differs.
+
+    sums: the tensors' checksums. Collective.
+    """
     gathered = [torch.empty_like(sums) for _ in range(size)]
     dist.all_gather(gathered, sums, group=group)
     table = torch.stack(gathered, 1).tolist()
@@ -61,13 +64,13 @@ def _differing(sums: Tensor, group: Any, size: int) -> list[tuple[int, list[int]
     return found
 
 
-def _text(name: str, outsiders: list[int], ranks: list[int], count: int, hosts: list[str]) -> str:
+def _text(name: str, differing: list[int], ranks: list[int], count: int, hosts: list[str]) -> str:
     more = f" (and {count - 1} more)" if count > 1 else ""
-    who = ", ".join(f"{rank} (host {hosts[rank]})" for rank in outsiders)
-    others = [rank for rank in ranks if rank not in outsiders]
+    who = ", ".join(f"{rank} (host {hosts[rank]})" for rank in differing)
+    others = [rank for rank in ranks if rank not in differing]
     if not others:
         return f"{name}{more} should be alike on ranks {who}, but is not: memory, a GPU or a link is faulty"
-    return (f"{name}{more} on rank{'s' * (len(outsiders) > 1)} {who} is not what ranks {', '.join(map(str, others))} hold: "
+    return (f"{name}{more} on rank{'s' * (len(differing) > 1)} {who} is not what ranks {', '.join(map(str, others))} hold: "
             "memory, a GPU or a link is faulty there; leave that host out")
 
 

@@ -81,10 +81,9 @@ def parse_fault(text: str) -> Fault:
     return Fault(text=text, kind=kind, **values)
 
 
-def inject(task, faults: Sequence[str], run_dir: Path, topology: Topology):
+def inject(task, faults: Sequence[Fault], run_dir: Path, topology: Topology):
     """The task, suffering from `faults`. Raises InputError for a rank or part that it does not have."""
-    parsed = [parse_fault(text) for text in faults]
-    for fault in parsed:
+    for fault in faults:
         if not 0 <= fault.rank < topology.world_size:
             raise InputError(f"--inject {fault.text}: there is no rank {fault.rank}; this job has {topology.world_size}")
         if fault.part is not None and fault.part not in task.engines:
@@ -94,8 +93,9 @@ def inject(task, faults: Sequence[str], run_dir: Path, topology: Topology):
     began = next(line["time"] for line in history if line["event"] == "started")
     # All ranks look before any of them can strike.
     topology.barrier()
-    return _Suffering(task, [fault for fault in parsed if fault.rank == topology.rank and (fault.text not in struck or fault.kind == "slow")],
-                      run_dir, began)
+    ours = [fault for fault in faults
+            if fault.rank == topology.rank and (fault.kind == "slow" or fault.text not in struck)]
+    return _Suffering(task, ours, run_dir, began)
 
 
 class _Suffering:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -82,7 +83,7 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
                           description=recipe.name, wandb=wandb_of(recipe, run_dir, topology))
         watchdog = Watchdog(recipe.monitor.stall_seconds, run_dir, topology.rank, end)
         with monitor, writer, watchdog, StopRequests(topology) as requests:
-            _run_steps(recipe, task, run_dir, topology, accumulation, start, guard, monitor, writer, watchdog, requests)
+            _Steps(recipe, task, run_dir, topology, accumulation, guard, monitor, writer, watchdog, requests).run(start)
     probe = task.probe()
     if topology.is_first:
         scratch = run_dir / "probe.partial.npz"
@@ -90,101 +91,126 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
         os.replace(scratch, run_dir / "probe.npz")
 
 
-def _run_steps(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int, start: int,
-               guard: StepGuard, monitor: Monitor, writer: CheckpointWriter, watchdog: Watchdog,
-               requests: StopRequests) -> None:
-    settings = recipe.training
-    batches = task.micro_batches(start)
-    window, told_memory = Window(), False
-    watch = Watch(recipe, task, run_dir, topology, monitor, start)
-    for step in range(start + 1, settings.steps + 1):
-        writer.check()
-        watchdog.beat(step)
-        figures: dict[str, float] = {}
-        last = step == settings.steps
-        lr = lr_of_iteration(recipe.schedule, recipe.optimizer.lr, settings.steps, step - 1)
-        values, verdict = _step(task, guard, watch, batches, settings.seed, step, lr, accumulation, topology.rank)
-        if verdict.kind == "accept":
-            window.merge(values)
-        else:
-            with watch.paused():
-                _leave_out(verdict, step, task, guard, run_dir, topology, monitor, writer)
-        if step % settings.log_every == 0 or last:
-            means = norms(window.mean(topology))
-            of_engines = {f"grad_norm/{name}": norm for name, engine in task.engines.items()
-                          if (norm := engine.gradient_norm()) is not None}
-            skipped = {"skipped_steps": guard.skipped} if guard.skipped else {}
-            peak = topology.max_over_ranks(peak_memory(topology.device))
-            watch.log(step, means | of_engines | skipped | {"lr": lr, "memory/peak_gb": peak})
-            monitor.progress(step, {name: means[name] for name in ("loss",) if name in means})
-            if not told_memory:
-                monitor.note(memory_line(peak, next(iter(task.engines.values())).stage, recipe))
-                told_memory = True
-        watchdog.beat(step)
-        if step % settings.validate_every == 0 or last:
-            with watch.paused():
-                figures = task.validate(step)
-                _refuse_unknown_metric(recipe.checkpoint.best_metric, figures)
-                monitor.log(step, {f"validation/{name}": value for name, value in figures.items()})
-                watch.show(step)
-        asked = None if last else requests.agreed()
-        saves = step % recipe.checkpoint.every == 0 or last or asked
-        if saves or step % recipe.faults.compare_every == 0:
-            with watch.paused():
-                check_health(task.engines, step, run_dir, topology)
-        if saves:
-            with watch.paused():
-                writer.save(step, step * settings.global_batch_size, task.engines, figures, guard.state())
-            if topology.is_first:
-                tell(run_dir, "saved", step=step)
-        if asked:
-            _stop(asked, step, run_dir, topology, writer)
+@dataclass
+class _Steps:
+    """The steps of one run, and whatever has its turn after some of them."""
 
+    recipe: Recipe
+    task: Task
+    run_dir: Path
+    topology: Topology
+    accumulation: int
+    guard: StepGuard
+    monitor: Monitor
+    writer: CheckpointWriter
+    watchdog: Watchdog
+    requests: StopRequests
+    memory_told: bool = False
 
-def _step(task: Task, guard: StepGuard, watch: Watch, batches: Iterator[dict[str, Tensor]], seed: int, step: int, lr: float,
-          accumulation: int, rank: int) -> tuple[Window, Verdict]:
-    """All micro batches of a step, and its update unless it is left out."""
-    values, rates = Window(), task.learning_rates(step, lr)
-    guard.begin()
-    for micro in range(accumulation):
-        # For what draws from torch's own generator: a resumed run draws what the uninterrupted one would have.
-        torch.manual_seed(stream_key(seed, "torch", step, micro, rank))
-        values.add(task.train_micro_batch(watch.next(batches), step))
-        if micro < accumulation - 1:
-            guard.count(rates)
-    return values, guard.finish(rates, values.means())
+    def run(self, start: int) -> None:
+        """Steps after `start`, to the recipe's last."""
+        settings, checkpoint = self.recipe.training, self.recipe.checkpoint
+        batches = self.task.micro_batches(start)
+        watch = Watch(self.recipe, self.task, self.run_dir, self.topology, self.monitor, start)
+        window = Window()
+        for step in range(start + 1, settings.steps + 1):
+            self.writer.check()
+            self.watchdog.beat(step)
+            last = step == settings.steps
+            lr = lr_of_iteration(self.recipe.schedule, self.recipe.optimizer.lr, settings.steps, step - 1)
+            values, verdict = self._step(watch, batches, step, lr)
+            if verdict.kind == "accept":
+                window.merge(values)
+            elif not verdict.expected:
+                with watch.paused():
+                    self._leave_out(verdict, step)
+            if step % settings.log_every == 0 or last:
+                self._log(watch, window, step, lr)
+            self.watchdog.beat(step)
+            figures: dict[str, float] = {}
+            if step % settings.validate_every == 0 or last:
+                with watch.paused():
+                    figures = self._validate(watch, step)
+            asked = None if last else self.requests.agreed()
+            saves = step % checkpoint.every == 0 or last or asked
+            if saves or step % self.recipe.faults.compare_every == 0:
+                with watch.paused():
+                    check_health(self.task.engines, step, self.run_dir, self.topology)
+            if saves:
+                with watch.paused():
+                    self._save(step, figures)
+            if asked:
+                self._stop(asked, step)
 
+    def _step(self, watch: Watch, batches: Iterator[dict[str, Tensor]], step: int, lr: float) -> tuple[Window, Verdict]:
+        """All micro batches of a step, and its update unless it is left out."""
+        values, rates = Window(), self.task.learning_rates(step, lr)
+        self.guard.begin()
+        for micro in range(self.accumulation):
+            # For what draws from torch's own generator: a resumed run draws what the uninterrupted one would have.
+            torch.manual_seed(stream_key(self.recipe.training.seed, "torch", step, micro, self.topology.rank))
+            values.add(self.task.train_micro_batch(watch.next(batches), step))
+            if micro < self.accumulation - 1:
+                self.guard.count(rates)
+        return values, self.guard.finish(rates, values.means())
 
-def _leave_out(verdict: Verdict, step: int, task: Task, guard: StepGuard, run_dir: Path, topology: Topology,
-               monitor: Monitor, writer: CheckpointWriter) -> None:
-    """Say that a step does not count and, if its verdict is more than that, go back or end the run."""
-    if verdict.expected:
-        return
-    if verdict.kind != "skip":
-        writer.finish()
-    found = complete_checkpoints(run_dir) if verdict.kind != "skip" and topology.is_first else []
-    newest = topology.from_first(str(found[-1][1]) if found else None)
-    if verdict.kind == "stop" or (verdict.kind == "rewind" and newest is None):
-        raise InputError(f"step {step}: {verdict.reason}; {f'the newest checkpoint is {newest}' if newest else 'nothing is saved'}: "
-                         "lower optimizer.lr, or go on from there with training.precision=fp32 to find the cause")
-    text, event = f"left out, since {verdict.reason}", "skipped"
-    if verdict.kind == "rewind":
-        guard.restore(load_checkpoint(Path(newest), task.engines, topology).guard | {"skipped": guard.skipped,
-                                                                                    "in_a_row": guard.in_a_row})
-        text, event = f"back to the state of {newest}, since {verdict.reason}", "rewound"
-    monitor.warn(step, text)
-    if topology.is_first:
-        tell(run_dir, event, step=step, reason=verdict.reason)
+    def _leave_out(self, verdict: Verdict, step: int) -> None:
+        """Say that a step does not count and, if its verdict is more than that, go back or end the run."""
+        text, event = f"left out, since {verdict.reason}", "skipped"
+        if verdict.kind != "skip":
+            self.writer.finish()
+            found = complete_checkpoints(self.run_dir) if self.topology.is_first else []
+            newest = self.topology.from_first(str(found[-1][1]) if found else None)
+            if verdict.kind == "stop" or newest is None:
+                saved = f"the newest checkpoint is {newest}" if newest else "nothing is saved"
+                raise InputError(f"step {step}: {verdict.reason}; {saved}: lower optimizer.lr, or go on from there with "
+                                 "training.precision=fp32 to find the cause")
+            self._rewind(Path(newest))
+            text, event = f"back to the state of {newest}, since {verdict.reason}", "rewound"
+        self.monitor.warn(step, text)
+        self._tell(event, step=step, reason=verdict.reason)
 
+    def _rewind(self, checkpoint: Path) -> None:
+        """Take weights and optimizer from `checkpoint`; what has been left out so far still counts."""
+        counted = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
+        self.guard.restore(load_checkpoint(checkpoint, self.task.engines, self.topology).guard | counted)
 
-def _stop(signal: str, step: int, run_dir: Path, topology: Topology, writer: CheckpointWriter) -> None:
-    """End a run that was asked to, once its checkpoint is complete."""
-    writer.finish()
-    if topology.is_first:
-        tell(run_dir, "stopped", step=step, reason=signal)
-        print(f"stopped by {signal}: step {step} is saved, and the same command goes on from there (exit code {REQUEUE})",
-              file=sys.stderr)
-    raise SystemExit(REQUEUE)
+    def _log(self, watch: Watch, window: Window, step: int, lr: float) -> None:
+        means = norms(window.mean(self.topology))
+        of_engines = {f"grad_norm/{name}": norm for name, engine in self.task.engines.items()
+                      if (norm := engine.gradient_norm()) is not None}
+        skipped = {"skipped_steps": self.guard.skipped} if self.guard.skipped else {}
+        peak = self.topology.max_over_ranks(peak_memory(self.topology.device))
+        watch.log(step, means | of_engines | skipped | {"lr": lr, "memory/peak_gb": peak})
+        self.monitor.progress(step, {name: means[name] for name in ("loss",) if name in means})
+        if not self.memory_told:
+            self.monitor.note(memory_line(peak, next(iter(self.task.engines.values())).stage, self.recipe))
+            self.memory_told = True
+
+    def _validate(self, watch: Watch, step: int) -> dict[str, float]:
+        figures = self.task.validate(step)
+        _refuse_unknown_metric(self.recipe.checkpoint.best_metric, figures)
+        self.monitor.log(step, {f"validation/{name}": value for name, value in figures.items()})
+        watch.show(step)
+        return figures
+
+    def _save(self, step: int, figures: dict[str, float]) -> None:
+        seen = step * self.recipe.training.global_batch_size
+        self.writer.save(step, seen, self.task.engines, figures, self.guard.state())
+        self._tell("saved", step=step)
+
+    def _stop(self, signal: str, step: int) -> None:
+        """End a run that was asked to, once its checkpoint is complete."""
+        self.writer.finish()
+        self._tell("stopped", step=step, reason=signal)
+        if self.topology.is_first:
+            print(f"stopped by {signal}: step {step} is saved, and the same command goes on from there (exit code {REQUEUE})",
+                  file=sys.stderr)
+        raise SystemExit(REQUEUE)
+
+    def _tell(self, event: str, **what) -> None:
+        if self.topology.is_first:
+            tell(self.run_dir, event, **what)
 
 
 class Window:

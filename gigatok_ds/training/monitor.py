@@ -129,6 +129,11 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
             for record in records]
 
 
+def of_the_machine(name: str) -> bool:
+    """Whether a logged figure of this name depends on the machine, not only on the run."""
+    return name in ("time", "mfu", "hfu") or name.startswith(("memory/", "throughput/"))
+
+
 def _parse(path: Path) -> list[tuple[str, dict]]:
     """Complete lines as (text, record)."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")

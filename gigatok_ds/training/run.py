@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero3_worth_it
@@ -15,6 +16,9 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
 from gigatok_ds.training.branch import check_branch, record_branch
 from gigatok_ds.training.wandb_log import check_wandb
+
+if TYPE_CHECKING:
+    from gigatok_ds.training.injection import Fault
 
 DEEPSPEED_FILE = "deepspeed.json"
 
@@ -65,7 +69,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_from: Path | None = None,
-                 faults: Sequence[str] = ()) -> None:
+                 faults: Sequence[Fault] = ()) -> None:
     """Train `recipe` in this process (one rank of however many were launched), into `run_dir`.
 
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory

@@ -70,9 +70,11 @@ class Watchdog:
             if time.monotonic() - self._beat < self.seconds:
                 continue
             self._backstop.write(f"rank {self.rank}: at step {self.step} for more than {self.seconds:g} s\n")
-            self._backstop.write("".join(f"collective: {line}\n" for line in last_collectives()))
             self._backstop.flush()
             faulthandler.dump_traceback(self._backstop, all_threads=True)
+            # Last, since it asks PyTorch, which may be what is stuck.
+            self._backstop.write("".join(f"collective: {line}\n" for line in last_collectives()))
+            self._backstop.flush()
             if not self._over.wait(GATHER_SECONDS):
                 self.end(f"rank {self.rank} (host {socket.gethostname()}, pid {os.getpid()}) has been at step {self.step} "
                          f"for more than {self.seconds:g} s (monitor.stall_seconds); what every rank was doing is in "
