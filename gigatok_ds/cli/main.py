@@ -18,6 +18,7 @@ COMMANDS = {
     "check-shards": "check_shards",
     "doctor": "doctor",
     "check-cluster": "check_cluster",
+    "plan": "plan",
     "train": "train",
     "status": "status",
     "convert": "convert",

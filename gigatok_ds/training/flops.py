@@ -36,8 +36,9 @@ class StepFlops(NamedTuple):
     hardware: int
 
 
-def counted(run: Callable[[], object], *, again: bool = False) -> int:
-    """Operations of `run`; `again` also counts distances that the entropy term's backward pass computes again."""
+def own_formulas(*, again: bool) -> dict[Callable, Callable]:
+    """Operations of what torch's counter does not know; `again` also counts distances that the entropy term's backward pass
+    computes again."""
 
     def distances(latents: torch.Size, codebook: torch.Size, *more, out_shape) -> int:
         return 2 * latents[0] * codebook[0] * latents[1]
@@ -49,11 +50,15 @@ def counted(run: Callable[[], object], *, again: bool = False) -> int:
         return 2 * a[0] * a[1] * b[1]
 
     ours = torch.ops.gigatok
-    formulas = {torch.ops.aten.addmm_: accumulated,  # torch's counter knows it only out of place
-                ours.nearest_code: distances, ours.assignment_statistics: distances,
-                ours.assignment_gradients: gradients}
+    return {torch.ops.aten.addmm_: accumulated,  # torch's counter knows it only out of place
+            ours.nearest_code: distances, ours.assignment_statistics: distances, ours.assignment_gradients: gradients}
+
+
+def counted(run: Callable[[], object], *, again: bool = False) -> int:
+    """Operations of `run`; `again` as for `own_formulas`."""
     eager = torch.compiler.set_stance("force_eager")
-    with eager, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=own_formulas(again=again))
+    with eager, sdpa_kernel(SDPBackend.MATH), counter:
         run()
     return counter.get_total_flops()
 

@@ -1,0 +1,67 @@
+"""Assumptions corrected by what a real run took."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gigatok_ds.config.load import load_recipe
+from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.errors import InputError
+from gigatok_ds.planning.cluster import Cluster
+from gigatok_ds.planning.planner import BLOCKS, EVERYTHING, NOTHING, Layout, Planner
+from gigatok_ds.planning.speed import Assumptions
+from gigatok_ds.training.history import read_history
+from gigatok_ds.training.monitor import read_metrics
+
+ENOUGH = 3  # logging steps, without the first, which warms up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of a run: its recipe, layout, ranks, and the median seconds of its steps."""
+
+    recipe: Recipe
+    layout: Layout
+    ranks: int
+    seconds: float
+
+
+def read_run(run_dir: Path) -> Measured:
+    """Raises InputError for what is no run, or has logged too little."""
+    for name in ("recipe.yaml", "deepspeed.json", "history.jsonl", "metrics.jsonl"):
+        if not (run_dir / name).is_file():
+            raise InputError(f"--calibrate {run_dir} is not a training run: it has no {name}")
+    recipe, settings = load_recipe(str(run_dir / "recipe.yaml")), json.loads((run_dir / "deepspeed.json").read_text())
+    seconds = [line["throughput/step_seconds"] for line in read_metrics(run_dir) if "throughput/step_seconds" in line][1:]
+    if len(seconds) < ENOUGH:
+        raise InputError(f"--calibrate {run_dir} has logged {len(seconds)} times after its first steps; at least {ENOUGH} are needed")
+    starts = [line["ranks"] for line in read_history(run_dir) if line["event"] == "started"]
+    parallel = recipe.parallel
+    if parallel.recompute_every > 1:
+        raise InputError(f"--calibrate {run_dir}: parallel.recompute_every is {parallel.recompute_every}; calibrate from a run "
+                         "with 0 or 1")
+    recompute = NOTHING if not parallel.recompute_every else BLOCKS
+    if isinstance(recipe, TokenizerRecipe) and parallel.recompute_cnn:
+        recompute = EVERYTHING
+    layout = Layout(tensor=parallel.tensor, sequence=parallel.sequence, stage=settings["zero_optimization"]["stage"],
+                    micro=settings["train_micro_batch_size_per_gpu"], recompute=recompute)
+    return Measured(recipe=recipe, layout=layout, ranks=starts[-1], seconds=statistics.median(seconds))
+
+
+def calibrated(assumptions: Assumptions, runs: list[Path], cluster: Cluster) -> Assumptions:
+    """Step times scaled by the geometric mean of measured / predicted of these runs, which ran on `cluster`'s devices."""
+    if not runs:
+        return assumptions
+    ratios = []
+    for run_dir in runs:
+        measured = read_run(run_dir)
+        per_host = min(measured.ranks, cluster.per_host)
+        if measured.ranks % per_host:
+            raise InputError(f"--calibrate {run_dir} ran on {measured.ranks} ranks, which are not whole hosts of {per_host}")
+        there = replace(cluster, hosts=measured.ranks // per_host, per_host=per_host)
+        predicted = Planner(measured.recipe, there, assumptions).plan(measured.layout)
+        ratios.append(measured.seconds / predicted.time.seconds)
+    return replace(assumptions, measured=statistics.geometric_mean(ratios))

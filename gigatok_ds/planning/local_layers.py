@@ -1,0 +1,256 @@
+"""`Layers` of one tensor rank on its own: the shapes of its part, and a note of what it would send to the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gigatok_ds.parallel.cross_entropy import head_cross_entropy
+from gigatok_ds.parallel.dropout import WHOLE, Dropout, Part
+from gigatok_ds.parallel.layers import WHOLE_PASSAGE, Module
+from gigatok_ds.parallel.partial import mark_partial, mark_partial_parameter
+
+
+@dataclass
+class Traffic:
+    """Bytes that a rank sends to its tensor group, by kind of collective, with ring algorithms: of n ranks' S bytes an
+    all-reduce sends 2 (n - 1) / n S, an all-gather or a reduce-scatter (n - 1) / n S."""
+
+    size: int
+    sent: Counter = field(default_factory=Counter)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self.sent["all-reduce"] += 2 * (self.size - 1) / self.size * tensor.nbytes
+
+    def all_gather(self, whole: Tensor) -> None:
+        self.sent["all-gather"] += (self.size - 1) / self.size * whole.nbytes
+
+    def reduce_scatter(self, whole: Tensor) -> None:
+        self.sent["reduce-scatter"] += (self.size - 1) / self.size * whole.nbytes
+
+    @property
+    def total(self) -> float:
+        return sum(self.sent.values())
+
+
+def _grown(part: Tensor, size: int) -> Tensor:
+    return part.new_empty((part.shape[0] * size, *part.shape[1:]))
+
+
+def _shrunk(whole: Tensor, size: int) -> Tensor:
+    return whole.new_empty((whole.shape[0] // size, *whole.shape[1:]))
+
+
+class _Gather(torch.autograd.Function):
+    """Parts to a whole; backward takes the own part, or sums what all ranks have for it (`summed`)."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, traffic: Traffic, summed: bool) -> Tensor:
+        ctx.traffic, ctx.summed = traffic, summed
+        whole = _grown(part, traffic.size)
+        traffic.all_gather(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        if ctx.summed:
+            ctx.traffic.reduce_scatter(gradient)
+        return _shrunk(gradient, ctx.traffic.size), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """A whole to the own part; backward gathers."""
+
+    @staticmethod
+    def forward(ctx, whole: Tensor, traffic: Traffic) -> Tensor:
+        ctx.traffic = traffic
+        return _shrunk(whole, traffic.size)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        whole = _grown(gradient, ctx.traffic.size)
+        ctx.traffic.all_gather(whole)
+        return whole, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Sums of all ranks to the own part of their total; backward gathers."""
+
+    @staticmethod
+    def forward(ctx, whole: Tensor, traffic: Traffic) -> Tensor:
+        ctx.traffic = traffic
+        traffic.reduce_scatter(whole)
+        return _shrunk(whole, traffic.size)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        whole = _grown(gradient, ctx.traffic.size)
+        ctx.traffic.all_gather(whole)
+        return whole, None
+
+
+class _Enter(torch.autograd.Function):
+    """The same on the way there; backward sums over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, traffic: Traffic) -> Tensor:
+        ctx.traffic = traffic
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        ctx.traffic.all_reduce(gradient)
+        return gradient, None
+
+
+class _Leave(torch.autograd.Function):
+    """Sums over ranks, in place; the same on the way back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, traffic: Traffic) -> Tensor:
+        traffic.all_reduce(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None
+
+
+class _GatheredProduct(torch.autograd.Function):
+    """Part of the tokens (t, ..., in) by a weight (out, in), for all tokens: keeps the part, and gathers again backward."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, weight: Tensor, traffic: Traffic) -> Tensor:
+        ctx.save_for_backward(part, weight)
+        ctx.traffic = traffic
+        whole = _grown(part, traffic.size)
+        traffic.all_gather(whole)
+        return whole @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        part, weight = ctx.saved_tensors
+        whole = _grown(part, ctx.traffic.size)
+        ctx.traffic.all_gather(whole)
+        of_input = gradient @ weight
+        ctx.traffic.reduce_scatter(of_input)
+        of_weight = gradient.flatten(0, -2).t() @ whole.flatten(0, -2)
+        return _shrunk(of_input, ctx.traffic.size), of_weight, None
+
+
+class _Passage:
+    def __init__(self, traffic: Traffic):
+        self.traffic = traffic
+
+    def scatter(self, whole: Tensor) -> Tensor:
+        return _Scatter.apply(whole, self.traffic)
+
+    def gather(self, part: Tensor) -> Tensor:
+        return _Gather.apply(part, self.traffic, False)
+
+    def share(self, whole: Tensor) -> Tensor:
+        return _Enter.apply(whole, self.traffic)
+
+
+class _Column(nn.Linear):
+    def __init__(self, layers: LocalLayers, in_features: int, out_features: int, bias: bool):
+        super().__init__(in_features, out_features // layers.tensor_parallel_size, bias=bias)
+        self.layers = [layers]  # not a sub-module
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.layers[0]
+        if not layers.sequence_parallel:
+            return super().forward(_Enter.apply(x, layers.traffic))
+        product = _GatheredProduct.apply(x, self.weight, layers.traffic)
+        return product if self.bias is None else product + self.bias
+
+
+class _Row(nn.Linear):
+    def __init__(self, layers: LocalLayers, in_features: int, out_features: int, bias: bool):
+        super().__init__(in_features // layers.tensor_parallel_size, out_features, bias=bias)
+        self.layers = [layers]
+        if bias and layers.sequence_parallel:
+            mark_partial_parameter(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers, product = self.layers[0], x @ self.weight.t()
+        leave = _ReduceScatter if layers.sequence_parallel else _Leave
+        total = leave.apply(product, layers.traffic)
+        return total if self.bias is None else total + self.bias
+
+
+class _VocabEmbedding(nn.Embedding):
+    def __init__(self, layers: LocalLayers, vocab_size: int, width: int):
+        super().__init__(vocab_size // layers.tensor_parallel_size, width)
+        self.layers = [layers]
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return _Leave.apply(super().forward(codes), self.layers[0].traffic)
+
+
+class _VocabHead(_Column):
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        layers = self.layers[0]
+        entered = _Gather.apply(x, layers.traffic, True) if layers.sequence_parallel else _Enter.apply(x, layers.traffic)
+        return head_cross_entropy(entered, self.weight, targets, join=self._join)
+
+    def _join(self, totals: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(3):  # a maximum and two sums
+            self.layers[0].traffic.all_reduce(totals)
+        return totals, picked
+
+
+class LocalLayers:
+    """What a tensor rank of `size` gets from `parallel.megatron.MegatronLayers`, in shapes and traffic.
+
+    Values mean nothing, so the networks built with it run on the meta device. Sizes must be divisible, as recipes see to.
+    """
+
+    def __init__(self, size: int, *, sequence_parallel: bool = False):
+        self.tensor_parallel_size, self.sequence_parallel = size, sequence_parallel
+        self.traffic = Traffic(size)
+        self.images = _Passage(self.traffic)
+        self.tokens = _Passage(self.traffic) if sequence_parallel else WHOLE_PASSAGE
+        self.part = Part(rank=0, size=size)
+
+    def column(self, in_features: int, out_features: int, *, bias: bool, groups: int = 1) -> nn.Module:
+        return _Column(self, in_features, out_features, bias)
+
+    def row(self, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
+        return _Row(self, in_features, out_features, bias)
+
+    def vocab_embedding(self, vocab_size: int, width: int) -> nn.Module:
+        return _VocabEmbedding(self, vocab_size, width)
+
+    def vocab_head(self, width: int, vocab_size: int) -> nn.Module:
+        return _VocabHead(self, width, vocab_size, False)
+
+    def dropout(self, probability: float, *, hidden: bool = False) -> Dropout:
+        if hidden:
+            return Dropout(probability, features=self.part)
+        return Dropout(probability, tokens=self.part if self.sequence_parallel else WHOLE)
+
+    def per_image(self, module: Module) -> Module:
+        return mark_partial(module)
+
+    def per_token(self, module: Module) -> Module:
+        return mark_partial(module) if self.sequence_parallel else module
+
+    def per_head(self, module: Module) -> Module:
+        return mark_partial(module)
+
+    def whole_features(self, part: Tensor) -> Tensor:
+        whole = part.new_empty((*part.shape[:-1], part.shape[-1] * self.tensor_parallel_size))
+        self.traffic.all_gather(whole)
+        return whole
+
+    def mean_over_data(self, x: Tensor) -> Tensor:
+        return x
+
+    def image_mean(self, *, all_data: bool) -> None:
+        return None

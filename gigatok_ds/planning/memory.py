@@ -1,0 +1,87 @@
+"""Memory of a rank: what is there all the time, and the most that comes on top of it in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gigatok_ds.config.recipe import Recipe
+from gigatok_ds.planning.rehearsal import build_objective_of, build_trained, layers_of
+from gigatok_ds.planning.state import State, state_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The networks of one tensor rank in numbers: elements of each trained parameter, bytes of buffers and frozen networks."""
+
+    trained: dict[str, list[int]]
+    buffers: int
+    frozen: dict[str, int]
+
+    @property
+    def elements(self) -> int:
+        return sum(map(sum, self.trained.values()))
+
+
+def shapes_of(recipe: Recipe) -> Shapes:
+    with torch.device("meta"):
+        networks, objective = build_trained(recipe, layers_of(recipe)), build_objective_of(recipe)
+    trained = {name: [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
+               for name, network in networks.items()}
+    frozen = {}
+    for name in ("teacher", "perceptual"):
+        part = getattr(objective, name, None)
+        if part is not None:
+            frozen[name] = _bytes_of(part)
+    backbone = sum(parameter.nbytes for network in networks.values() for parameter in network.parameters()
+                   if not parameter.requires_grad)
+    if backbone:
+        frozen["the discriminator's backbone"] = backbone
+    buffers = sum(buffer.nbytes for network in networks.values() for buffer in network.buffers())
+    return Shapes(trained=trained, buffers=buffers, frozen=frozen)
+
+
+def _bytes_of(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one rank. `states` by network; `activations` is the most that a micro batch keeps alive."""
+
+    states: dict[str, State]
+    frozen: dict[str, int]
+    buffers: int
+    activations: float
+
+    @property
+    def always(self) -> float:
+        """What is there all the time."""
+        # Buffers of a network are there twice: a step that is left out puts them back.
+        return sum(state.kept for state in self.states.values()) + sum(self.frozen.values()) + 2 * self.buffers
+
+    @property
+    def peak(self) -> float:
+        """The most at any moment: in a backward pass, or in an update, when activations are gone."""
+        passes = self.activations + sum(state.buckets + state.gathered for state in self.states.values())
+        return self.always + max(passes, max(state.update for state in self.states.values()))
+
+    def parts(self) -> dict[str, float]:
+        """By kind, of all networks together; what `peak` is made of when the backward pass decides it."""
+        total = [sum(values) for values in zip(*self.states.values())]
+        of_states = dict(zip(State._fields, total))
+        update = of_states.pop("update")
+        return {**of_states, "buffers": 2 * self.buffers, **self.frozen, "activations": self.activations,
+                "update (instead of the last three)": update}
+
+
+def memory_of(recipe: Recipe, shapes: Shapes, activations: float, *, zero: Mapping, data_ranks: int, fused_update: bool) -> Memory:
+    """zero: DeepSpeed's zero_optimization; fused_update as for `state_of`."""
+    training = recipe.training
+    states = {name: state_of(sizes, zero=zero, data_ranks=data_ranks, precision=training.precision,
+                             average=training.ema_decay is not None and name != "discriminator", fused_update=fused_update)
+              for name, sizes in shapes.trained.items()}
+    return Memory(states=states, frozen=shapes.frozen, buffers=shapes.buffers, activations=activations)

@@ -1,0 +1,80 @@
+"""What runs on tensors without storage: the bytes that are alive, the floating-point operations, the kernels."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from gigatok_ds.training.flops import own_formulas
+
+_ATEN = torch.ops.aten
+_ASKS_DEVICE = torch.ops.prim.device.default
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *more, out_shape=None, **options) -> int:
+    """Two matrix products over (batch, heads, tokens, features)."""
+    batch, heads, queries, features = query
+    return 2 * batch * heads * queries * key[2] * (features + value[3])
+
+
+def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *more,
+                        out_shape=None, **options) -> int:
+    """Four: what a fused kernel computes again does not count, as in training.flops."""
+    return 2 * _attention(query, key, value)
+
+
+_FORMULAS = flop_registry | {operator: shape_wrapper(formula) for operator, formula in {
+    **own_formulas(again=True),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}.items()}
+
+
+class Meter(TorchDispatchMode):
+    """As a context: measures what runs within.
+
+    peak: bytes of the storages that are made within and alive at a time, at most. flops: operations as training.flops counts the
+    hardware's. model: those of them while `of_model` is set, without distances that are computed a second time. kernels: calls of operators that are more than a view; on a GPU each starts a kernel or more.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = self.flops = self.model = self.kernels = 0
+        self.of_model = False
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        self.kernels += not function.is_view and function is not _ASKS_DEVICE
+        if formula := _FORMULAS.get(function._overloadpacket):
+            operations = formula(*args, **kwargs, out_val=result)
+            self.flops += operations
+            if self.of_model:
+                # Of the gradients of distances, a third are the distances once more.
+                repeated = operations // 3 if function._overloadpacket is torch.ops.gigatok.assignment_gradients else 0
+                self.model += operations - repeated
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self._note(value.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._gone, key, storage.nbytes()).atexit = False
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.alive -= size
+
+    def ignore(self, tensors) -> None:
+        """What these hold was there before, and is not counted."""
+        self._seen.update(tensor.untyped_storage()._cdata for tensor in tensors)

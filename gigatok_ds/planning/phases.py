@@ -1,0 +1,50 @@
+"""Which kinds of steps a recipe has: losses begin and end with the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gigatok_ds.config.recipe import GPTRecipe, Recipe
+from gigatok_ds.losses.composition import TokenizerObjective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Steps that are alike: `step` is the first of them (1-based), `count` how many there are, `active` what is on in them."""
+
+    step: int
+    count: int
+    active: frozenset[str]
+
+    def __str__(self) -> str:
+        what = " with " + ", ".join(sorted(self.active)) if self.active else ""
+        return f"steps from {self.step:,} on{what}"
+
+
+def phases_of(recipe: Recipe) -> list[Phase]:
+    """In their order."""
+    steps = recipe.training.steps
+    if isinstance(recipe, GPTRecipe):
+        return [Phase(step=1, count=steps, active=frozenset())]
+    loss = recipe.loss
+    wants = TokenizerObjective(replace(loss, perceptual=None, semantic=None), perceptual=None, teacher=None)
+    ends = [loss.auxiliary and loss.auxiliary.end_step, loss.quantizer.entropy_end_step,
+            loss.adversarial and loss.adversarial.start_step]
+    starts = sorted({1, *(max(step, 1) for step in ends if step is not None and step <= steps)})
+    found = []
+    for start, end in zip(starts, [*starts[1:], steps + 1]):
+        flags = {"the entropy term": wants.wants_entropy(start), "direct reconstruction": wants.wants_direct_reconstruction(start),
+                 "the discriminator": wants.discriminator_active(start)}
+        found.append(Phase(step=start, count=end - start, active=frozenset(name for name, on in flags.items() if on)))
+    return found
+
+
+def fullest(phases: list[Phase]) -> list[Phase]:
+    """Without those that do nothing that another does not do as well: what memory must be enough for."""
+    return [phase for index, phase in enumerate(phases)
+            if not any(phase.active < other.active or (phase.active == other.active and later > index)
+                       for later, other in enumerate(phases))]
+
+
+def longest(phases: list[Phase]) -> Phase:
+    return max(phases, key=lambda phase: phase.count)

@@ -1,0 +1,228 @@
+"""The layout that a recipe should be trained in on a cluster, and what it will take."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
+from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.errors import InputError
+from gigatok_ds.planning.by_layers import rehearse
+from gigatok_ds.planning.cluster import Cluster
+from gigatok_ds.planning.memory import Memory, Shapes, memory_of, shapes_of
+from gigatok_ds.planning.phases import fullest, longest, phases_of
+from gigatok_ds.planning.rehearsal import MicroBatch
+from gigatok_ds.planning.speed import Assumptions, StepTime, Traffic, step_time, traffic_of
+
+NOTHING, BLOCKS, EVERYTHING = "nothing", "transformer blocks", "transformer blocks and CNN"
+MOST_REHEARSED = 4  # samples of a micro batch that others are scaled from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a recipe is spread: tensor ranks (with sequence parallelism or not), ZeRO stage, micro batch of a data rank, and whose
+    activations are computed again."""
+
+    tensor: int
+    sequence: bool
+    stage: int
+    micro: int
+    recompute: str
+
+    def applied_to(self, recipe: Recipe) -> Recipe:
+        """Raises InputError where it does not fit."""
+        parallel = replace(recipe.parallel, tensor=self.tensor, sequence=self.sequence,
+                           recompute_every=int(self.recompute != NOTHING))
+        if isinstance(recipe, TokenizerRecipe):
+            parallel = replace(parallel, recompute_cnn=self.recompute == EVERYTHING)
+        return replace(recipe, parallel=parallel, training=replace(recipe.training, micro_batch_size=self.micro))
+
+    def arguments(self, recipe: Recipe) -> list[str]:
+        """Of gigatok-ds train, for the same."""
+        found = [f"--zero={self.stage}", f"parallel.tensor={self.tensor}", f"parallel.sequence={str(self.sequence).lower()}",
+                 f"parallel.recompute_every={int(self.recompute != NOTHING)}", f"training.micro_batch_size={self.micro}"]
+        if isinstance(recipe, TokenizerRecipe):
+            found.append(f"parallel.recompute_cnn={str(self.recompute == EVERYTHING).lower()}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a layout takes of each rank. `model_flops` are of one step, all ranks together."""
+
+    layout: Layout
+    accumulation: int
+    data_ranks: int
+    memory: Memory
+    usable: float
+    traffic: Traffic
+    time: StepTime
+    micro: MicroBatch
+    model_flops: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.usable
+
+
+class Planner:
+    """Plans for one recipe on one cluster. What is rehearsed is rehearsed once.
+
+    tensor and stage are what `recommended` may choose from; None: anything.
+    """
+
+    def __init__(self, recipe: Recipe, cluster: Cluster, assumptions: Assumptions, *, tensor: int | None = None,
+                 stage: int | None = None):
+        self.recipe, self.cluster, self.assumptions = recipe, cluster, assumptions
+        self.tensor, self.stage = tensor, stage
+        self.phases = phases_of(recipe)
+        self._shapes: dict[tuple, Shapes] = {}
+        self._rehearsed: dict[tuple, dict[int, MicroBatch]] = {}
+
+    @functools.cached_property
+    def model_flops(self) -> int:
+        """Of the trained networks in one step, all ranks together, as training.flops counts them."""
+        plain = replace(self.recipe, parallel=type(self.recipe.parallel)())
+        key, step = (1, False, NOTHING), longest(self.phases).step
+        known = [(found[step], size) for (*layout, size), found in self._rehearsed.items() if tuple(layout) == key]
+        micro, size = known[0] if known else (rehearse(plain, self._unit(1), step), self._unit(1))
+        return round(micro.model * self.recipe.training.global_batch_size / size)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that training can fill."""
+        return self.cluster.device.memory * self.assumptions.memory - self.assumptions.reserved
+
+    def plan(self, layout: Layout, *, scaled: bool = False) -> Plan:
+        """What `layout` takes. `scaled` scales the smallest micro batch's rehearsal instead of rehearsing this one.
+
+        Raises InputError for a layout that the recipe or the cluster cannot have.
+        """
+        recipe, data = layout.applied_to(self.recipe), self._data_ranks(layout.tensor)
+        settings, _ = resolve_deepspeed(zero_settings(layout.stage), recipe, data_parallel_size=data)
+        zero, accumulation = settings["zero_optimization"], settings["gradient_accumulation_steps"]
+        by_step = self._micro_batches(recipe, layout, scaled)
+        shapes = self._shapes_of(recipe, layout)
+        elements = shapes.elements
+        micro = by_step[longest(self.phases).step]
+        traffic = traffic_of(micro, cluster=self.cluster, tensor=layout.tensor, accumulation=accumulation, zero=zero,
+                             half=recipe.training.precision != "fp32", elements=elements)
+        time = step_time(micro, traffic, cluster=self.cluster, accumulation=accumulation, precision=recipe.training.precision,
+                         own_elements=elements / (data if layout.stage else 1), assumptions=self.assumptions)
+        memory = memory_of(recipe, shapes, max(found.kept for found in by_step.values()), zero=zero, data_ranks=data,
+                           fused_update=True)
+        return Plan(layout=layout, accumulation=accumulation, data_ranks=data, memory=memory, usable=self.usable,
+                    traffic=traffic, time=time, micro=micro, model_flops=self.model_flops)
+
+    def recommended(self) -> Plan:
+        """The fastest layout that fits. Of those within 3 % of it, the plainest.
+
+        Raises InputError when nothing fits, with the least that was needed.
+        """
+        fitting, least = [], None
+        for tensor in self._tensor_sizes():
+            for recompute in self._choices():
+                plans = list(self._of(tensor, recompute))
+                least = min([*plans, *([least] if least else [])], key=lambda plan: plan.memory.peak)
+                fitting += [plan for plan in plans if plan.fits]
+                if any(plan.fits and (plan.accumulation == 1 or not plan.time.launch_bound) for plan in plans):
+                    break  # computing more again could only take longer
+            if fitting:
+                break  # more tensor ranks would only send more
+        if least is None:
+            raise InputError(f"no layout of {self.recipe.name} fits {self.cluster.ranks} ranks: its global batch of "
+                             f"{self.recipe.training.global_batch_size} cannot be spread over them; change "
+                             "training.global_batch_size or the cluster")
+        if not fitting:
+            raise InputError(f"{self.recipe.name} does not fit {self.cluster}: at least {least.memory.peak / 1e9:.1f} GB are needed, "
+                             f"and {self.usable / 1e9:.1f} GB can be used; take more or larger GPUs")
+        fastest = min(plan.time.seconds for plan in fitting)
+        near = [plan for plan in fitting if plan.time.seconds <= 1.03 * fastest]
+        best = min(near, key=lambda plan: (plan.layout.tensor, self._choices().index(plan.layout.recompute), plan.layout.stage,
+                                           plan.accumulation))
+        return self.plan(best.layout)
+
+    def choices(self, plan: Plan) -> list[Plan]:
+        """The same layout with each choice of what is computed again."""
+        return [self.plan(replace(plan.layout, recompute=recompute)) for recompute in self._choices()]
+
+    def parameters(self) -> dict[str, int]:
+        """Of each trained network, whole."""
+        shapes = shapes_of(replace(self.recipe, parallel=type(self.recipe.parallel)()))
+        return {name: sum(sizes) for name, sizes in shapes.trained.items()}
+
+    def _of(self, tensor: int, recompute: str) -> Iterator[Plan]:
+        """Every ZeRO stage with the largest micro batch that fits (the smallest if none does)."""
+        # In half precision stage 0 is less precise, and only larger.
+        stages = range(self.recipe.training.precision != "fp32", 4) if self.stage is None else [self.stage]
+        for stage in stages:
+            plan = None
+            for micro in self._micro_sizes(tensor):
+                layout = Layout(tensor=tensor, sequence=self._sequence(tensor), stage=stage, micro=micro, recompute=recompute)
+                plan = self.plan(layout, scaled=True)
+                if plan.fits:
+                    break
+            if plan is not None:
+                yield plan
+
+    def _choices(self) -> tuple[str, ...]:
+        return (NOTHING, BLOCKS, EVERYTHING) if isinstance(self.recipe, TokenizerRecipe) else (NOTHING, BLOCKS)
+
+    def _data_ranks(self, tensor: int) -> int:
+        if self.cluster.per_host % tensor:
+            raise InputError(f"{tensor} tensor ranks do not divide the {self.cluster.per_host} GPUs of a host")
+        return self.cluster.ranks // tensor
+
+    def _tensor_sizes(self) -> list[int]:
+        if self.tensor is not None:
+            self._data_ranks(self.tensor)
+            Layout(tensor=self.tensor, sequence=False, stage=1, micro=1, recompute=NOTHING).applied_to(self.recipe)
+            return [self.tensor] if self._micro_sizes(self.tensor) else []
+        return [size for size in (1, 2, 4, 8) if self.cluster.per_host % size == 0 and self._possible(size, sequence=False)
+                and self._micro_sizes(size)]
+
+    def _possible(self, tensor: int, *, sequence: bool) -> bool:
+        try:
+            Layout(tensor=tensor, sequence=sequence, stage=1, micro=1, recompute=NOTHING).applied_to(self.recipe)
+        except InputError:
+            return False
+        return True
+
+    def _sequence(self, tensor: int) -> bool:
+        return tensor > 1 and self._possible(tensor, sequence=True)
+
+    def _micro_sizes(self, tensor: int) -> list[int]:
+        """Micro batches of a data rank that can be, the largest first."""
+        batch, data = self.recipe.training.global_batch_size, self.cluster.ranks // tensor
+        unit = self._unit(tensor)
+        if batch % data:
+            return []
+        share = batch // data
+        return [micro for micro in range(share, 0, -1) if share % micro == 0 and micro % unit == 0]
+
+    def _unit(self, tensor: int) -> int:
+        """What a micro batch must be a multiple of, as config.deepspeed sees to: the DINO discriminator norms over 8 images."""
+        if not isinstance(self.recipe, TokenizerRecipe):
+            return 1
+        adversarial = self.recipe.loss.adversarial
+        return tensor * (8 if adversarial and adversarial.discriminator == "dino" and tensor > 1 else 1)
+
+    def _shapes_of(self, recipe: Recipe, layout: Layout) -> Shapes:
+        key = (layout.tensor, layout.sequence)
+        if key not in self._shapes:
+            self._shapes[key] = shapes_of(recipe)
+        return self._shapes[key]
+
+    def _micro_batches(self, recipe: Recipe, layout: Layout, scaled: bool) -> dict[int, MicroBatch]:
+        """By the step of each phase that counts."""
+        sizes = self._micro_sizes(layout.tensor)
+        smallest = next((size for size in sizes if size <= MOST_REHEARSED), sizes[-1]) if scaled else layout.micro
+        key = (layout.tensor, layout.sequence, layout.recompute, smallest)
+        if key not in self._rehearsed:
+            steps = {phase.step for phase in [*fullest(self.phases), longest(self.phases)]}
+            self._rehearsed[key] = {step: rehearse(recipe, smallest, step) for step in sorted(steps)}
+        factor = layout.micro / smallest
+        return {step: MicroBatch(kept=found.kept * factor, flops=found.flops * factor, model=found.model * factor,
+                                 kernels=found.kernels, sent=found.sent * factor) for step, found in self._rehearsed[key].items()}

@@ -1,0 +1,227 @@
+"""One micro batch of a recipe on tensors without storage: what it keeps alive, sends to its tensor group and launches.
+
+It is the training's own code that runs, with the shapes of one tensor rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gigatok_ds.config.losses import TokenizerLossConfig
+from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
+from gigatok_ds.losses.composition import TokenizerObjective, build_discriminator, build_objective
+from gigatok_ds.models.gpt import GPT
+from gigatok_ds.models.published import RANDOM
+from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.parallel.dropout import dropout_at, name_dropouts
+from gigatok_ds.parallel.layers import PLAIN, Layers
+from gigatok_ds.parallel.partial import is_partial, mark_partial_parameter
+from gigatok_ds.parallel.recompute import recompute_
+from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.planning.local_layers import LocalLayers, Traffic
+from gigatok_ds.planning.meter import Meter
+from gigatok_ds.training.tokenizer_step import TokenizerStep
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MicroBatch(NamedTuple):
+    """What one micro batch takes of a rank.
+
+    kept: bytes alive at most beyond weights, gradients and frozen networks; flops and kernels: see Meter; model: those flops that
+    are the trained networks' (of one tensor rank that computes nothing again, what training.flops calls the model's); sent: bytes
+    to the tensor group.
+    """
+
+    kept: float
+    flops: float
+    model: float
+    kernels: float
+    sent: float
+
+
+def layers_of(recipe: Recipe) -> Layers:
+    tensor = recipe.parallel.tensor
+    return LocalLayers(tensor, sequence_parallel=recipe.parallel.sequence) if tensor > 1 else PLAIN
+
+
+def without_files(loss: TokenizerLossConfig) -> TokenizerLossConfig:
+    """The same terms with random weights in frozen networks: a plan needs their shapes only."""
+    perceptual = loss.perceptual and dataclasses.replace(loss.perceptual, weights=RANDOM)
+    semantic = loss.semantic and dataclasses.replace(loss.semantic, weights=RANDOM)
+    adversarial = loss.adversarial
+    if adversarial and adversarial.discriminator == "dino":
+        adversarial = dataclasses.replace(adversarial, backbone_weights=RANDOM)
+    return dataclasses.replace(loss, perceptual=perceptual, semantic=semantic, adversarial=adversarial)
+
+
+def build_trained(recipe: Recipe, layers: Layers) -> dict[str, nn.Module]:
+    """The networks that are trained, on the current device: of a tokenizer's recipe, `generator` and `discriminator`."""
+    every = recipe.parallel.recompute_every
+    if isinstance(recipe, GPTRecipe):
+        network = GPT(recipe.model, layers)
+        recompute_(network, every_block=every)
+        return {"gpt": network}
+    tokenizer = Tokenizer(recipe.model, layers)
+    recompute_(tokenizer, every_block=every, cnn=recipe.parallel.recompute_cnn)
+    adversarial = without_files(recipe.loss).adversarial
+    if not adversarial:
+        return {"generator": tokenizer}
+    judge = build_discriminator(adversarial, layers, image_size=recipe.model.image_size)
+    return {"generator": tokenizer, "discriminator": judge}
+
+
+def build_objective_of(recipe: Recipe) -> TokenizerObjective | None:
+    """The objective of a tokenizer's recipe on the meta device, its frozen networks with it."""
+    if isinstance(recipe, GPTRecipe):
+        return None
+    return build_objective(without_files(recipe.loss), device="meta", grid=recipe.model.grid, precision=recipe.training.precision)
+
+
+class Rehearsal:
+    """The networks of a recipe's training, as one tensor rank has them, without storage."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.layers = layers_of(recipe)
+        self.traffic = getattr(self.layers, "traffic", Traffic(1))
+        self.meter = Meter()
+        with torch.device("meta"):
+            trained, self.objective = build_trained(recipe, self.layers), build_objective_of(recipe)
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            self.trained = {name: _trained(network, DTYPES[recipe.training.precision]) for name, network in trained.items()}
+            if recipe.parallel.tensor > 1:
+                self._count_partial_gradients()
+            if self.objective:
+                _without_values(self.objective)
+        self.engines = {name: _Bare(network, self.meter) for name, network in self.trained.items()}
+
+    def _count_partial_gradients(self) -> None:
+        """What is sent to sum what tensor ranks know of a parameter's gradient by their part of the data only."""
+        for network in self.trained.values():
+            for parameter in network.parameters():
+                if is_partial(parameter) and parameter.requires_grad:
+                    parameter.register_hook(self.traffic.all_reduce)
+
+    def micro_batch(self, samples: int, step: int) -> MicroBatch:
+        """A micro batch of so many samples of a data rank, in the 1-based `step`. Once only."""
+        with self._mode, self.meter:
+            for network in [*self.trained.values(), *filter(None, [self.objective])]:
+                self.meter.ignore([*network.parameters(), *network.buffers()])
+            if isinstance(self.recipe, TokenizerRecipe):
+                self._tokenizer(samples, step)
+            else:
+                self._gpt(samples)
+        return self.so_far()._replace(kept=self.meter.peak)
+
+    def so_far(self) -> MicroBatch:
+        """What has been counted until now; kept is what is alive now."""
+        meter = self.meter
+        return MicroBatch(kept=meter.alive, flops=meter.flops, model=meter.model, kernels=meter.kernels, sent=self.traffic.total)
+
+    def _tokenizer(self, samples: int, step: int) -> None:
+        tensor, size = self.recipe.parallel.tensor, self.recipe.model.image_size
+        topology = _LocalTopology(rank=0, world_size=tensor, device=torch.device("cpu"), data_rank=0, data_size=1,
+                                  tensor_size=tensor, layers=self.layers)
+        passes = TokenizerStep(self.recipe, topology, self.engines["generator"], self.engines.get("discriminator"),
+                               self.objective, accumulation=1)
+        own = samples // tensor
+        passes.train(torch.empty(own, 3, size, size), torch.zeros(own, dtype=torch.int64), step)
+
+    def _gpt(self, samples: int) -> None:
+        config, engine = self.recipe.model, self.engines["gpt"]
+        codes = torch.zeros((samples, config.sequence_length), dtype=torch.int64)
+        with dropout_at(0, codes[:, 0]):
+            engine.backward(engine(codes[:, :-1], codes[:, 0], codes).mean())
+        # Logits, which are computed again in any case: see parallel.cross_entropy.
+        self.meter.model -= 2 * codes.numel() * config.transformer.width * config.vocab_size // self.recipe.parallel.tensor
+
+
+def _trained(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In the training's type, with gradients that are gone when they are whole: they are counted elsewhere."""
+    _without_values(network, dtype).train()
+    name_dropouts(network)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_forget)
+    return network
+
+
+def _without_values(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A network of the meta device as one of the CPU, whose operators it is to choose, its numbers of `dtype` if given.
+
+    Within a FakeTensorMode, whose tensors a module cannot convert by itself.
+    """
+
+    def like(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else like(buffer)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = made = nn.Parameter(like(parameter), requires_grad=parameter.requires_grad)
+                if is_partial(parameter):
+                    mark_partial_parameter(made)
+    return network
+
+
+def _forget(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+class _Bare:
+    """A network where an engine is expected. What it computes counts as the model's: its own passes, and passes through it to
+    gradients of its input, as a discriminator has them."""
+
+    def __init__(self, network: nn.Module, meter: Meter):
+        self.network, self.meter = network, meter
+        network.register_forward_pre_hook(self._looked_through)
+        network.register_forward_hook(self._was_looked_through)
+
+    def __call__(self, *inputs, **options):
+        self.meter.of_model = True
+        output = self.network(*inputs, **options)
+        self.meter.of_model = False
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        self.meter.of_model = True
+        loss.backward()
+        self.meter.of_model = False
+
+    def _is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.network.parameters())
+
+    def _looked_through(self, network: nn.Module, inputs: tuple) -> None:
+        if self._is_frozen():
+            self.meter.of_model = True
+            inputs[0].register_hook(lambda gradient: self._note(False))
+
+    def _was_looked_through(self, network: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if self._is_frozen():
+            self.meter.of_model = False
+            output.register_hook(lambda gradient: self._note(True))
+
+    def _note(self, of_model: bool) -> None:
+        self.meter.of_model = of_model
+
+
+class _LocalTopology(Topology):
+    """A tensor rank that makes up what others would send."""
+
+    def gather_data(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather_images(self, tensor: Tensor) -> Tensor:
+        return torch.cat([tensor] * self.tensor_size) if self.tensor_size > 1 else tensor
+
+    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        return tensor
