@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from pathlib import Path
 
 import torch
@@ -110,6 +111,7 @@ def _published(architecture: str):
     return get_pretrained_cfg(architecture)
 
 
+@functools.cache
 def _without_storage(name: str, setting: str) -> nn.Module:
     """The network at its published size on the meta device. Raises InputError unless timm has such a ViT."""
     import timm

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gigatok_ds.config.recipe import Recipe
-from gigatok_ds.planning.rehearsal import build_objective_of, build_trained, layers_of
+from gigatok_ds.planning.rehearsal import build_trained, layers_of, objective_of
 from gigatok_ds.planning.state import State, state_of
 
 
@@ -28,7 +28,8 @@ class Shapes:
 
 def shapes_of(recipe: Recipe) -> Shapes:
     with torch.device("meta"):
-        networks, objective = build_trained(recipe, layers_of(recipe)), build_objective_of(recipe)
+        networks = build_trained(recipe, layers_of(recipe))
+    objective = objective_of(recipe)
     trained = {name: [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
                for name, network in networks.items()}
     frozen = {}

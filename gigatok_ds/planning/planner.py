@@ -17,7 +17,7 @@ from gigatok_ds.planning.rehearsal import MicroBatch
 from gigatok_ds.planning.speed import Assumptions, StepTime, Traffic, step_time, traffic_of
 
 NOTHING, BLOCKS, EVERYTHING = "nothing", "transformer blocks", "transformer blocks and CNN"
-MOST_REHEARSED = 4  # samples of a micro batch that others are scaled from
+MOST_REHEARSED = 8  # samples of a micro batch that others are scaled from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Planner:
         settings, _ = resolve_deepspeed(zero_settings(layout.stage), recipe, data_parallel_size=data)
         zero, accumulation = settings["zero_optimization"], settings["gradient_accumulation_steps"]
         by_step = self._micro_batches(recipe, layout, scaled)
-        shapes = self._shapes_of(recipe, layout)
+        shapes = self._shapes_of(recipe, layout.tensor, layout.sequence)
         elements = shapes.elements
         micro = by_step[longest(self.phases).step]
         traffic = traffic_of(micro, cluster=self.cluster, tensor=layout.tensor, accumulation=accumulation, zero=zero,
@@ -150,8 +150,8 @@ class Planner:
 
     def parameters(self) -> dict[str, int]:
         """Of each trained network, whole."""
-        shapes = shapes_of(replace(self.recipe, parallel=type(self.recipe.parallel)()))
-        return {name: sum(sizes) for name, sizes in shapes.trained.items()}
+        plain = replace(self.recipe, parallel=type(self.recipe.parallel)())
+        return {name: sum(sizes) for name, sizes in self._shapes_of(plain, 1, False).trained.items()}
 
     def _of(self, tensor: int, recompute: str) -> Iterator[Plan]:
         """Every ZeRO stage with the largest micro batch that fits (the smallest if none does)."""
@@ -209,11 +209,11 @@ class Planner:
         adversarial = self.recipe.loss.adversarial
         return tensor * (8 if adversarial and adversarial.discriminator == "dino" and tensor > 1 else 1)
 
-    def _shapes_of(self, recipe: Recipe, layout: Layout) -> Shapes:
-        key = (layout.tensor, layout.sequence)
-        if key not in self._shapes:
-            self._shapes[key] = shapes_of(recipe)
-        return self._shapes[key]
+    def _shapes_of(self, recipe: Recipe, *split) -> Shapes:
+        """split: tensor ranks, and whether they are sequence parallel."""
+        if split not in self._shapes:
+            self._shapes[split] = shapes_of(recipe)
+        return self._shapes[split]
 
     def _micro_batches(self, recipe: Recipe, layout: Layout, scaled: bool) -> dict[int, MicroBatch]:
         """By the step of each phase that counts."""

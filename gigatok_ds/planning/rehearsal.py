@@ -6,6 +6,7 @@ It is the training's own code that runs, with the shapes of one tensor rank.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from gigatok_ds.planning.local_layers import LocalLayers, Traffic
 from gigatok_ds.planning.meter import Meter
 from gigatok_ds.training.tokenizer_step import TokenizerStep
 
+_MODE = FakeTensorMode(allow_non_fake_inputs=True)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,11 +78,20 @@ def build_trained(recipe: Recipe, layers: Layers) -> dict[str, nn.Module]:
     return {"generator": tokenizer, "discriminator": judge}
 
 
-def build_objective_of(recipe: Recipe) -> TokenizerObjective | None:
-    """The objective of a tokenizer's recipe on the meta device, its frozen networks with it."""
+def objective_of(recipe: Recipe) -> TokenizerObjective | None:
+    """The objective of a tokenizer's recipe, its frozen networks without storage."""
     if isinstance(recipe, GPTRecipe):
         return None
-    return build_objective(without_files(recipe.loss), device="meta", grid=recipe.model.grid, precision=recipe.training.precision)
+    return _objective(without_files(recipe.loss), recipe.model.grid, recipe.training.precision)
+
+
+@functools.cache
+def _objective(loss: TokenizerLossConfig, grid: int, precision: str) -> TokenizerObjective:
+    """Built once: it takes longer than to run it, and nothing changes it."""
+    with torch.device("meta"):
+        objective = build_objective(loss, device="meta", grid=grid, precision=precision)
+    with _MODE:
+        return _without_values(objective)
 
 
 class Rehearsal:
@@ -92,14 +103,12 @@ class Rehearsal:
         self.traffic = getattr(self.layers, "traffic", Traffic(1))
         self.meter = Meter()
         with torch.device("meta"):
-            trained, self.objective = build_trained(recipe, self.layers), build_objective_of(recipe)
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode:
+            trained = build_trained(recipe, self.layers)
+        self.objective = objective_of(recipe)
+        with _MODE:
             self.trained = {name: _trained(network, DTYPES[recipe.training.precision]) for name, network in trained.items()}
             if recipe.parallel.tensor > 1:
                 self._count_partial_gradients()
-            if self.objective:
-                _without_values(self.objective)
         self.engines = {name: _Bare(network, self.meter) for name, network in self.trained.items()}
 
     def _count_partial_gradients(self) -> None:
@@ -111,7 +120,7 @@ class Rehearsal:
 
     def micro_batch(self, samples: int, step: int) -> MicroBatch:
         """A micro batch of so many samples of a data rank, in the 1-based `step`. Once only."""
-        with self._mode, self.meter:
+        with _MODE, self.meter:
             for network in [*self.trained.values(), *filter(None, [self.objective])]:
                 self.meter.ignore([*network.parameters(), *network.buffers()])
             if isinstance(self.recipe, TokenizerRecipe):
