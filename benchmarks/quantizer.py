@@ -21,13 +21,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
+import figures
 import torch
 import torch.nn.functional as F
+from figures import Figure
+from machine import processor
 from torch import Tensor
 
 from gigatok_ds.kernels import native
@@ -184,20 +187,16 @@ def header(arguments: argparse.Namespace) -> str:
             f"python {platform.python_version()}; native kernels: {kernels}\n")
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+def modes_on(device: str) -> list[tuple[str, str]]:
+    return [key for key in MODES if device == "cuda" or key[1] != "compiled"]
 
 
 def compare(arguments: argparse.Namespace) -> dict[tuple[str, str], Measurement]:
     """Every mode at the standard size."""
     print(f"N = {LATENTS}, K = {CODES}, D = {DIM}")
     print(f"{'':7} {'':25} {'median ms':>10} {'extra MiB':>10} {'x slower':>9} {'x larger':>9}")
-    modes = [key for key in MODES if arguments.device == "cuda" or key[1] != "compiled"]
     found = {}
-    for key in reversed(modes):  # ours first, so that the others can be compared with it
+    for key in reversed(modes_on(arguments.device)):  # ours first, so that the others can be compared with it
         if result := measure(*key, LATENTS, CODES, arguments):
             found[key] = result
             print(line(key, result, found), flush=True)
@@ -244,6 +243,22 @@ def verdicts(found: dict[tuple[str, str], Measurement], device: str) -> bool:
     return all_met
 
 
+def rows(found: dict[tuple[str, str], Measurement], device: str) -> Iterator[Figure]:
+    """Time and memory of each pair that `compare` measured."""
+    targets = {(task, other): (faster, smaller) for task, other, faster, smaller in TARGETS[device]}
+    for (task, other), theirs in found.items():
+        ours = found.get((task, "native"))
+        if ours is None or other == "native":
+            continue
+        faster, smaller = targets.get((task, other), (None, None))
+        kinds = [("ms", "x faster", ours.seconds * 1e3, theirs.seconds * 1e3, faster),
+                 ("MiB", "x smaller", ours.extra_bytes / 2**20, theirs.extra_bytes / 2**20, smaller)]
+        for unit, direction, mine, reference, target in kinds:
+            ratio = reference / max(mine, 2**-20)  # a byte, where nothing was held
+            yield Figure(case=f"{task}, N = {LATENTS}, K = {CODES}, D = {DIM}", unit=unit, ours=mine, reference=reference,
+                         reference_name=WORDS[other], ratio=ratio, direction=direction, **figures.at_least(target, ratio))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -251,6 +266,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="leave out the growth in N and K")
     parser.add_argument("--as-mode", nargs=4, metavar=("TASK", "MODE", "N", "K"), help=argparse.SUPPRESS)
+    figures.add_option(parser)
     arguments = parser.parse_args()
     if arguments.as_mode:
         torch.set_num_threads(arguments.threads)
@@ -262,6 +278,8 @@ def main() -> int:
     found = compare(arguments)
     if not arguments.quick:
         grow(arguments, "native" if ("train", "native") in found else "torch")
+    missing = [f"{task}, {WORDS[mode]}: not measured" for task, mode in modes_on(arguments.device) if (task, mode) not in found]
+    figures.write(arguments.json, list(rows(found, arguments.device)), missing)
     return 0 if verdicts(found, arguments.device) else 1
 
 
