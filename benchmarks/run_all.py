@@ -93,6 +93,10 @@ def run_all(names: list[str], where: Setting, out: Path, limit: float) -> list[R
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
+    can_run = [name for name in names if BENCHMARKS[name].missing(len(where.gpus)) is None]
+    if not where.quick:
+        minutes = sum(BENCHMARKS[name].minutes for name in can_run)
+        print(f"{len(can_run)} benchmarks, on two cores about {minutes:g} minutes", flush=True)
     for number, name in enumerate(names, 1):
         benchmark = BENCHMARKS[name]
         about = "" if where.quick else f" (about {benchmark.minutes:g} min)"

@@ -147,16 +147,14 @@ def test_bad_options_are_refused(run_all, words, told):
         run_all.main(words)
 
 
-def test_the_rows_of_the_quantizer_hold_its_targets():
-    with loaded("quantizer") as quantizer:
-        found = {("search", "native"): quantizer.Measurement(seconds=0.01, extra_bytes=2**20),
-                 ("search", "original"): quantizer.Measurement(seconds=0.4, extra_bytes=100 * 2**20),
-                 ("search", "torch"): quantizer.Measurement(seconds=0.1, extra_bytes=0)}
-        rows = {(row.reference_name, row.direction): row for row in quantizer.rows(found, "cpu")}
-    faster, smaller = rows["original formulation", "x faster"], rows["original formulation", "x smaller"]
-    assert (faster.ratio, faster.met, faster.target) == (pytest.approx(40), True, "at least 30")
-    assert (smaller.ratio, smaller.met, smaller.target) == (pytest.approx(100), False, "at least 200")
-    assert rows["ours, plain PyTorch", "x faster"].met is None and len(rows) == 4
+def test_the_rows_of_a_step_hold_its_target():
+    options = SimpleNamespace(recipe="VQ_SS256", batch=1, precision="fp32", zero=0, overrides=[])
+    found = {"ours": {"seconds": 2.0, "peak_gb": 5.0, "flops": 0}, "plain": {"seconds": 2.5, "peak_gb": 10.0, "flops": 10**12}}
+    with loaded("tokenizer_step") as tokenizer_step:
+        time, memory = tokenizer_step.rows("auxiliary", found, "cpu", options)
+    assert (time.ours, time.reference, time.unit, time.ratio, time.direction) == (2000, 2500, "ms", 1.25, "x faster")
+    assert (time.target, time.met) == ("at least 1.3", False) and "0.5 TFLOP/s" in time.notes
+    assert (memory.ratio, memory.direction, memory.met) == (2.0, "x smaller", None)
 
 
 def test_the_rows_of_a_zero_stage_say_whether_the_theory_holds():
