@@ -38,6 +38,7 @@ from gigatok_ds.kernels.ops import assignment_statistics, entropy_penalty, neare
 
 LATENTS, CODES, DIM = 8192, 16384, 8
 TEMPERATURE = 0.01
+PAGE = 4096  # bytes: a resident set shows nothing smaller
 SECONDS = 3.0  # of measurements, at least: a short disturbance must not be the median
 GROWTH = ((8192, 16384), (16384, 16384), (65536, 16384), (8192, 65536), (8192, 262144))
 # Task, the mode that ours is compared with, and how many times faster and smaller ours must be, by device.
@@ -253,9 +254,9 @@ def rows(found: dict[tuple[str, str], Measurement], arguments: argparse.Namespac
         case = f"{task}, N = {arguments.latents}, K = {CODES}, D = {DIM}"
         faster, smaller = targets.get((task, other), (None, None))
         kinds = [("ms", "x faster", ours.seconds * 1e3, theirs.seconds * 1e3, faster),
-                 ("MiB", "x smaller", ours.extra_bytes / 2**20, theirs.extra_bytes / 2**20, smaller)]
+                 ("MiB", "x smaller", max(ours.extra_bytes, PAGE) / 2**20, theirs.extra_bytes / 2**20, smaller)]
         for unit, direction, mine, reference, target in kinds:
-            ratio = reference / max(mine, 2**-20)  # a byte, where nothing was held
+            ratio = reference / mine
             yield Figure(case=case, unit=unit, ours=mine, reference=reference, reference_name=WORDS[other], ratio=ratio,
                          direction=direction, **figures.at_least(target, ratio))
 
