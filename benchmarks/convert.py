@@ -26,7 +26,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import figures
 import torch
+from figures import Figure
 
 from gigatok_ds.checkpoint.fragments import WEIGHTS, Fragment, Layout, Snapshot
 from gigatok_ds.checkpoint.inspection import folder_bytes
@@ -118,40 +120,45 @@ def timed(work: Callable[[], float]) -> tuple[float, float]:
     return time.perf_counter() - start, result
 
 
-def compare(direction: str, source: Path, words: list[str | Path], folder: Path) -> bool:
-    """Print one row; whether it is within the bounds."""
+def compare(direction: str, source: Path, words: list[str | Path], folder: Path) -> Figure:
+    """Print one row, and return it."""
     size = (source.stat().st_size if source.is_file() else folder_bytes(source)) / 1e6
     copied, _ = timed(copy(source, folder / "copy"))
     shutil.rmtree(folder / "copy")
     seconds, peak = timed(convert(source, *words))
     speed, of_copy = size / seconds, copied / seconds
     print(f"| {direction} | {size / 1e3:.2f} | {speed:.0f} | {size / copied:.0f} | {of_copy:.2f} | {peak:.2f} |", flush=True)
-    return peak <= PEAK_GB and (speed >= MB_S or of_copy >= OF_COPY)
+    return Figure(case=direction, unit="MB/s", ours=speed, reference=size / copied, reference_name="copying", ratio=of_copy,
+                  direction="x the copy's speed", target=f"at least {OF_COPY:g} or {MB_S:g} MB/s, within {PEAK_GB:g} GB",
+                  met=peak <= PEAK_GB and (speed >= MB_S or of_copy >= OF_COPY), notes=f"{size / 1e3:.2f} GB; peak {peak:.2f} GB")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="VQ_XLXXL256", help="whose model (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the directory for temporary files)")
+    figures.add_option(parser)
     args = parser.parse_args()
     needed = 4.2 * 4 * sum(parameter.numel() for parameter in build_on_meta(load_recipe(args.recipe).model).parameters())
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         if shutil.disk_usage(folder).free < needed:
             free = shutil.disk_usage(folder).free
+            figures.skip(args.json, f"{free / 1e9:.0f} GB are free on the disk; {needed / 1e9:.0f} are needed")
             raise SystemExit(f"{folder} has {free / 1e9:.0f} GB free; {needed / 1e9:.0f} are needed")
         checkpoint = write_checkpoint(args.recipe, folder / "run")
         print("| direction | GB | MB/s | copying, MB/s | of the copy's speed | peak memory, GB |\n|---|---|---|---|---|---|")
-        good = [compare("training checkpoint to standalone", checkpoint, [folder / "model"], folder)]
+        found = [compare("training checkpoint to standalone", checkpoint, [folder / "model"], folder)]
         shutil.rmtree(folder / "run")
-        good.append(compare("standalone to .pt", folder / "model", [folder / "m.pt", "--to", "original"], folder))
-        good.append(compare(".pt to standalone", folder / "m.pt", [folder / "again", "--recipe", args.recipe], folder))
+        found.append(compare("standalone to .pt", folder / "model", [folder / "m.pt", "--to", "original"], folder))
+        found.append(compare(".pt to standalone", folder / "m.pt", [folder / "again", "--recipe", args.recipe], folder))
         (folder / "m.pt").unlink()
-        good.append(compare("standalone to a training start point", folder / "model",
-                            [folder / "start", "--to", "training", "--recipe", args.recipe], folder))
+        found.append(compare("standalone to a training start point", folder / "model",
+                             [folder / "start", "--to", "training", "--recipe", args.recipe], folder))
         same = read_config(folder / "model")["sha256"] == read_config(folder / "again")["sha256"]
         print("the weights are the same after the way there and back" if same else "THE WEIGHTS DIFFER")
-    return int(not (all(good) and same))
+    figures.write(args.json, found, [] if same else ["the weights differ after the way to a .pt and back"])
+    return int(not (all(figure.met for figure in found) and same))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,11 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import figures
 import torch
 import torch.nn.functional as F
+from figures import Figure
+from machine import processor
 from torch import Tensor
 
 from gigatok_ds.parallel.cross_entropy import head_cross_entropy
@@ -112,13 +115,6 @@ def relative_differences(ours: list[Tensor], theirs: list[Tensor]) -> list[float
             for mine, other in zip(ours, theirs, strict=True)]
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def verdict(found: dict[str, dict], differences: list[float]) -> bool:
     ratio = found["naive"]["extra_bytes"] / max(found["ours"]["extra_bytes"], 1)
     print(f"\nmemory: {ratio:.1f} x smaller, target {SMALLER:g}: {'met' if ratio >= SMALLER else 'MISSED'}")
@@ -126,6 +122,17 @@ def verdict(found: dict[str, dict], differences: list[float]) -> bool:
         print(f"{part}: differ by {difference:.1e} of their norm, target {TOLERANCE:g}: "
               f"{'met' if difference <= TOLERANCE else 'MISSED'}")
     return ratio >= SMALLER and all(difference <= TOLERANCE for difference in differences)
+
+
+def rows(found: dict[str, dict], differences: list[float], case: str) -> list[Figure]:
+    ours, naive = found["ours"], found["naive"]
+    faster, smaller = naive["seconds"] / ours["seconds"], naive["extra_bytes"] / max(ours["extra_bytes"], 1)
+    alike = ", ".join(f"{part} {difference:.1e}" for part, difference in zip(PARTS, differences, strict=True))
+    return [Figure(case=case, unit="s", ours=ours["seconds"], reference=naive["seconds"], reference_name=WORDS["naive"],
+                   ratio=faster, direction="x faster", notes="one forward and backward"),
+            Figure(case=case, unit="MiB", ours=ours["extra_bytes"] / 2**20, reference=naive["extra_bytes"] / 2**20,
+                   reference_name=WORDS["naive"], ratio=smaller, direction="x smaller", **figures.at_least(SMALLER, smaller),
+                   notes=f"relative differences: {alike}")]
 
 
 def main() -> int:
@@ -136,6 +143,7 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--as-mode", nargs=2, metavar=("MODE", "FILE"), help=argparse.SUPPRESS)
+    figures.add_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.as_mode:
@@ -153,7 +161,12 @@ def main() -> int:
             seconds, extra = found[mode]["seconds"], found[mode]["extra_bytes"]
             print(f"{WORDS[mode]:20} {seconds:8.1f} {extra / 2**20:10.1f}", flush=True)
         parts = {mode: torch.load(Path(name) / mode, weights_only=True) for mode in MODES}
-    return 0 if verdict(found, relative_differences(parts["ours"], parts["naive"])) else 1
+    differences = relative_differences(parts["ours"], parts["naive"])
+    case = f"{arguments.sequences} x {CODES} codes of {VOCABULARY}, width {arguments.width}, {arguments.precision}"
+    wrong = [f"{part}: differ by {difference:.1e} of their norm"
+             for part, difference in zip(PARTS, differences, strict=True) if difference > TOLERANCE]
+    figures.write(arguments.json, rows(found, differences, case), wrong)
+    return 0 if verdict(found, differences) else 1
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import figures
+from figures import Figure
 from torch.utils.cpp_extension import include_paths
 
 from gigatok_ds.errors import InputError
@@ -78,16 +80,30 @@ def table(found: dict[int, list[Kernel]]) -> str:
     return "\n".join(lines)
 
 
+def rows(found: dict[int, list[Kernel]]) -> Iterator[Figure]:
+    for architecture, kernels in found.items():
+        promised = [kernel for kernel in kernels if kernel.dim <= 32]
+        spilled = sum(kernel.spilled_bytes for kernel in promised)
+        wide = sum(kernel.spilled_bytes for kernel in kernels) - spilled
+        yield Figure(case=f"sm_{architecture}, up to 32 dimensions", unit="bytes spilled", ours=spilled, target="none",
+                     met=not spilled, notes=f"{max(kernel.registers for kernel in promised)} registers at most; with 64 "
+                                            f"dimensions {wide} bytes are spilled")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, times ten")
+    figures.add_option(parser)
     arguments = parser.parse_args(argv)
+    if build.toolkit() is None:
+        figures.skip(arguments.json, "no CUDA toolkit (nvcc)")
     try:
         found = {architecture: compiled_kernels(architecture) for architecture in arguments.arch}
     except InputError as error:
         print(f"cuda_resources: error: {error}", file=sys.stderr)
         return 2
     print(table(found))
+    figures.write(arguments.json, list(rows(found)))
     spilling = [kernel for kernels in found.values() for kernel in kernels if kernel.spilled_bytes and kernel.dim <= 32]
     return 1 if spilling else 0
 

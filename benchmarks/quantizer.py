@@ -1,6 +1,6 @@
 """Nearest code and entropy loss: ours beside the original's formulation and the best plain PyTorch.
 
-    python benchmarks/quantizer.py [--device cuda] [--threads 2] [--repeats 5] [--quick]
+    python benchmarks/quantizer.py [--device cuda] [--threads 2] [--repeats 5] [--latents 8192] [--quick]
 
 Each line is measured in a process of its own, on unit vectors drawn from a fixed seed: the median time after a warm-up, of
 5 runs or 3 seconds, whichever is longer, and the most memory held beyond the inputs (on a CPU the growth of the resident
@@ -8,7 +8,7 @@ set, on a GPU torch's own count).
 "search" finds the nearest code of each latent. "train" also computes the entropy penalty and its gradients in latents and
 codebook. A machine that others use at the same time gives no figure worth keeping.
 
-Exit code 1: ours misses a target at N = 8192, K = 16384, D = 8. `--quick` leaves out how time and memory grow.
+Exit code 1: ours misses a target, which are for N = 8192, K = 16384, D = 8. `--quick` leaves out how time and memory grow.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
+import figures
 import torch
 import torch.nn.functional as F
+from figures import Figure
+from machine import processor
 from torch import Tensor
 
 from gigatok_ds.kernels import native
@@ -35,6 +38,7 @@ from gigatok_ds.kernels.ops import assignment_statistics, entropy_penalty, neare
 
 LATENTS, CODES, DIM = 8192, 16384, 8
 TEMPERATURE = 0.01
+PAGE = 4096  # bytes: a resident set shows nothing smaller
 SECONDS = 3.0  # of measurements, at least: a short disturbance must not be the median
 GROWTH = ((8192, 16384), (16384, 16384), (65536, 16384), (8192, 65536), (8192, 262144))
 # Task, the mode that ours is compared with, and how many times faster and smaller ours must be, by device.
@@ -184,21 +188,17 @@ def header(arguments: argparse.Namespace) -> str:
             f"python {platform.python_version()}; native kernels: {kernels}\n")
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+def modes_on(device: str) -> list[tuple[str, str]]:
+    return [key for key in MODES if device == "cuda" or key[1] != "compiled"]
 
 
 def compare(arguments: argparse.Namespace) -> dict[tuple[str, str], Measurement]:
     """Every mode at the standard size."""
-    print(f"N = {LATENTS}, K = {CODES}, D = {DIM}")
+    print(f"N = {arguments.latents}, K = {CODES}, D = {DIM}")
     print(f"{'':7} {'':25} {'median ms':>10} {'extra MiB':>10} {'x slower':>9} {'x larger':>9}")
-    modes = [key for key in MODES if arguments.device == "cuda" or key[1] != "compiled"]
     found = {}
-    for key in reversed(modes):  # ours first, so that the others can be compared with it
-        if result := measure(*key, LATENTS, CODES, arguments):
+    for key in reversed(modes_on(arguments.device)):  # ours first, so that the others can be compared with it
+        if result := measure(*key, arguments.latents, CODES, arguments):
             found[key] = result
             print(line(key, result, found), flush=True)
     print()
@@ -244,13 +244,32 @@ def verdicts(found: dict[tuple[str, str], Measurement], device: str) -> bool:
     return all_met
 
 
+def rows(found: dict[tuple[str, str], Measurement], arguments: argparse.Namespace) -> Iterator[Figure]:
+    """Time and memory of each pair that `compare` measured."""
+    targets = {(task, other): (faster, smaller) for task, other, faster, smaller in TARGETS[arguments.device]}
+    for (task, other), theirs in found.items():
+        ours = found.get((task, "native"))
+        if ours is None or other == "native":
+            continue
+        case = f"{task}, N = {arguments.latents}, K = {CODES}, D = {DIM}"
+        faster, smaller = targets.get((task, other), (None, None))
+        kinds = [("ms", "x faster", ours.seconds * 1e3, theirs.seconds * 1e3, faster),
+                 ("MiB", "x smaller", max(ours.extra_bytes, PAGE) / 2**20, theirs.extra_bytes / 2**20, smaller)]
+        for unit, direction, mine, reference, target in kinds:
+            ratio = reference / mine
+            yield Figure(case=case, unit=unit, ours=mine, reference=reference, reference_name=WORDS[other], ratio=ratio,
+                         direction=direction, **figures.at_least(target, ratio))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--latents", type=int, default=LATENTS, help="N of the comparison (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="leave out the growth in N and K")
     parser.add_argument("--as-mode", nargs=4, metavar=("TASK", "MODE", "N", "K"), help=argparse.SUPPRESS)
+    figures.add_option(parser)
     arguments = parser.parse_args()
     if arguments.as_mode:
         torch.set_num_threads(arguments.threads)
@@ -262,6 +281,8 @@ def main() -> int:
     found = compare(arguments)
     if not arguments.quick:
         grow(arguments, "native" if ("train", "native") in found else "torch")
+    missing = [f"{task}, {WORDS[mode]}: not measured" for task, mode in modes_on(arguments.device) if (task, mode) not in found]
+    figures.write(arguments.json, list(rows(found, arguments)), missing)
     return 0 if verdicts(found, arguments.device) else 1
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import time
@@ -32,8 +31,11 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import figures
 import torch
 import torch.nn.functional as F
+from figures import Figure
+from machine import processor
 from torch import Tensor
 
 from gigatok_ds.config.model import GPTConfig
@@ -215,15 +217,15 @@ def memory(way, positions: list[int], batch: int, device: str) -> int:
     return peak_memory(device)
 
 
-def report(found: dict, gpt: GPT, positions: list[int], arguments: argparse.Namespace) -> float:
-    """Print the table; returns how many times faster ours is, by wall-clock time, in the median turn."""
+def report(found: dict, gpt: GPT, positions: list[int], arguments: argparse.Namespace) -> list[Figure]:
+    """Print the table; returns how many times faster ours is in the median turn, first by wall-clock time."""
     device, rows = arguments.device, 2 * arguments.batch
     keys = ("wall", "cpu") if device == "cpu" else ("wall",)
     totals = {(name, key): [sum(getattr(t, key) for t in turn) for turn in turns]
               for name, turns in found.items() for key in keys}
     moved = sum(step_bytes(gpt, rows, position) for position in positions)
     worked = sum(step_operations(gpt, rows, position) for position in positions)
-    ratios = {}
+    rows, target = [], {"wall": TARGETS[device]}
     for key in keys:
         rate, speed = bandwidth(device, key), arithmetic(device, gpt.norm.weight.dtype, key)
         print(f"by {'CPU time' if key == 'cpu' else 'the clock'}: memory {rate / 1e9:.1f} GB/s, "
@@ -233,16 +235,15 @@ def report(found: dict, gpt: GPT, positions: list[int], arguments: argparse.Name
             print(f"  {name:12} {median / len(positions) * 1e3:8.1f} ms/step "
                   f"{arguments.batch * len(positions) / median:9.1f} codes/s; of the memory roofline "
                   f"{moved / rate / median:5.1%}, of arithmetic {worked / speed / median:5.1%}")
-        ratios[key] = statistics.median(d / o for d, o in zip(totals[Direct.name, key], totals[Ours.name, key]))
-        print(f"  ours is {ratios[key]:.2f} x faster")
-    return ratios["wall"]
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+        ratio = statistics.median(d / o for d, o in zip(totals[Direct.name, key], totals[Ours.name, key]))
+        print(f"  ours is {ratio:.2f} x faster")
+        ours, direct = (arguments.batch * len(positions) / statistics.median(totals[name, key])
+                        for name in (Ours.name, Direct.name))
+        rows.append(Figure(case=f"{arguments.model}, {arguments.dtype}, {arguments.batch} images, guided", unit="codes/s",
+                           ours=ours, reference=direct, reference_name=Direct.name, ratio=ratio, direction="x faster",
+                           **figures.at_least(target.get(key), ratio),
+                           notes=f"by {'CPU time' if key == 'cpu' else 'the clock'}; {len(positions)} steps"))
+    return rows
 
 
 def main() -> int:
@@ -255,6 +256,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
     parser.add_argument("--steps", type=int, default=255, help="decoding steps to run (default: all)")
     parser.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
+    figures.add_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     gpt = initialise_(GPT(GPTConfig(size=arguments.model)), seed=0)
@@ -273,8 +275,13 @@ def main() -> int:
     found = measure([ours, direct], positions, arguments.batch, arguments.device, arguments.repeats)
     del direct
     used["ours"] = memory(ours, positions, arguments.batch, arguments.device)
-    ratio = report(found, gpt, positions, arguments)
+    rows = report(found, gpt, positions, arguments)
+    ratio = rows[0].ratio
     print("peak memory, MiB: " + ", ".join(f"{name} {value / 2**20:.0f}" for name, value in used.items()))
+    rows.append(Figure(case=f"{rows[0].case}: peak memory", unit="MiB", ours=used["ours"] / 2**20,
+                       reference=used["direct"] / 2**20, reference_name=Direct.name, ratio=used["direct"] / used["ours"],
+                       direction="x smaller"))
+    figures.write(arguments.json, rows)
     target = TARGETS[arguments.device]
     print(f"target {target} x: {'met' if ratio >= target else 'MISSED'}")
     return 0 if ratio >= target else 1

@@ -29,7 +29,10 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import figures
 import torch
+from figures import Figure
+from machine import processor
 from torch import Tensor, nn
 
 from gigatok_ds.config.load import load_recipe
@@ -287,19 +290,25 @@ def report(phase: str, found: dict[str, dict], device: str, precision: str) -> b
     return met
 
 
+def rows(phase: str, found: dict[str, dict], device: str, options: argparse.Namespace) -> list[Figure]:
+    ours, plain = found["ours"], found["plain"]
+    case = f"{options.recipe}, {phase}, {options.batch} images, {options.precision}, ZeRO {options.zero}"
+    faster, smaller = (plain[name] / ours[name] for name in ("seconds", "peak_gb"))
+    speed = plain["flops"] / ours["seconds"] / 1e12
+    changes = f"; {' '.join(options.overrides)}" if options.overrides else ""
+    return [Figure(case=case, unit="ms", ours=ours["seconds"] * 1e3, reference=plain["seconds"] * 1e3,
+                   reference_name="plain eager step", ratio=faster, direction="x faster",
+                   **figures.at_least(TARGETS[device], faster), notes=f"ours {speed:.3g} TFLOP/s{changes}"),
+            Figure(case=case, unit="GB", ours=ours["peak_gb"], reference=plain["peak_gb"], reference_name="plain eager step",
+                   ratio=smaller, direction="x smaller", notes="peak of the process" if device == "cpu" else "held by torch")]
+
+
 def header(options: argparse.Namespace, device: str) -> str:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {options.threads} threads"
     return (f"{date.today()}  python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}\n{where}; "
             f"torch {torch.__version__}, deepspeed {version('deepspeed')}, python {platform.python_version()}\n"
             f"{options.recipe}, {options.batch} images per step, {options.precision}, ZeRO stage {options.zero}; "
             f"median of {options.repeats} steps\n")
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def write_images(folder: Path) -> None:
@@ -331,6 +340,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1, help="steps of each side after the first that do not count")
     parser.add_argument("--as-side", nargs=3, metavar=("SIDE", "PHASE", "FOLDER"), help=argparse.SUPPRESS)
+    figures.add_option(parser)
     return parser.parse_args()
 
 
@@ -349,6 +359,7 @@ def main() -> int:
             step_of(recipe, phase)
         print(header(options, device), flush=True)
         found = {phase: measure(phase, folder, options) for phase in phases}
+    figures.write(options.json, [row for phase in phases for row in rows(phase, found[phase], device, options)])
     print(f"\n{'':19} {'median ms':>10} {'peak GB':>10} {'x slower':>8} {'x larger':>8}")
     return 0 if all([report(phase, result, device, options.precision) for phase, result in found.items()]) else 1
 

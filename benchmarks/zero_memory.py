@@ -33,8 +33,10 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import figures
 import torch
 import torch.nn.functional as F
+from figures import Figure
 from torch import Tensor, nn
 
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
@@ -114,6 +116,14 @@ def failures(stage: int, lines: list[Row]) -> list[str]:
     if by_kind[MASTER].theoretical == 0 < by_kind[MASTER].measured:
         found.append(f"stage {stage}: master weights: kept although the parameters are float32 already")
     return found
+
+
+def figure(stage: int, lines: list[Row], options: argparse.Namespace) -> Figure:
+    *_, whole, other = lines
+    case = f"ZeRO-{stage}, {options.size} GPT, {options.ranks} ranks, {options.precision}"
+    return Figure(case=case, unit="MB", ours=whole.measured / 1e6, reference=whole.theoretical / 1e6, reference_name="theory",
+                  ratio=whole.ratio, direction="x the theory", target=f"each kind within {TOLERANCE:.0%}",
+                  met=not failures(stage, lines), notes=f"per rank; {other.measured / 1e6:.2f} MB beyond what the theory knows")
 
 
 def print_rows(stage: int, lines: list[Row]) -> None:
@@ -346,6 +356,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=("tiny", *GPT_SIZES), default="tiny")
     parser.add_argument("--stages", type=int, choices=STAGES, nargs="+", default=STAGES)
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
+    figures.add_option(parser)
     options = parser.parse_args()
     if options.ranks < 1:
         parser.error(f"--ranks is {options.ranks}; it must be at least 1")
@@ -364,18 +375,19 @@ def main() -> int:
     print(shlex.join(["python", *sys.argv]))
     print(f"torch {version('torch')}, deepspeed {version('deepspeed')}")
     print(f"buffers, in elements: {small_buffers(gpt_recipe(options.size, options.precision, 1).model, 3)}")
-    found = []
+    found, told = [], []
     for stage in options.stages:
         measurement = measure(stage, options.size, options.precision, options.ranks)
-        if stage == options.stages[0]:
+        if not told:
             print(f"{options.size}: {measurement.parameters / 1e6:.2f}M parameters, {options.precision}, "
                   f"{options.ranks} ranks on {measurement.device}; MB of 10^6 bytes, the most of any rank\n"
                   "DeepSpeed accumulates gradients in the precision of the parameters\n")
             print("stage  kind             theoretical MB measured MB   ratio   peak MB")
         theory = theoretical_bytes(measurement.parameters, stage, options.ranks, options.precision)
-        lines = rows(measurement, theory)
-        print_rows(stage, lines)
+        print_rows(stage, lines := rows(measurement, theory))
         found += failures(stage, lines)
+        told.append(figure(stage, lines, options))
+    figures.write(options.json, told)
     print("\n" + "\n".join(found or [f"every stage agrees with the theory within {TOLERANCE:.0%}"]))
     return 1 if found else 0
 
