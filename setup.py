@@ -79,6 +79,7 @@ TRAIN = [
 ]
 HUB = ["huggingface_hub>=0.30"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+APP = ["gradio>=6.31"]  # which of its addresses the page uses is in app/guard.py
 EVAL = ["scikit-learn>=1.5", "matplotlib>=3.8", "jinja2", "torch-fidelity>=0.4"]
 
 setup(
@@ -100,10 +101,11 @@ setup(
         "wandb": ["wandb"],
         "hub": HUB,
         "onnx": ONNX,
+        "app": APP,
         "demo": TRAIN + EVAL,
         # scikit-image: the reference of SSIM, and most of the photographs of benchmarks/photographs.py.
         "test": TRAIN + EVAL + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "wandb",
-                               *HUB, *ONNX],
+                               "playwright>=1.50", *HUB, *ONNX, *APP],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
 )

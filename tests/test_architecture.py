@@ -18,11 +18,12 @@ ALLOWED = {
     "evaluation": {"config", "models", "losses", "data", "checkpoint", "parallel", "kernels"},
     "sampling": {"config", "models", "data", "checkpoint", "parallel", "kernels", "evaluation"},
     "training": {"config", "models", "losses", "data", "checkpoint", "parallel", "kernels", "evaluation"},
+    "app": {"models", "data", "checkpoint", "evaluation", "sampling"},
     # Runs the others as commands.
     "studies": {"config", "data", "checkpoint", "evaluation"},
     "demo": {"config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training", "studies"},
     "cli": {"kernels", "config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training",
-            "demo", "cluster", "studies"},
+            "demo", "cluster", "studies", "app"},
 }
 
 

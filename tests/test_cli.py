@@ -50,6 +50,7 @@ OPTIONS = {
     "sample": {"--gpt", "--tokenizer", "--classes", "--count", "--out", "--per-class", "--balanced", "--cfg",
                "--cfg-schedule", "--cfg-start", "--cfg-end", "--cfg-interval", "--temperature", "--top-k", "--top-p", "--seed",
                "--batch-size", "--dtype", "--compile", "--tp", "--device"},
+    "app": {"checkpoints", "--class-names", "--host", "--port", "--max-megabytes", "--max-megapixels", "--device"},
     "evaluate": {"what", "source", "data", "--out", "--inception", "--vgg", "--reference", "--cache", "--tokenizer", "--allow",
                  "--dtype", "--batch-size", "--workers", "--device"},
     "probe": {"tokenizer", "--gpt", "--train", "--val", "--out", "--features", "--depth", "--no-dropout", "--epochs",

@@ -27,6 +27,7 @@ COMMANDS = {
     "extract-codes": "extract_codes",
     "reconstruct": "reconstruct",
     "sample": "sample",
+    "app": "app",
     "evaluate": "evaluate",
     "probe": "probe",
     "search-guidance": "search_guidance",

@@ -1,0 +1,1 @@
+"""A local page that shows what trained models do: a tokenizer's codes, and a generator's samples."""
