@@ -19,10 +19,8 @@ def settings_of(stage):
 
 
 def peak_bytes(recipe, stage, first_step):
-    """On the ranks of `rank_runs`: most bytes that this rank has allocated in the second of two steps from `first_step` on.
-
-    Counts whatever is allocated from before the networks are built.
-    """
+    """On the ranks of `rank_runs`: the most bytes that this rank has allocated in the second of two steps from `first_step` on, of
+    whatever is allocated from before the networks are built; and the elements of its trained parameters."""
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.training.run import _task
 
@@ -35,7 +33,9 @@ def peak_bytes(recipe, stage, first_step):
             with torch.profiler.record_function(f"step {step}"):
                 one_step(task, batches, recipe, settings["gradient_accumulation_steps"], step)
     stop_process_group(topology)
-    return most_allocated(profile, f"step {first_step + 1}")
+    elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for engine in task.engines.values()
+                   for parameter in engine.network.parameters())
+    return most_allocated(profile, f"step {first_step + 1}"), elements
 
 
 def one_step(task, batches, recipe, accumulation, step):

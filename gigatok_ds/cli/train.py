@@ -14,7 +14,15 @@ serves several cool-downs, each a run of its own:
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gigatok_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from gigatok_ds.config.recipe import Recipe
 
 HELP = "train a tokenizer or a GPT from a recipe"
 
@@ -35,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="for drills: a fault such as kill:rank=2,step=7 or nan:rank=0,after=60 (seconds); may be given "
                              "several times (kinds: docs/reliability.md)")
     engine.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed settings file instead, e.g. ds_configs/zero3.json")
+    engine.add_argument("--auto", action="store_true",
+                        help="the layout that gigatok-ds plan recommends for the GPUs of this job: ZeRO stage, tensor ranks, "
+                             "micro batch, recomputation")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +59,23 @@ def run(args: argparse.Namespace) -> int:
 
         faults = [parse_fault(text) for text in args.inject]
     tensor = [] if args.tp is None else [f"parallel.tensor={args.tp}"]
-    recipe = load_recipe(args.recipe, [*args.overrides, *tensor])
+    recipe, stage = load_recipe(args.recipe, [*args.overrides, *tensor]), args.zero
+    if args.auto:
+        recipe, stage = _recommended(recipe, [*args.overrides, *tensor])
     check_run(recipe, args.out, args.branch_from)
-    run_training(recipe, args.out, args.deepspeed or zero_settings(args.zero), args.branch_from, faults)
+    run_training(recipe, args.out, args.deepspeed or zero_settings(stage), args.branch_from, faults)
     return 0
+
+
+def _recommended(recipe: Recipe, overrides: list[str]) -> tuple[Recipe, int]:
+    """The recipe in the layout that the planner recommends here, and the ZeRO stage."""
+    from gigatok_ds.planning.auto import plan_here
+
+    decided = [text for text in overrides if text.startswith(("parallel.", "training.micro_batch_size="))]
+    if decided:
+        raise InputError(f"{decided[0]} and --auto both say how to train; leave one of them out")
+    plan = plan_here(recipe)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--auto: {' '.join(plan.layout.arguments(recipe))} ({plan.memory.peak / 1e9:.1f} of {plan.usable / 1e9:.1f} GB at "
+              "most, by estimate)", file=sys.stderr)
+    return plan.layout.applied_to(recipe), plan.layout.stage

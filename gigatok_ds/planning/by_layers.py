@@ -78,5 +78,8 @@ def with_depths(recipe: Recipe, depths: Mapping[str, int]) -> Recipe:
 
 
 def _fewest(recipe: Recipe, side: str) -> int:
+    """The layer before the last is read. The first one may differ, and a semantic head needs its layer."""
     head = getattr(recipe.model, "semantic_head", None)
+    if side == "size":
+        return 3 if recipe.model.drop_path else 2
     return max(2, head.depth) if side == "decoder" and head else 2

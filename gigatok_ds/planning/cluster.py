@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.training.throughput import peak_tflops
 
 GIB = 1024**3
 GB = 10**9
+CPU_PEAK = 5e10  # FLOP/s of a rank on a CPU, very roughly; calibrate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,11 @@ class Device:
     memory_bandwidth: float
     link: float
     network: float
-    peak_name: str  # as training.throughput.PEAKS knows it
+    peak_name: str | None  # as training.throughput.PEAKS knows it; None: a CPU
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s at most, dense, in training.precision `precision`."""
+        return CPU_PEAK if self.peak_name is None else 1e12 * peak_tflops(self.peak_name, precision, tf32=False)
 
 
 def _device(name: str, gib: float, memory_tb: float, link_gb: float, network_gb: float, peak_name: str) -> Device:
@@ -40,6 +47,20 @@ DEVICES = {device.name: device for device in (
     _device("H200", 139.7, 4.8, 450, 50, "H200"),
     _device("B200", 178.3, 8.0, 900, 50, "B200"),
 )}
+
+
+def this_cpu(ranks: int) -> Device:
+    """A rank's share of this machine, for runs without GPUs."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+    return Device(name="CPU", memory=memory, memory_bandwidth=1e10, link=5e9, network=1e9, peak_name=None)
+
+
+def device_named(name: str, memory: int) -> Device:
+    """The device that CUDA calls `name` and says to have so many bytes. Raises InputError for one that is not known."""
+    like = [device for device in DEVICES.values() if device.peak_name in name]
+    if not like:
+        raise InputError(f"--auto does not know {name}; known are {', '.join(DEVICES)}. Choose a layout by --tp and --zero")
+    return min(like, key=lambda device: abs(device.memory - memory))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +91,12 @@ def parse_cluster(text: str, *, memory_gb: float | None = None, network_gbps: fl
     if not match:
         raise InputError(f"--cluster is {text!r}; write HOSTSxGPUSxDEVICE, such as 8x8xH100, with one of {', '.join(DEVICES)}")
     hosts, per_host, name = int(match[1] or 1), int(match[2]), match[3]
-    if name not in DEVICES:
-        raise InputError(f"--cluster is {text!r}, but {name!r} is not known; known are {', '.join(DEVICES)}")
+    known = DEVICES | {"CPU": this_cpu(per_host or 1)}
+    if name not in known:
+        raise InputError(f"--cluster is {text!r}, but {name!r} is not known; known are {', '.join(known)}")
     if not (hosts and per_host):
         raise InputError(f"--cluster is {text!r}; it needs at least one host and one GPU")
-    device = DEVICES[name]
+    device = known[name]
     for what, value in (("--memory-gb", memory_gb), ("--network-gbps", network_gbps)):
         if value is not None and not value > 0:
             raise InputError(f"{what} is {value}; it must be above 0")

@@ -7,7 +7,6 @@ import dataclasses
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.planning.phases import longest
 from gigatok_ds.planning.planner import Plan, Planner
-from gigatok_ds.training.throughput import peak_tflops
 
 GB = 1e9
 
@@ -15,7 +14,7 @@ GB = 1e9
 def figures(planner: Planner, plan: Plan, choices: list[Plan]) -> dict:
     """Everything that is known of a plan; bytes, seconds, FLOPs, parameters. `choices` differ in what is computed again."""
     recipe, cluster, time = planner.recipe, planner.cluster, plan.time
-    peak = peak_tflops(cluster.device.peak_name, recipe.training.precision, tf32=False) * 1e12 * cluster.ranks
+    peak = cluster.device.peak(recipe.training.precision) * cluster.ranks
     hours = recipe.training.steps * time.seconds / 3600
     return {
         "recipe": recipe.name,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from gigatok_ds.planning.cluster import Cluster
 from gigatok_ds.planning.rehearsal import MicroBatch
-from gigatok_ds.training.throughput import peak_tflops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +80,7 @@ def step_time(micro: MicroBatch, traffic: Traffic, *, cluster: Cluster, accumula
               assumptions: Assumptions) -> StepTime:
     """own_elements: parameters that this rank's optimizer updates."""
     device = cluster.device
-    peak = peak_tflops(device.peak_name, precision, tf32=False) * 1e12
-    computed = micro.flops / (peak * assumptions.compute)
+    computed = micro.flops / (device.peak(precision) * assumptions.compute)
     started = micro.kernels * assumptions.kernel_seconds
     data_seconds = max(traffic.data_inside / (device.link * assumptions.links),
                        traffic.data_between / (device.network * assumptions.links))
