@@ -1,9 +1,10 @@
 """The commands of README.md and docs/*.md, and how each is run in a small form: the table that their test reads.
 
 To document a new command: write it in a ```bash block, and run tests/test_documented_commands.py. If no rule begins as the
-command does, add one to RULES. The small form is the documented command with `replace` and `add` of its rule and with EVERYWHERE,
-word for word; whatever is not replaced stays, so that an option that no longer exists fails. It is run in a folder that holds what
-`documented_world.build` made, under the names that the documentation uses, and what the commands before it left there.
+command does, add one to RULES: most need no more than `Rule("gigatok-ds COMMAND")`. The small form is the documented command
+with `replace` and `add` of its rule and with EVERYWHERE, word for word; whatever is not replaced stays, so that an option that no
+longer exists fails. It is run in a folder that holds what `documented_world.build` made, under the names that the documentation
+uses, and what the commands before it left there.
 """
 
 import re
@@ -71,9 +72,10 @@ def commands():
 class Rule:
     """How commands that begin with `begins` are run; of several rules the longest counts.
 
-    run: `here` (this process), `fork` (a rank of its own, as training wants it), `shell` (a process of its own), `help` (a script that
-    has no form of seconds: its options are known to it, and it explains itself), `covered` (by the test `by`; not run here), or
-    `slow` (`here`, but only with -m slow; always, the test `by` runs another small form of it).
+    run: `here` (this process), `fork` (one rank of its own, as training wants it, or two where a launcher starts them), `shell` (a
+    process of its own), `help` (a script of benchmarks/ that has no form of seconds: its options are known to it, and it explains
+    itself), `covered` (by the test `by`; not run here), or `slow` (`here`, but only with -m slow; always, the test `by` runs another
+    small form of it).
     replace, add: see the module. code: the exit code that is right. removes: what earlier commands left and this one writes anew.
     """
 
@@ -101,7 +103,6 @@ EVERYWHERE = {
 _SMALL_REFERENCE = "--allow count --allow reference"  # of 8 images
 _SMALL_PROBE = "--epochs 2 --warmup-epochs 1 --batch-size 8"
 _PROBE_OF_A_STUDY = " ".join(f"--probe={word}" for word in _SMALL_PROBE.split())
-_LAUNCHED = {"launch/train.sh": "launch/train.sh --dry-run"}  # other hosts, or GPUs, are not at hand
 
 RULES = [
     Rule("python3.11 -m venv .venv && .venv/bin/pip install -e .[demo]", run="covered",
@@ -113,23 +114,33 @@ RULES = [
     Rule("gigatok-ds make-shards"),
     Rule("gigatok-ds check-shards"),
     Rule("gigatok-ds check-cluster", replace={"--hostfile launch/hostfile.example": "--no-allreduce"}),
-    Rule("gigatok-ds train", run="fork"),
-    Rule("launch/train.sh", run="shell", replace=_LAUNCHED, everywhere=False),
-    # Two ranks on this machine stand for the hosts; weights of frozen networks are drawn.
-    Rule("HOSTFILE=launch/hostfile.example launch/train.sh VQ_SS256", run="shell", replace={
-        "HOSTFILE=launch/hostfile.example": "GPUS=2 MASTER_PORT={port}",
+    Rule("gigatok-ds train", run="fork", replace={
+        "training.steps=1000000": "training.steps=4", "training.steps=500000": "training.steps=5",
+        "data.train=s3://bucket/imagenet/train": "data.train=file://{world}/shards/train",
+        "data.cache=/scratch/shards": "data.cache=scratch"}),
+    # Other hosts, and GPUs, are not at hand: what would be run there is shown.
+    Rule("launch/train.sh", run="shell", replace={"launch/train.sh": "launch/train.sh --dry-run"}, everywhere=False),
+    Rule("launch/torchrun.sh", run="shell", replace={"launch/torchrun.sh": "launch/torchrun.sh --dry-run"}, everywhere=False),
+    Rule("sbatch", run="shell", everywhere=False,
+         replace={"sbatch --nodes=4 launch/slurm.sbatch": "launch/slurm.sbatch --dry-run"}),
+    Rule("deepspeed", run="shell", replace={"--num_gpus 8": "--num_gpus 1 --master_port {port}"}),
+    # Two ranks; weights of frozen networks are drawn.
+    Rule("launch/train.sh VQ_SS256 --out runs/ss", run="shell", replace={
+        "launch/train.sh": "GPUS=2 MASTER_PORT={port} launch/train.sh",
         "loss.perceptual.weights=weights/vgg16-397923af.pth": "loss.perceptual.weights=random",
         "loss.semantic.weights=weights/dinov2_vitb14_pretrain.pth": "loss.semantic.weights=random"}),
     Rule("launch/train.sh GPT-B", run="shell", replace={"launch/train.sh": "GPUS=1 MASTER_PORT={port} launch/train.sh"}),
     Rule("gigatok-ds status"),
-    Rule("gigatok-ds convert", removes="checkpoints/tokenizer-ss"),
+    Rule("gigatok-ds convert", replace={"--step 390000": "--step 4"}, removes="checkpoints/tokenizer-ss"),
     Rule("gigatok-ds inspect"),
+    Rule("gigatok-ds reconstruct"),
     Rule("gigatok-ds export-graph"),
     Rule("gigatok-ds extract-codes"),
     Rule("gigatok-ds sample", replace={"--classes 207,980": "--classes 1,3"}),
-    Rule("torchrun --nproc-per-node 8 -m gigatok_ds", run="shell"),
+    # torchrun itself once; otherwise ranks that start at once.
+    Rule("torchrun --nproc-per-node 8 -m gigatok_ds", run="fork"),
     Rule("torchrun --nproc-per-node 8 -m gigatok_ds sample", run="shell", replace={"--count 50000": "--count 6"}),
-    Rule("torchrun --nproc-per-node 8 -m gigatok_ds evaluate generation", run="shell", add=_SMALL_REFERENCE),
+    Rule("torchrun --nproc-per-node 8 -m gigatok_ds evaluate generation", run="fork", add=_SMALL_REFERENCE),
     Rule("gigatok-ds evaluate generation", add=_SMALL_REFERENCE),
     Rule("gigatok-ds evaluate reconstruction", add="--allow count"),
     Rule("gigatok-ds evaluate loss"),
@@ -138,7 +149,8 @@ RULES = [
     Rule("gigatok-ds reproduce B-L", run="slow", add="--allow model --allow count", code=1,
          by="tests/test_studies.py::test_a_tokenizers_row"),
     Rule("gigatok-ds reproduce GPT-B/XL-XXL", run="slow", code=1,
-         add=f"--allow model {_SMALL_REFERENCE} --count 6 {_PROBE_OF_A_STUDY}", by="tests/test_studies.py::test_a_tokenizers_row"),
+         add=f"--allow model {_SMALL_REFERENCE} --count 6 {_PROBE_OF_A_STUDY}",
+         by="tests/test_studies.py::test_a_tokenizers_row"),
     Rule("gigatok-ds ar-probe", run="slow", add=f"--recipe GPT-B --cfg 1.5 {_SMALL_REFERENCE} --count 6 {_PROBE_OF_A_STUDY}",
          by="tests/test_studies.py::test_ar_probing_in_one_command"),
     Rule("gigatok-ds search-guidance", run="slow", add=f"{_SMALL_REFERENCE} --count 6", replace={"--start 2.5": "--start 1"},

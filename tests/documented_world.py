@@ -16,10 +16,20 @@ from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
 
 CHECKOUT = ("launch", "benchmarks", "tools", "ds_configs", "gigatok_ds")
-# The recipe of tests/training_runs.py with the frozen networks that the published ones have: VGG16 and a teacher, a small one.
-FROZEN = TOKENIZER.replace("perceptual: null", "perceptual: {weights: random}").replace(
-    "semantic: null", "semantic: {teacher: vit_tiny_patch16_224, weights: random}").replace(
-    "semantic_head: null", "semantic_head: {depth: 1, teacher_width: 192}")
+# The tokenizer of tests/training_runs.py with the frozen networks that the published ones have: VGG16 and a teacher, a small one.
+SMALL_TOKENIZER = """
+base: whole.yaml
+name: small_tokenizer
+model: {semantic_head: {depth: 1, teacher_width: 192}}
+loss:
+  perceptual: {weights: random}
+  semantic: {teacher: vit_tiny_patch16_224, weights: random}
+  quantizer: {entropy_end_step: 4}
+  adversarial: {start_step: 2}
+  auxiliary: {end_step: 3}
+training: {steps: 4}
+checkpoint: {every: 2}
+"""
 CLASSES = 5
 
 
@@ -28,7 +38,8 @@ def build(folder):
     for name in CHECKOUT:
         (folder / name).symlink_to(ROOT / name)
     (folder / "small").mkdir()
-    (folder / "small" / "tokenizer.yaml").write_text(FROZEN)
+    (folder / "small" / "whole.yaml").write_text(TOKENIZER)
+    (folder / "small" / "tokenizer.yaml").write_text(SMALL_TOKENIZER)
     (folder / "small" / "gpt.yaml").write_text(GPT)
     (folder / "hostfile").write_text("".join(f"worker-{number} slots=8\n" for number in range(1, 9)))
     _images(folder)

@@ -31,7 +31,7 @@ from documented_commands import (
 from rank_runs import run_ranks
 
 from gigatok_ds.cli.main import COMMANDS, main, parse
-from gigatok_ds.config.load import load_recipe
+from gigatok_ds.config.load import load_recipe, recipe_names
 from gigatok_ds.demo.pipeline import free_port
 from gigatok_ds.kernels.build import cache_directory
 
@@ -81,9 +81,9 @@ def test_it_means_something_as_it_stands(command):
     assert "..." not in command.words, "a reader cannot run dots"
     if words := ours(command.words):
         args = parse(words)
-        # A file of one's own is a recipe where it is shown, and made in `documented_world`.
-        if (recipe := getattr(args, "recipe", None)) and words[0] in ("train", "recipes", "convert"):
-            load_recipe(recipe, args.overrides)
+        if (recipe := getattr(args, "recipe", None)) in recipe_names():
+            tensor = [f"parallel.tensor={args.tp}"] if getattr(args, "tp", None) else []
+            load_recipe(recipe, [*getattr(args, "overrides", []), *tensor])
 
 
 @pytest.mark.parametrize("command", FOUND, ids=str)
@@ -125,8 +125,8 @@ def here(words):
 
 
 def fork(words):
-    """In a rank of its own: training leaves a process group and DeepSpeed's settings behind."""
-    return run_ranks(_main_in, 1, os.getcwd(), words[1:])[0]
+    """In ranks of their own, the two of a launcher or one: training leaves a process group and DeepSpeed's settings behind."""
+    return max(run_ranks(_main_in, 1 if words[0] == "gigatok-ds" else 2, os.getcwd(), ours(words)))
 
 
 def _main_in(folder, words):
@@ -136,7 +136,8 @@ def _main_in(folder, words):
 
 def shell(words):
     given = dict(word.split("=", 1) for word in words[:len(words) - len(after_variables(words))])
-    finished = subprocess.run(after_variables(words), env=os.environ | given, capture_output=True, text=True, timeout=300, check=False)
+    finished = subprocess.run(after_variables(words), env=os.environ | given, capture_output=True, text=True, timeout=300,
+                              check=False)
     print(finished.stdout, finished.stderr)
     return finished.returncode
 
