@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+# In the order in which a reader of the README meets them: what one page's commands leave, the next page's read.
+_LISTED = [ROOT / path for path in dict.fromkeys(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text()))]
+PAGES = [README, *(page for page in _LISTED if page.exists()), *sorted(set((ROOT / "docs").glob("*.md")) - set(_LISTED))]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _VARIABLE = re.compile(r"[A-Z_]+=\S*")
 
@@ -72,10 +75,10 @@ def commands():
 class Rule:
     """How commands that begin with `begins` are run; of several rules the longest counts.
 
-    run: `here` (this process), `fork` (one rank of its own, as training wants it, or two where a launcher starts them), `shell` (a
-    process of its own), `help` (a script of benchmarks/ that has no form of seconds: its options are known to it, and it explains
-    itself), `covered` (by the test `by`; not run here), or `slow` (`here`, but only with -m slow; always, the test `by` runs another
-    small form of it).
+    run: `here` (this process), `fork` (one rank of its own, as training wants it, or two where a launcher starts them), `shell`
+    (a process of its own), `help` (a script of benchmarks/ that has no form of seconds: its options are known to it, and it
+    explains itself), `covered` (by the test `by`; not run here), or `slow` (`here`, but only with -m slow; always, the test `by`
+    runs another small form of it).
     replace, add: see the module. code: the exit code that is right. removes: what earlier commands left and this one writes anew.
     """
 
@@ -155,6 +158,7 @@ RULES = [
          by="tests/test_studies.py::test_ar_probing_in_one_command"),
     Rule("gigatok-ds search-guidance", run="slow", add=f"{_SMALL_REFERENCE} --count 6", replace={"--start 2.5": "--start 1"},
          by="tests/test_studies.py::test_a_search_finishes_resumes_and_leaves_a_table"),
+    Rule("python", run="help"),  # benchmarks take minutes; their own tests run small forms of some
     Rule("kill -USR1", run="covered", by="tests/test_stopping.py::test_a_signal_to_one_of_two_ranks_stops_both"),
 ]
 
