@@ -140,8 +140,8 @@ RULES = [
     Rule("gigatok-ds export-graph"),
     Rule("gigatok-ds extract-codes"),
     Rule("gigatok-ds sample", replace={"--classes 207,980": "--classes 1,3"}),
-    # torchrun itself once; otherwise ranks that start at once.
-    Rule("torchrun --nproc-per-node 8 -m gigatok_ds", run="fork"),
+    # torchrun itself once; otherwise ranks that start at once, and may not start workers.
+    Rule("torchrun --nproc-per-node 8 -m gigatok_ds extract-codes", run="fork", add="--workers 0"),
     Rule("torchrun --nproc-per-node 8 -m gigatok_ds sample", run="shell", replace={"--count 50000": "--count 6"}),
     Rule("torchrun --nproc-per-node 8 -m gigatok_ds evaluate generation", run="fork", add=_SMALL_REFERENCE),
     Rule("gigatok-ds evaluate generation", add=_SMALL_REFERENCE),
