@@ -154,7 +154,9 @@ RULES = [
     Rule("gigatok-ds reproduce GPT-B/XL-XXL", run="slow", code=1,
          add=f"--allow model {_SMALL_REFERENCE} --count 6 {_PROBE_OF_A_STUDY}",
          by="tests/test_studies.py::test_a_tokenizers_row"),
-    Rule("gigatok-ds ar-probe", run="slow", add=f"--recipe GPT-B --cfg 1.5 {_SMALL_REFERENCE} --count 6 {_PROBE_OF_A_STUDY}",
+    Rule("gigatok-ds ar-probe", run="slow",
+         add=f"--recipe GPT-B --gpt training.steps=4 --gpt training.log_every=2 --cfg 1.5 {_SMALL_REFERENCE} --count 6 "
+             f"{_PROBE_OF_A_STUDY}",
          by="tests/test_studies.py::test_ar_probing_in_one_command"),
     Rule("gigatok-ds search-guidance", run="slow", add=f"{_SMALL_REFERENCE} --count 6", replace={"--start 2.5": "--start 1"},
          by="tests/test_studies.py::test_a_search_finishes_resumes_and_leaves_a_table"),
