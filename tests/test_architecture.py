@@ -19,11 +19,12 @@ ALLOWED = {
     "sampling": {"config", "models", "data", "checkpoint", "parallel", "kernels", "evaluation"},
     "training": {"config", "models", "losses", "data", "checkpoint", "parallel", "kernels", "evaluation"},
     "app": {"models", "data", "checkpoint", "evaluation", "sampling"},
+    "planning": {"config", "models", "losses", "parallel", "training"},
     # Runs the others as commands.
     "studies": {"config", "data", "checkpoint", "evaluation"},
     "demo": {"config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training", "studies"},
     "cli": {"kernels", "config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training",
-            "demo", "cluster", "studies", "app"},
+            "demo", "cluster", "studies", "app", "planning"},
 }
 
 

@@ -314,3 +314,11 @@ def test_an_original_opened_twice_reads_the_same(tmp_path, monkeypatch):
     save_standalone(tmp_path / "m", tokenizer.config, tokenizer.state_dict())
     with pytest.raises(InputError, match="does not say what it is"):
         open_model(tmp_path / "t.pt")
+
+
+def test_a_model_in_a_directory_called_checkpoints_is_no_checkpoint_of_a_run(tmp_path, capsys):
+    """As all of the documentation has it: checkpoints/tokenizer-ss."""
+    tokenizer, folder = small_tokenizer(), tmp_path / "checkpoints" / "tokenizer-ss"
+    save_standalone(folder, tokenizer.config, tokenizer.state_dict())
+    assert convert(capsys, folder, tmp_path / "t.pt", "--to", "original")[0] == 0
+    assert convert(capsys, folder, tmp_path / "checkpoints" / "again", "--verify")[0] == 0

@@ -67,11 +67,12 @@ def test_flops_are_those_of_training(recipes, recompute):
 
 
 def test_traffic_of_tensor_ranks_is_its_closed_form(recipes):
-    """Of a block of n ranks, two sums forward and two backward (Shoeybi et al. 2019, arXiv:1909.08053, figure 4)."""
+    """Of a block two sums forward (Shoeybi et al. 2019, arXiv:1909.08053, figure 4), and three backward: of the inputs of q, k and v
+    together, and of the two that SwiGLU multiplies."""
     few, many = (rehearse(recipes("gpt", "parallel.tensor=2", f"model.size={{width: 64, layers: {layers}, heads: 2}}"), 8, 1)
                  for layers in (4, 5))
     tokens, width, bytes_ = 8, 64, 4
-    assert many.sent - few.sent == 4 * (2 * 1 / 2) * tokens * 8 * width * bytes_
+    assert many.sent - few.sent == (2 + 3) * (2 * 1 / 2) * tokens * 8 * width * bytes_
     apart, parts = (rehearse(recipes("gpt", "parallel.tensor=2", f"parallel.sequence={sequence}"), 8, 1)
                     for sequence in ("false", "true"))
     assert parts.kept < apart.kept and parts.sent > apart.sent, "norms are summed, and inputs gathered once more"

@@ -40,8 +40,9 @@ class Model:
 
 
 def is_run(path: Path) -> bool:
-    """A run directory, or one checkpoint of it."""
-    return (path / "checkpoints").is_dir() or path.parent.name == "checkpoints" or (path / RECIPE_FILE).is_file()
+    """A run directory, or one checkpoint of it; standalone models may lie in a directory called checkpoints, too."""
+    of_a_run = path.parent.name == "checkpoints" and path.name.startswith("step-")
+    return of_a_run or (path / "checkpoints").is_dir() or (path / RECIPE_FILE).is_file()
 
 
 def open_model(path: Path, *, choice: str | None = None, recipe: Recipe | None = None, step: int | None = None) -> Model:

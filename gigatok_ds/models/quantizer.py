@@ -88,8 +88,7 @@ class VectorQuantizer(nn.Module):
             commitment=F.mse_loss(z, code_vectors.detach()),
             entropy=entropy_loss,
         )
-        through = rotate if self.config.gradient == "rotation" else straight_through
-        quantized = through(z, code_vectors.detach())
+        quantized = GRADIENTS[self.config.gradient](z, code_vectors.detach())
         quantized = quantized.view(batch, height, width, -1).permute(0, 3, 1, 2).to(latent.dtype)
         return QuantizerOutput(quantized, codes.view(batch, height * width), losses)
 
@@ -134,3 +133,7 @@ def rotate(z: Tensor, code_vectors: Tensor) -> Tensor:
         scale = code_norm / (z_norm + 1e-6)
     rotated = z - 2 * (z * w).sum(1, keepdim=True) * w + 2 * (z * u).sum(1, keepdim=True) * q
     return rotated * scale
+
+
+# By QuantizerConfig.gradient: code vectors (N, D), with a gradient for the latents (N, D).
+GRADIENTS = {"rotation": rotate, "straight_through": straight_through}
