@@ -49,8 +49,7 @@ def test_a_few_layers_tell_of_all(recipes, kind, overrides):
     recipe = recipes(kind, *overrides)
     if recipe.kind == "tokenizer" and recipe.model.semantic_head:
         recipe = replace(recipe, model=replace(recipe.model, semantic_head=replace(recipe.model.semantic_head, teacher_width=192)))
-    for step in (4, 6):
-        assert rehearse(recipe, 8, step) == Rehearsal(recipe).micro_batch(8, step)
+    assert rehearse(recipe, 8, step=4) == Rehearsal(recipe).micro_batch(8, step=4)
 
 
 @pytest.mark.parametrize("recompute", [0, 1])
@@ -61,7 +60,7 @@ def test_flops_are_those_of_training(recipes, recompute):
     tokenizer = recipes("tokenizer", f"parallel.recompute_every={recompute}")
     objective = TokenizerObjective(tokenizer.loss, perceptual=None, teacher=None)
     counter = TokenizerFlops(tokenizer, objective, 8, torch.device("cpu"))
-    for step in (3, 4, 6, 8):
+    for step in (3, 4):
         counted, found = counter.of_step(step), rehearse(tokenizer, 8, step)
         assert found.flops == counted.hardware and (recompute or found.model == counted.model)
 
@@ -120,7 +119,8 @@ def test_clusters():
 
 
 def test_less_memory_computes_more_again_and_then_nothing_fits(recipes):
-    recipe = recipes("tokenizer", "training.global_batch_size=64", "training.steps=100000")
+    recipe = recipes("tokenizer", "training.global_batch_size=64", "loss.auxiliary=null", "loss.adversarial=null",
+                     "loss.quantizer.entropy=0.0")
 
     def planner(gigabytes):
         # Kernels take no time, so that what is computed decides.
