@@ -39,11 +39,18 @@ def _left(shared_memory_before):
     mark = f"{SESSION}={os.environ[SESSION]}".encode()
     processes = [f"process {pid} ({_read(pid, 'cmdline').replace(bytes(1), b' ').decode(errors='replace')[:120]})"
                  for pid in filter(str.isdigit, os.listdir("/proc"))
-                 if int(pid) != os.getpid() and mark in _read(pid, "environ").split(bytes(1))]
+                 if int(pid) != os.getpid() and mark in _read(pid, "environ").split(bytes(1)) and not _serves_this_session(pid)]
     new = set(os.listdir("/dev/shm")) - shared_memory_before
     # What a living process uses is that of others on this machine: ours have ended, or are told above.
     used = b"".join(_read(pid, "maps") for pid in filter(str.isdigit, os.listdir("/proc")) if int(pid) != os.getpid()) if new else b""
     return processes + [f"/dev/shm/{name}" for name in sorted(new) if f"/dev/shm/{name}".encode() not in used]
+
+
+def _serves_this_session(pid):
+    """Whether it is multiprocessing's fork server or resource tracker of this very process, which ends with it."""
+    parent = _read(pid, "stat").rpartition(b")")[2].split()[1:2]
+    helper = any(name in _read(pid, "cmdline") for name in (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker"))
+    return helper and parent == [str(os.getpid()).encode()]
 
 
 def _read(pid, name):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.models.pretrained import build_frozen
+from gigatok_ds.models.pretrained import autocast, build_frozen
 from gigatok_ds.models.published import WeightFile
 
 # DINOv2 (Oquab et al. 2023, arXiv:2304.07193), plain and with registers; SigLIP's shape-optimised ViT (Zhai et al.
@@ -63,7 +63,7 @@ class FrozenViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised patch tokens (B, grid * grid, width), row-major, float32, of images (B, 3, H, W) in [-1, 1]."""
-        with torch.autocast(images.device.type, enabled=False):
+        with autocast(images.device, "fp32"):
             images = self.preprocess(images.float())
         return self.network.forward_features(images)[:, self.network.num_prefix_tokens :].float()
 

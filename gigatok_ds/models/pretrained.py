@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.published import WeightFile
@@ -68,6 +71,23 @@ def build_frozen(build: Callable[[], nn.Module], file: WeightFile,
     return network
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """A frozen network with float32 weights computes in the training's precision (fp32, bf16 or fp16) within."""
+    if device.type == "meta":
+        return nullcontext() if precision == "fp32" else _MetaAutocast(_AUTOCAST[precision])
     return torch.autocast(device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32")
+
+
+class _MetaAutocast(TorchFunctionMode):
+    """The same for tensors without storage, of which torch's own autocast knows nothing: the types of products."""
+
+    PRODUCTS = (F.conv2d, F.linear, torch.matmul, Tensor.matmul, F.scaled_dot_product_attention)
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.PRODUCTS:
+            args = [value.to(self.dtype) if isinstance(value, Tensor) else value for value in args]
+        return function(*args, **(kwargs or {}))

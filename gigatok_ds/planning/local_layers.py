@@ -62,34 +62,20 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """A whole to the own part; backward gathers."""
+    """A whole to the own part, of the sum over ranks if they have parts of that (`summed`); backward gathers."""
 
     @staticmethod
-    def forward(ctx, whole: Tensor, traffic: Traffic) -> Tensor:
+    def forward(ctx, whole: Tensor, traffic: Traffic, summed: bool) -> Tensor:
         ctx.traffic = traffic
+        if summed:
+            traffic.reduce_scatter(whole)
         return _shrunk(whole, traffic.size)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         whole = _grown(gradient, ctx.traffic.size)
         ctx.traffic.all_gather(whole)
-        return whole, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    """Sums of all ranks to the own part of their total; backward gathers."""
-
-    @staticmethod
-    def forward(ctx, whole: Tensor, traffic: Traffic) -> Tensor:
-        ctx.traffic = traffic
-        traffic.reduce_scatter(whole)
-        return _shrunk(whole, traffic.size)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        whole = _grown(gradient, ctx.traffic.size)
-        ctx.traffic.all_gather(whole)
-        return whole, None
+        return whole, None, None
 
 
 class _Enter(torch.autograd.Function):
@@ -146,7 +132,7 @@ class _Passage:
         self.traffic = traffic
 
     def scatter(self, whole: Tensor) -> Tensor:
-        return _Scatter.apply(whole, self.traffic)
+        return _Scatter.apply(whole, self.traffic, False)
 
     def gather(self, part: Tensor) -> Tensor:
         return _Gather.apply(part, self.traffic, False)
@@ -177,8 +163,10 @@ class _Row(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         layers, product = self.layers[0], x @ self.weight.t()
-        leave = _ReduceScatter if layers.sequence_parallel else _Leave
-        total = leave.apply(product, layers.traffic)
+        if layers.sequence_parallel:
+            total = _Scatter.apply(product, layers.traffic, True)
+        else:
+            total = _Leave.apply(product, layers.traffic)
         return total if self.bias is None else total + self.bias
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from gigatok_ds.config.recipe import Recipe
-from gigatok_ds.planning.rehearsal import build_trained, layers_of, objective_of
+from gigatok_ds.planning.rehearsal import META, build_trained, layers_of, objective_of
 from gigatok_ds.planning.state import State, state_of
 
 
@@ -27,7 +26,7 @@ class Shapes:
 
 
 def shapes_of(recipe: Recipe) -> Shapes:
-    with torch.device("meta"):
+    with META:
         networks = build_trained(recipe, layers_of(recipe))
     objective = objective_of(recipe)
     trained = {name: [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]

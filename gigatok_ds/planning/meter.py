@@ -5,13 +5,13 @@ from __future__ import annotations
 import weakref
 
 import torch
+from torch.library import _scoped_library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from gigatok_ds.training.flops import own_formulas
 
 _ATEN = torch.ops.aten
-_ASKS_DEVICE = torch.ops.prim.device.default
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *more, out_shape=None, **options) -> int:
@@ -28,16 +28,22 @@ def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size
 
 _FORMULAS = flop_registry | {operator: shape_wrapper(formula) for operator, formula in {
     **own_formulas(again=True),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _ATEN._scaled_dot_product_flash_attention: _attention,
+    _ATEN._scaled_dot_product_flash_attention_backward: _attention_backward,
 }.items()}
+
+
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    """What a GPU takes; on the meta device torch itself would hold all attention weights."""
+    return _ATEN._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
 
 
 class Meter(TorchDispatchMode):
     """As a context: measures what runs within.
 
     peak: bytes of the storages that are made within and alive at a time, at most. flops: operations as training.flops counts the
-    hardware's. model: those of them while `of_model` is set, without distances that are computed a second time. kernels: calls of operators that are more than a view; on a GPU each starts a kernel or more.
+    hardware's. model: those of them while `of_model` is set, without distances that are computed a second time. kernels: calls of
+    operators that are more than a view; on a GPU each starts a kernel or more.
     """
 
     def __init__(self):
@@ -49,18 +55,30 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        self.kernels += not function.is_view and function is not _ASKS_DEVICE
+        self.kernels += not function.is_view
         if formula := _FORMULAS.get(function._overloadpacket):
             operations = formula(*args, **kwargs, out_val=result)
+            # Of the gradients of distances, a third are the distances once more.
+            repeats = function._overloadpacket is torch.ops.gigatok.assignment_gradients
             self.flops += operations
-            if self.of_model:
-                # Of the gradients of distances, a third are the distances once more.
-                repeated = operations // 3 if function._overloadpacket is torch.ops.gigatok.assignment_gradients else 0
-                self.model += operations - repeated
+            self.model += (operations - (operations // 3 if repeats else 0)) * self.of_model
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, torch.Tensor):
                 self._note(value.untyped_storage())
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and asking would import the compiler
+
+    def __enter__(self) -> Meter:
+        self._library = _scoped_library("aten", "IMPL")
+        self._library.__enter__().impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._library.__exit__(*error)
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
@@ -21,14 +20,14 @@ from gigatok_ds.models.published import RANDOM
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.dropout import dropout_at, name_dropouts
 from gigatok_ds.parallel.layers import PLAIN, Layers
-from gigatok_ds.parallel.partial import is_partial, mark_partial_parameter
+from gigatok_ds.parallel.partial import is_partial
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.planning.local_layers import LocalLayers, Traffic
 from gigatok_ds.planning.meter import Meter
 from gigatok_ds.training.tokenizer_step import TokenizerStep
 
-_MODE = FakeTensorMode(allow_non_fake_inputs=True)
+META = torch.device("meta")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,10 +87,8 @@ def objective_of(recipe: Recipe) -> TokenizerObjective | None:
 @functools.cache
 def _objective(loss: TokenizerLossConfig, grid: int, precision: str) -> TokenizerObjective:
     """Built once: it takes longer than to run it, and nothing changes it."""
-    with torch.device("meta"):
-        objective = build_objective(loss, device="meta", grid=grid, precision=precision)
-    with _MODE:
-        return _without_values(objective)
+    with META:
+        return build_objective(loss, device=META, grid=grid, precision=precision)
 
 
 class Rehearsal:
@@ -102,13 +99,12 @@ class Rehearsal:
         self.layers = layers_of(recipe)
         self.traffic = getattr(self.layers, "traffic", Traffic(1))
         self.meter = Meter()
-        with torch.device("meta"):
+        with META:
             trained = build_trained(recipe, self.layers)
         self.objective = objective_of(recipe)
-        with _MODE:
-            self.trained = {name: _trained(network, DTYPES[recipe.training.precision]) for name, network in trained.items()}
-            if recipe.parallel.tensor > 1:
-                self._count_partial_gradients()
+        self.trained = {name: _trained(network, DTYPES[recipe.training.precision]) for name, network in trained.items()}
+        if recipe.parallel.tensor > 1:
+            self._count_partial_gradients()
         self.engines = {name: _Bare(network, self.meter) for name, network in self.trained.items()}
 
     def _count_partial_gradients(self) -> None:
@@ -120,7 +116,7 @@ class Rehearsal:
 
     def micro_batch(self, samples: int, step: int) -> MicroBatch:
         """A micro batch of so many samples of a data rank, in the 1-based `step`. Once only."""
-        with _MODE, self.meter:
+        with self.meter:
             for network in [*self.trained.values(), *filter(None, [self.objective])]:
                 self.meter.ignore([*network.parameters(), *network.buffers()])
             if isinstance(self.recipe, TokenizerRecipe):
@@ -136,16 +132,16 @@ class Rehearsal:
 
     def _tokenizer(self, samples: int, step: int) -> None:
         tensor, size = self.recipe.parallel.tensor, self.recipe.model.image_size
-        topology = _LocalTopology(rank=0, world_size=tensor, device=torch.device("cpu"), data_rank=0, data_size=1,
+        topology = _LocalTopology(rank=0, world_size=tensor, device=META, data_rank=0, data_size=1,
                                   tensor_size=tensor, layers=self.layers)
         passes = TokenizerStep(self.recipe, topology, self.engines["generator"], self.engines.get("discriminator"),
                                self.objective, accumulation=1)
         own = samples // tensor
-        passes.train(torch.empty(own, 3, size, size), torch.zeros(own, dtype=torch.int64), step)
+        passes.train(torch.empty(own, 3, size, size, device=META), torch.zeros(own, dtype=torch.int64), step)
 
     def _gpt(self, samples: int) -> None:
         config, engine = self.recipe.model, self.engines["gpt"]
-        codes = torch.zeros((samples, config.sequence_length), dtype=torch.int64)
+        codes = torch.zeros((samples, config.sequence_length), dtype=torch.int64, device=META)
         with dropout_at(0, codes[:, 0]):
             engine.backward(engine(codes[:, :-1], codes[:, 0], codes).mean())
         # Logits, which are computed again in any case: see parallel.cross_entropy.
@@ -154,31 +150,11 @@ class Rehearsal:
 
 def _trained(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """In the training's type, with gradients that are gone when they are whole: they are counted elsewhere."""
-    _without_values(network, dtype).train()
+    network.to(dtype).train()
     name_dropouts(network)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget)
-    return network
-
-
-def _without_values(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A network of the meta device as one of the CPU, whose operators it is to choose, its numbers of `dtype` if given.
-
-    Within a FakeTensorMode, whose tensors a module cannot convert by itself.
-    """
-
-    def like(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
-
-    for module in network.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else like(buffer)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = made = nn.Parameter(like(parameter), requires_grad=parameter.requires_grad)
-                if is_partial(parameter):
-                    mark_partial_parameter(made)
     return network
 
 
