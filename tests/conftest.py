@@ -39,7 +39,8 @@ def _left(shared_memory_before):
     mark = f"{SESSION}={os.environ[SESSION]}".encode()
     processes = [f"process {pid} ({_read(pid, 'cmdline').replace(bytes(1), b' ').decode(errors='replace')[:120]})"
                  for pid in filter(str.isdigit, os.listdir("/proc"))
-                 if int(pid) != os.getpid() and mark in _read(pid, "environ").split(bytes(1)) and not _serves_this_session(pid)]
+                 if int(pid) != os.getpid() and mark in _read(pid, "environ").split(bytes(1))
+                 and not _serves_this_session(pid)]
     new = set(os.listdir("/dev/shm")) - shared_memory_before
     # What a living process uses is that of others on this machine: ours have ended, or are told above.
     used = b"".join(_read(pid, "maps") for pid in filter(str.isdigit, os.listdir("/proc")) if int(pid) != os.getpid()) if new else b""

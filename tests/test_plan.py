@@ -48,7 +48,8 @@ def recipes(tmp_path_factory):
 def test_a_few_layers_tell_of_all(recipes, kind, overrides):
     recipe = recipes(kind, *overrides)
     if recipe.kind == "tokenizer" and recipe.model.semantic_head:
-        recipe = replace(recipe, model=replace(recipe.model, semantic_head=replace(recipe.model.semantic_head, teacher_width=192)))
+        head = replace(recipe.model.semantic_head, teacher_width=192)
+        recipe = replace(recipe, model=replace(recipe.model, semantic_head=head))
     assert rehearse(recipe, 8, step=4) == Rehearsal(recipe).micro_batch(8, step=4)
 
 
@@ -66,10 +67,10 @@ def test_flops_are_those_of_training(recipes, recompute):
 
 
 def test_traffic_of_tensor_ranks_is_its_closed_form(recipes):
-    """Of a block two sums forward (Shoeybi et al. 2019, arXiv:1909.08053, figure 4), and three backward: of the inputs of q, k and v
-    together, and of the two that SwiGLU multiplies."""
-    few, many = (rehearse(recipes("gpt", "parallel.tensor=2", f"model.size={{width: 64, layers: {layers}, heads: 2}}"), 8, 1)
-                 for layers in (4, 5))
+    """Of a block two sums forward (Shoeybi et al. 2019, arXiv:1909.08053, figure 4), and three backward: of the inputs of q,
+    k and v together, and of the two that SwiGLU multiplies."""
+    sizes = [f"model.size={{width: 64, layers: {layers}, heads: 2}}" for layers in (4, 5)]
+    few, many = (rehearse(recipes("gpt", "parallel.tensor=2", size), 8, 1) for size in sizes)
     tokens, width, bytes_ = 8, 64, 4
     assert many.sent - few.sent == (2 + 3) * (2 * 1 / 2) * tokens * 8 * width * bytes_
     apart, parts = (rehearse(recipes("gpt", "parallel.tensor=2", f"parallel.sequence={sequence}"), 8, 1)

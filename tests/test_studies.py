@@ -12,6 +12,7 @@ from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
+from gigatok_ds.kernels.build import cache_directory
 from gigatok_ds.studies.guidance_search import climb, next_scale, windows
 from gigatok_ds.studies.published import ROWS, TOLERANCES
 from gigatok_ds.studies.reproduce import Comparison, compare
@@ -106,6 +107,7 @@ def setting(world, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache_directory().parent))  # the kernels are compiled once
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="scale step times by those of this run directory, from the same kind of GPU (several: their mean)")
     parser.add_argument("--zero", type=int, choices=range(4), help="plan this ZeRO stage instead of the best one")
     parser.add_argument("--tp", type=int, metavar="N", help="plan so many tensor ranks instead of the best number")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too; - prints them instead of the table")
+    parser.add_argument("--json", type=Path, metavar="FILE",
+                        help="write the figures there, too; - prints them instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:

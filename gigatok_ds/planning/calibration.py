@@ -37,7 +37,8 @@ def read_run(run_dir: Path) -> Measured:
     recipe, settings = load_recipe(str(run_dir / "recipe.yaml")), json.loads((run_dir / "deepspeed.json").read_text())
     seconds = [line["throughput/step_seconds"] for line in read_metrics(run_dir) if "throughput/step_seconds" in line][1:]
     if len(seconds) < ENOUGH:
-        raise InputError(f"--calibrate {run_dir} has logged {len(seconds)} times after its first steps; at least {ENOUGH} are needed")
+        raise InputError(f"--calibrate {run_dir} has logged {len(seconds)} times after its first steps; at least {ENOUGH} are "
+                         "needed")
     starts = [line["ranks"] for line in read_history(run_dir) if line["event"] == "started"]
     parallel = recipe.parallel
     if parallel.recompute_every > 1:

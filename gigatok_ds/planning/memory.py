@@ -78,7 +78,8 @@ class Memory:
                 "update (instead of the last three)": update}
 
 
-def memory_of(recipe: Recipe, shapes: Shapes, activations: float, *, zero: Mapping, data_ranks: int, fused_update: bool) -> Memory:
+def memory_of(recipe: Recipe, shapes: Shapes, activations: float, *, zero: Mapping, data_ranks: int,
+              fused_update: bool) -> Memory:
     """zero: DeepSpeed's zero_optimization; fused_update as for `state_of`."""
     training = recipe.training
     states = {name: state_of(sizes, zero=zero, data_ranks=data_ranks, precision=training.precision,

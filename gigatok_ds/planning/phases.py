@@ -33,7 +33,8 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     starts = sorted({1, *(max(step, 1) for step in ends if step is not None and step <= steps)})
     found = []
     for start, end in zip(starts, [*starts[1:], steps + 1]):
-        flags = {"the entropy term": wants.wants_entropy(start), "direct reconstruction": wants.wants_direct_reconstruction(start),
+        flags = {"the entropy term": wants.wants_entropy(start),
+                 "direct reconstruction": wants.wants_direct_reconstruction(start),
                  "the discriminator": wants.discriminator_active(start)}
         found.append(Phase(step=start, count=end - start, active=frozenset(name for name, on in flags.items() if on)))
     return found

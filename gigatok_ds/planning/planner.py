@@ -136,8 +136,8 @@ class Planner:
                              f"{self.recipe.training.global_batch_size} cannot be spread over them; change "
                              "training.global_batch_size or the cluster")
         if not fitting:
-            raise InputError(f"{self.recipe.name} does not fit {self.cluster}: at least {least.memory.peak / 1e9:.1f} GB are needed, "
-                             f"and {self.usable / 1e9:.1f} GB can be used; take more or larger GPUs")
+            raise InputError(f"{self.recipe.name} does not fit {self.cluster}: at least {least.memory.peak / 1e9:.1f} GB are "
+                             f"needed, and {self.usable / 1e9:.1f} GB can be used; take more or larger GPUs")
         fastest = min(plan.time.seconds for plan in fitting)
         near = [plan for plan in fitting if plan.time.seconds <= 1.03 * fastest]
         best = min(near, key=lambda plan: (plan.layout.tensor, self._choices().index(plan.layout.recompute), plan.layout.stage,

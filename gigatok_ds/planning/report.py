@@ -72,9 +72,9 @@ def text(found: dict, recipe: Recipe) -> str:
         f"  FLOPs: model {found['flops']['model']:.4e}, hardware {found['flops']['hardware']:.4e}",
         "  sent per GPU, GB: " + ", ".join(f"{name.replace('_', ' ')} {value / GB:.3f}"
                                            for name, value in found["sent_per_gpu"].items()),
-        f"  {step['seconds']:.3f} s: computing {step['computing']:.3f}{' (bound by starting kernels)' if step['launch_bound'] else ''}, "
-        f"tensor traffic {step['tensor_traffic']:.3f}, update {step['update']:.3f}, data traffic that shows "
-        f"{step['exposed_data_traffic']:.3f}",
+        f"  {step['seconds']:.3f} s: computing {step['computing']:.3f}"
+        f"{' (bound by starting kernels)' if step['launch_bound'] else ''}, tensor traffic {step['tensor_traffic']:.3f}, "
+        f"update {step['update']:.3f}, data traffic that shows {step['exposed_data_traffic']:.3f}",
         f"  MFU {step['mfu']:.1%}, HFU {step['hfu']:.1%}, {step['samples_per_second']:,.0f} {what} per second",
         "",
         f"{run['steps']:,} steps: {run['days']:.2f} days, {run['gpu_hours']:,.0f} GPU-hours",
