@@ -67,7 +67,7 @@ def val_tar(tmp_path):
 
 
 def devkit(tmp_path, truth=(30, 10, 30), synsets=((10, "n00000009", 0), (30, "n00000004", 0), (31, "n00000005", 2))):
-    synsets = np.array(synsets, dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("num_children", "i4")])
+    synsets = np.array(list(synsets), dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("num_children", "i4")])
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": synsets})
     path = tmp_path / "devkit.tar.gz"
