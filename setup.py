@@ -91,7 +91,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["gigatok_ds", "gigatok_ds.*"]),
-    package_data={"gigatok_ds": ["recipes/*.yaml", "demo/*.html", "demo/*.css", "kernels/csrc/*"]},
+    package_data={"gigatok_ds": ["recipes/*.yaml", "planning/*.json", "demo/*.html", "demo/*.css", "kernels/csrc/*"]},
     cmdclass={"build_py": BuildWithKernels},
     distclass=PlatformDistribution,
     install_requires=["torch>=2.11", "numpy", "pyyaml", "safetensors", "pydantic>=2.7", "pillow", "tqdm"],

@@ -1,6 +1,9 @@
 """Several pytest workers share the cores: each computes with its part of them, and so does what it starts."""
 
+import multiprocessing.util
 import os
+import shutil
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -14,6 +17,23 @@ if workers > 1:  # before torch is imported
 
 SESSION = "GIGATOK_TEST_SESSION"  # in the environment of whatever a session starts
 LEFT_SECONDS = 20.0  # for what ends by itself when a session does
+EXPECTED = ("pytest-of-", "torchinductor_")  # of temporary files: pytest's own, and what torch compiled
+
+
+def pytest_configure(config):
+    """Temporary files of a session and of all that it starts lie in a directory of their own, which is removed if it passes."""
+    if not hasattr(config, "workerinput"):
+        config.temporary = tempfile.mkdtemp(prefix="gtk-")  # short: sockets lie in it, whose names may have 107 bytes
+        os.environ["TMPDIR"], tempfile.tempdir = config.temporary, None
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "temporary"):
+        return
+    if config.passed:  # after multiprocessing has removed what it has there, at priority -100
+        multiprocessing.util.Finalize(None, shutil.rmtree, args=(config.temporary,), exitpriority=-200)
+    else:
+        print(f"temporary files are kept in {config.temporary}")
 
 
 def pytest_sessionstart(session):
@@ -24,27 +44,31 @@ def pytest_sessionstart(session):
 
 @pytest.hookimpl(trylast=True)  # after xdist has ended its workers
 def pytest_sessionfinish(session):
-    """Tests that leave a process or shared memory behind fail as a whole."""
+    """Tests that leave a process, shared memory or a temporary file behind fail as a whole."""
     if hasattr(session.config, "workerinput"):
         return
     deadline = time.monotonic() + LEFT_SECONDS
-    while (left := _left(session.config.shared_memory_before)) and time.monotonic() < deadline:
+    while (left := _left(session.config)) and time.monotonic() < deadline:
         time.sleep(0.5)
     if left:
         print("\nleft behind by the tests: " + "; ".join(left))
         session.exitstatus = 1
+    session.config.passed = session.exitstatus == 0
 
 
-def _left(shared_memory_before):
+def _left(config):
     mark = f"{SESSION}={os.environ[SESSION]}".encode()
     processes = [f"process {pid} ({_read(pid, 'cmdline').replace(bytes(1), b' ').decode(errors='replace')[:120]})"
                  for pid in filter(str.isdigit, os.listdir("/proc"))
                  if int(pid) != os.getpid() and mark in _read(pid, "environ").split(bytes(1))
                  and not _serves_this_session(pid)]
-    new = set(os.listdir("/dev/shm")) - shared_memory_before
+    new = set(os.listdir("/dev/shm")) - config.shared_memory_before
     # What a living process uses is that of others on this machine: ours have ended, or are told above.
     used = b"".join(_read(pid, "maps") for pid in filter(str.isdigit, os.listdir("/proc")) if int(pid) != os.getpid()) if new else b""
-    return processes + [f"/dev/shm/{name}" for name in sorted(new) if f"/dev/shm/{name}".encode() not in used]
+    own = multiprocessing.current_process()._config.get("tempdir")  # goes with this process
+    files = [path for path in Path(config.temporary).iterdir() if not path.name.startswith(EXPECTED) and str(path) != own]
+    return [*processes, *(f"/dev/shm/{name}" for name in sorted(new) if f"/dev/shm/{name}".encode() not in used),
+            *map(str, sorted(files))]
 
 
 def _serves_this_session(pid):

@@ -86,8 +86,8 @@ def values(terms):
     (10**6, False, True)])
 def test_terms_switch_exactly_at_their_step(step, auxiliary, discriminator):
     ours = objective()
-    assert ours.wants_feature_loss(step) == ours.wants_direct_reconstruction(step) == auxiliary
-    assert ours.discriminator_active(step) == discriminator
+    assert ours.config.wants_feature_loss(step) == ours.config.wants_direct_reconstruction(step) == auxiliary
+    assert ours.config.discriminator_active(step) == discriminator
     image_terms = ours.image_terms(IMAGES, RECONSTRUCTION, DIRECT, discriminate, step)
     assert ours.perceptual.looks == 1  # for both reconstructions
     expected = {"reconstruction", "perceptual"} | ({"adversarial"} if discriminator else set())
@@ -99,7 +99,7 @@ def test_terms_switch_exactly_at_their_step(step, auxiliary, discriminator):
 
 def test_direct_reconstruction_can_be_left_out_while_the_feature_loss_stays():
     ours = objective(auxiliary=AuxiliaryConfig(end_step=20, direct_reconstruction=False))
-    assert ours.wants_feature_loss(19) and not ours.wants_direct_reconstruction(19)
+    assert ours.config.wants_feature_loss(19) and not ours.config.wants_direct_reconstruction(19)
     terms = ours.image_terms(IMAGES, RECONSTRUCTION, None, discriminate, 19)
     assert not any(name.startswith("direct") for name in terms)
 
@@ -107,8 +107,8 @@ def test_direct_reconstruction_can_be_left_out_while_the_feature_loss_stays():
 def test_everything_optional_can_be_left_out():
     ours = objective(perceptual=None, adversarial=None, auxiliary=None, semantic=None,
                      quantizer=QuantizerLossConfig(entropy=0.0))
-    assert not ours.wants_feature_loss(1) and not ours.wants_direct_reconstruction(1)
-    assert not ours.discriminator_active(10**6)
+    assert not ours.config.wants_feature_loss(1) and not ours.config.wants_direct_reconstruction(1)
+    assert not ours.config.discriminator_active(10**6)
     assert ours.image_terms(IMAGES, RECONSTRUCTION, None, None, 1).keys() == {"reconstruction"}
     assert ours.latent_terms(output(), None, 1).keys() == {"codebook", "commitment"}
 

@@ -5,12 +5,14 @@ import torch
 from layout_runs import stand_in_objective
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from training_runs import GPT, TOKENIZER
 
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.losses import composition
 from gigatok_ds.models.quantizer import VectorQuantizer
-from gigatok_ds.training.flops import GPTFlops, TokenizerFlops, counted
+from gigatok_ds.training.flops import GPTFlops, TokenizerFlops, counted, own_formulas
 
 BATCH, IMAGES, CODES, TOKENS, DIM = 8, 4, 64, 8, 4
 
@@ -59,6 +61,15 @@ def test_the_quantizer_counts_its_distances(tmp_path):
     quantizer = VectorQuantizer(recipe(tmp_path, TOKENIZER).model.quantizer).train()
     latent = torch.randn(2, DIM, 1, TOKENS)
     assert counted(lambda: quantizer(latent)) == 2 * 2 * TOKENS * CODES * DIM
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_count_is_that_of_torchs_counter(tmp_path, direct):
+    flops = tokenizer_flops(tmp_path)
+    with FlopCounterMode(display=False, custom_mapping=own_formulas(again=False)) as theirs, sdpa_kernel(SDPBackend.MATH):
+        flops._generator("global", direct)
+    for _ in range(2):  # the second time calls are remembered
+        assert counted(lambda: flops._generator("global", direct)) == theirs.get_total_flops() > 0
 
 
 def convolutions(network, size):

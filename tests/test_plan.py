@@ -1,6 +1,8 @@
 """Plans: rehearsals in few layers equal those of all, FLOPs equal torch's, layouts fit, and training takes them."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,17 +11,17 @@ import yaml
 from training_runs import GPT, TOKENIZER, prepare, start
 
 from gigatok_ds.cli.main import main
-from gigatok_ds.config.load import load_recipe
+from gigatok_ds.config.load import load_recipe, recipe_names
 from gigatok_ds.errors import InputError
 from gigatok_ds.losses.composition import TokenizerObjective
+from gigatok_ds.planning import published
 from gigatok_ds.planning.auto import cluster_here
 from gigatok_ds.planning.by_layers import rehearse
 from gigatok_ds.planning.calibration import calibrated, read_run
 from gigatok_ds.planning.cluster import DEVICES, device_named, parse_cluster
-from gigatok_ds.planning.memory import shapes_of
 from gigatok_ds.planning.phases import fullest, longest, phases_of
 from gigatok_ds.planning.planner import BLOCKS, EVERYTHING, NOTHING, Layout, Planner
-from gigatok_ds.planning.rehearsal import Rehearsal
+from gigatok_ds.planning.rehearsal import Rehearsal, shapes_of
 from gigatok_ds.planning.speed import Assumptions
 from gigatok_ds.training.flops import GPTFlops, TokenizerFlops
 
@@ -152,6 +154,23 @@ def test_more_zero_stages_keep_less(recipes):
     assert plans[0].memory.states["gpt"].kept == elements * (2 + 2 + 4 + 8 + 4 / 4)
     assert plans[3].memory.states["gpt"].kept == elements * (2 + 2 + 4 + 8 + 4) / 4
     assert plans[3].traffic.data_inside == pytest.approx(1.5 * plans[1].traffic.data_inside)
+
+
+@pytest.mark.parametrize("name", [
+    "GPT-B", "VQ_SS256", *(pytest.param(name, marks=pytest.mark.slow) for name in recipe_names() if name not in ("GPT-B", "VQ_SS256")),
+])
+def test_published_rehearsals_are_those_of_this_code(name):
+    known = published._known()
+    assert known, "the code that is rehearsed has changed; renew them: python -m gigatok_ds.planning.published"
+    for key, found in published.rehearsals(name):
+        assert known[key] == found
+
+
+def test_published_recipes_are_planned_without_torch():
+    code = ("import sys; sys.modules['torch'] = None; from gigatok_ds.cli.main import main; "
+            "sys.exit(main(['plan', 'VQ_XLXXL256', '--cluster', '8x8xH100']))")
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0 and "generator 2,894.0 M" in finished.stdout, finished.stderr
 
 
 def test_the_command(recipes, tmp_path, capsys):

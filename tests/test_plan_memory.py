@@ -8,7 +8,8 @@ from training_runs import prepare
 from gigatok_ds.config.deepspeed import resolve_deepspeed
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.planning.by_layers import rehearse
-from gigatok_ds.planning.memory import memory_of, shapes_of
+from gigatok_ds.planning.memory import memory_of
+from gigatok_ds.planning.rehearsal import shapes_of
 
 MODELS = {
     "tokenizer": ["model.encoder={width: 128, layers: 4, heads: 4}", "model.decoder={width: 128, layers: 4, heads: 4}",

@@ -8,10 +8,9 @@ from golden_models import arrays
 from golden_weights import tensor
 
 from gigatok_ds import InputError
-from gigatok_ds.config.model import QuantizerConfig
 from gigatok_ds.config.losses import QuantizerLossConfig, TokenizerLossConfig
+from gigatok_ds.config.model import QuantizerConfig
 from gigatok_ds.kernels.ops import assignment_entropy, assignment_statistics, entropy_penalty, nearest_code
-from gigatok_ds.losses.composition import TokenizerObjective
 from gigatok_ds.models.quantizer import USAGE_WINDOW, VectorQuantizer
 from gigatok_ds.parallel.layers import PlainLayers
 
@@ -108,5 +107,4 @@ def test_the_mean_assignment_is_of_all_data_ranks_or_of_one():
     assert abs(by_scope["global"] - by_scope["data_rank"]) > 0.01
     objective = TokenizerLossConfig(quantizer=QuantizerLossConfig(entropy=0.1, entropy_end_step=3, statistics="data_rank"),
                                     perceptual=None, adversarial=None, auxiliary=None, semantic=None)
-    wanted = TokenizerObjective(objective, perceptual=None, teacher=None).wants_entropy
-    assert [wanted(step) for step in (1, 2, 3)] == ["data_rank", "data_rank", None]
+    assert [objective.wants_entropy(step) for step in (1, 2, 3)] == ["data_rank", "data_rank", None]

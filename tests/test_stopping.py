@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,7 +118,8 @@ def test_a_data_worker_that_is_killed_is_named(data, tmp_path):
     folder, names = data
     code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names, "data.workers=1",
                           "--inject", "kill-worker:step=3", *LONG])
-    assert code == 1 and "DataLoader worker (pid" in output and "killed by signal" in output, output
+    # torch says the one or the other: whether its handler of the signal or its queue sees it first.
+    assert code == 1 and re.search(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)", output), output
 
 
 def test_a_stall_in_c_code_that_holds_the_interpreter_ends_too(tmp_path):

@@ -85,11 +85,12 @@ def _refuse_useless(args: argparse.Namespace) -> None:
 def _write(args: argparse.Namespace, model) -> Path:
     from gigatok_ds.checkpoint.original import save_original
     from gigatok_ds.checkpoint.standalone import save_standalone
+    from gigatok_ds.precision import PRECISIONS
 
     with _progress(model.weights) as weights:
         if args.to == "original":
-            return save_original(args.out, model.config, weights, dtype=_dtype(args.dtype), overwrite=args.overwrite)
-        return save_standalone(args.out, model.config, weights, provenance=model.provenance, dtype=_dtype(args.dtype),
+            return save_original(args.out, model.config, weights, dtype=PRECISIONS[args.dtype], overwrite=args.overwrite)
+        return save_standalone(args.out, model.config, weights, provenance=model.provenance, dtype=PRECISIONS[args.dtype],
                                overwrite=args.overwrite)
 
 
@@ -109,12 +110,13 @@ def _verified(args: argparse.Namespace, model) -> str:
     """What was compared. What does not compare equal is removed."""
     from gigatok_ds.checkpoint.sources import open_model, open_original
     from gigatok_ds.checkpoint.verification import verify
+    from gigatok_ds.precision import PRECISIONS
 
     try:
         for place in (args.source, args.out):
             _refuse_damaged(place)
         written = open_original(args.out, model.config) if args.to == "original" else open_model(args.out)
-        return verify(model, written, dtype=_dtype(args.dtype), probe=_probe(args, model))
+        return verify(model, written, dtype=PRECISIONS[args.dtype], probe=_probe(args, model))
     except BaseException:
         shutil.rmtree(args.out, ignore_errors=True) if args.out.is_dir() else args.out.unlink(missing_ok=True)
         raise
@@ -145,12 +147,6 @@ def _probe(args: argparse.Namespace, model) -> Path | None:
     training = load_recipe(str(run_dir / RECIPE_FILE)).training
     last = model.provenance["checkpoint"] == f"step-{training.steps:07d}"
     return run_dir / "probe.npz" if last and training.precision == "fp32" and (run_dir / "probe.npz").is_file() else None
-
-
-def _dtype(name: str):
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 @contextmanager

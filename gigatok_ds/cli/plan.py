@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.config.load import load_recipe
     from gigatok_ds.files import write_atomically
-    from gigatok_ds.planning.calibration import calibrated
     from gigatok_ds.planning.cluster import parse_cluster
     from gigatok_ds.planning.planner import Planner
     from gigatok_ds.planning.report import figures, text
@@ -46,7 +45,12 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     cluster = parse_cluster(args.cluster, memory_gb=args.memory_gb, network_gbps=args.network_gbps)
-    planner = Planner(recipe, cluster, calibrated(Assumptions(), args.calibrate, cluster), tensor=args.tp, stage=args.zero)
+    assumptions = Assumptions()
+    if args.calibrate:
+        from gigatok_ds.planning.calibration import calibrated
+
+        assumptions = calibrated(assumptions, args.calibrate, cluster)
+    planner = Planner(recipe, cluster, assumptions, tensor=args.tp, stage=args.zero)
     plan = planner.recommended()
     found = figures(planner, plan, planner.choices(plan))
     encoded = json.dumps(found, indent=2) + "\n"

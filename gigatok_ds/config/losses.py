@@ -109,7 +109,7 @@ class SemanticConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerLossConfig:
-    """Every term of the tokenizer's objective; null leaves a term out."""
+    """Every term of the tokenizer's objective; null leaves a term out. Steps are counted from 1."""
 
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     perceptual: PerceptualConfig | None
@@ -117,3 +117,18 @@ class TokenizerLossConfig:
     adversarial: AdversarialConfig | None
     auxiliary: AuxiliaryConfig | None
     semantic: SemanticConfig | None
+
+    def wants_feature_loss(self, step: int) -> bool:
+        return self.auxiliary is not None and step < self.auxiliary.end_step
+
+    def wants_direct_reconstruction(self, step: int) -> bool:
+        return self.wants_feature_loss(step) and self.auxiliary.direct_reconstruction
+
+    def wants_entropy(self, step: int) -> Literal["global", "data_rank"] | None:
+        """Whose mean assignment the entropy term is to be of at this step, None if there is no such term."""
+        terms = self.quantizer
+        active = terms.entropy > 0 and (terms.entropy_end_step is None or step < terms.entropy_end_step)
+        return terms.statistics if active else None
+
+    def discriminator_active(self, step: int) -> bool:
+        return self.adversarial is not None and step >= self.adversarial.start_step

@@ -7,7 +7,7 @@ are inactive at a step are left out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -47,21 +47,6 @@ class TokenizerObjective(nn.Module):
         self.teacher = teacher
         self.requires_grad_(False)
 
-    def wants_feature_loss(self, step: int) -> bool:
-        return self.config.auxiliary is not None and step < self.config.auxiliary.end_step
-
-    def wants_direct_reconstruction(self, step: int) -> bool:
-        return self.wants_feature_loss(step) and self.config.auxiliary.direct_reconstruction
-
-    def wants_entropy(self, step: int) -> Literal["global", "data_rank"] | None:
-        """Whose mean assignment the entropy term is to be of at this step, None if there is no such term."""
-        config = self.config.quantizer
-        active = config.entropy > 0 and (config.entropy_end_step is None or step < config.entropy_end_step)
-        return config.statistics if active else None
-
-    def discriminator_active(self, step: int) -> bool:
-        return self.config.adversarial is not None and step >= self.config.adversarial.start_step
-
     def image_terms(self, images: Tensor, reconstruction: Tensor, direct_reconstruction: Tensor | None,
                     discriminate: Discriminate | None, step: int) -> dict[str, Tensor]:
         """The generator's terms that depend on images (B, 3, H, W) in [-1, 1] only.
@@ -72,7 +57,7 @@ class TokenizerObjective(nn.Module):
         """
         seen = self.perceptual.look(images) if self.perceptual else None
         terms = self._terms_of(images, seen, reconstruction, discriminate, step)
-        if direct_reconstruction is not None and self.wants_direct_reconstruction(step):
+        if direct_reconstruction is not None and self.config.wants_direct_reconstruction(step):
             direct = self._terms_of(images, seen, direct_reconstruction, discriminate, step)
             terms |= {f"direct_{name}": value for name, value in direct.items()}
         return terms
@@ -85,7 +70,7 @@ class TokenizerObjective(nn.Module):
         terms = {"reconstruction": config.reconstruction.weight * pixel_loss}
         if config.perceptual:
             terms["perceptual"] = config.perceptual.weight * self.perceptual.distance(seen, reconstruction).mean()
-        if self.discriminator_active(step):
+        if self.config.discriminator_active(step):
             assert discriminate is not None, "the discriminator is active but was not given"
             adversarial_loss = GENERATOR_LOSSES[config.adversarial.generator_loss]
             terms["adversarial"] = config.adversarial.weight * adversarial_loss(discriminate(reconstruction))
@@ -101,9 +86,9 @@ class TokenizerObjective(nn.Module):
             "codebook": config.quantizer.codebook * quantizer.codebook,
             "commitment": config.quantizer.commitment * quantizer.commitment,
         }
-        if self.wants_entropy(step):
+        if self.config.wants_entropy(step):
             terms["entropy"] = config.quantizer.entropy * quantizer.entropy
-        if self.wants_feature_loss(step):
+        if self.config.wants_feature_loss(step):
             loss = feature_loss(output.decoded_feature, output.cnn_feature, config.auxiliary.feature)
             terms["feature"] = config.auxiliary.feature_weight * loss
         if config.semantic:
@@ -114,11 +99,11 @@ class TokenizerObjective(nn.Module):
     def discriminator_terms(self, real_logits: Tensor, fake_logits: Tensor, direct_fake_logits: Tensor | None,
                             step: int, lecam: LeCam | None = None) -> dict[str, Tensor]:
         """The discriminator's terms; like the generator's they carry the adversarial weight, except for LeCam's."""
-        assert self.discriminator_active(step), f"the discriminator is not active at step {step}"
+        assert self.config.discriminator_active(step), f"the discriminator is not active at step {step}"
         config = self.config.adversarial
         loss = DISCRIMINATOR_LOSSES[config.discriminator_loss]
         terms = {"discriminator": config.weight * loss(real_logits, fake_logits)}
-        if direct_fake_logits is not None and self.wants_direct_reconstruction(step):
+        if direct_fake_logits is not None and self.config.wants_direct_reconstruction(step):
             terms["direct_discriminator"] = config.weight * loss(real_logits, direct_fake_logits)
         if lecam is not None:
             lecam.update(real_logits, fake_logits, step)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.models.pretrained import build_frozen
 from gigatok_ds.models.published import WeightFile
 from gigatok_ds.streams import SampleDraws
@@ -195,9 +196,7 @@ def dino_backbone(weights: str | Path | None) -> nn.Module:
 
 
 def _vit_small() -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
+    return timm_library().models.VisionTransformer(
         img_size=INPUT_SIZE, patch_size=16, embed_dim=384, depth=12, num_heads=6, num_classes=0,
         act_layer=partial(nn.GELU, approximate="tanh"), norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.models.pretrained import autocast, build_frozen
 from gigatok_ds.models.published import WeightFile
 
@@ -106,17 +107,13 @@ def vit_file(name: str, weights: str | Path | None, *, asked_by: str, setting: s
 
 def _published(architecture: str):
     """timm's PretrainedCfg: mean, std, and where the weights are."""
-    from timm.models import get_pretrained_cfg
-
-    return get_pretrained_cfg(architecture)
+    return timm_library().models.get_pretrained_cfg(architecture)
 
 
 @functools.cache
 def _without_storage(name: str, setting: str) -> nn.Module:
     """The network at its published size on the meta device. Raises InputError unless timm has such a ViT."""
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
+    timm = timm_library()
     architecture = VITS.get(name, name)
     network = None
     if timm.is_model(architecture):
@@ -125,7 +122,7 @@ def _without_storage(name: str, setting: str) -> nn.Module:
                 network = timm.create_model(architecture, num_classes=0)
         except RuntimeError as error:  # timm's word for a tag that it does not have
             raise InputError(f"{setting} is {name!r}: {error}") from None
-    if not isinstance(network, VisionTransformer):
+    if not isinstance(network, timm.models.VisionTransformer):
         what = "a timm model, but not a VisionTransformer" if network is not None else "not known"
         known = timm.list_models(module="vision_transformer")
         near = difflib.get_close_matches(name, [*VITS, *known], n=3, cutoff=0.6)
@@ -137,9 +134,7 @@ def _without_storage(name: str, setting: str) -> nn.Module:
 
 def _bare(architecture: str, size: int) -> nn.Module:
     """timm's network for `size` x `size` images, with a norm over all tokens and nothing behind it."""
-    import timm
-
-    network = timm.create_model(architecture, img_size=size, num_classes=0)
+    network = timm_library().create_model(architecture, img_size=size, num_classes=0)
     if isinstance(network.norm, nn.Identity):
         # Trained to average the tokens and normalise that: the same norm then serves the tokens.
         network.norm = network.fc_norm
@@ -150,10 +145,8 @@ def _bare(architecture: str, size: int) -> nn.Module:
 
 def _fitted(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """A published state_dict in timm's names, its position table resampled to the network's grid."""
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
     try:
-        state = checkpoint_filter_fn(state, network)
+        state = timm_library().models.vision_transformer.checkpoint_filter_fn(state, network)
     except RuntimeError:
         return state  # a table that fits no grid: another network's, as is found right after
     if "norm.weight" not in state:

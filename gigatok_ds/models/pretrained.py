@@ -15,9 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.published import WeightFile
+from gigatok_ds.precision import PRECISIONS
 from gigatok_ds.streams import stream_key
-
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def read_frozen_weights(file: WeightFile) -> dict[str, Tensor]:
@@ -74,8 +73,8 @@ def build_frozen(build: Callable[[], nn.Module], file: WeightFile,
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """A frozen network with float32 weights computes in the training's precision (fp32, bf16 or fp16) within."""
     if device.type == "meta":
-        return nullcontext() if precision == "fp32" else _MetaAutocast(_AUTOCAST[precision])
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32")
+        return nullcontext() if precision == "fp32" else _MetaAutocast(PRECISIONS[precision])
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
 class _MetaAutocast(TorchFunctionMode):

@@ -7,6 +7,7 @@ parallelism, for every micro batch size, and when activations are recomputed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,8 +74,6 @@ class Dropout(nn.Module):
             return x
         return self._drop(x)
 
-    # Compiled, a layer's number and the seed would become constants, and every layer would be compiled for itself.
-    @torch.compiler.disable
     def _drop(self, x: Tensor) -> Tensor:
         if _address is None:
             assert self.tokens == self.features == WHOLE, "dropout of a part needs dropout_at"
@@ -102,6 +101,13 @@ class DropPath(Dropout):
             return x
         # One number per sample, wherever its tokens and features are.
         return x * super().forward(x.new_ones(1, x.shape[1], 1))
+
+
+@functools.cache
+def leave_out_of_graphs() -> None:
+    """What torch.compile makes in this process calls dropouts, and does not hold them: a layer's number and the seed would become
+    constants, and every layer would be compiled for itself."""
+    Dropout._drop = torch.compiler.disable(Dropout._drop)
 
 
 def name_dropouts(network: nn.Module) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gigatok_ds.lean_imports import without_wandb
+
 if not torch.cuda.is_available():
     torch.cuda.current_device = lambda: torch.device("cpu")
 
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import mappings
+with without_wandb():
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel import mappings
 
 from gigatok_ds.parallel.cross_entropy import head_cross_entropy, join_over
 from gigatok_ds.parallel.dropout import WHOLE, Dropout, Part

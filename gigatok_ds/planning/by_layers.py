@@ -9,7 +9,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from gigatok_ds.config.recipe import GPTRecipe, Recipe
-from gigatok_ds.planning.rehearsal import MicroBatch, Rehearsal
+from gigatok_ds.planning.rehearsal import Rehearsal
+from gigatok_ds.planning.rehearsed import MicroBatch
 
 
 class _OneLayer:

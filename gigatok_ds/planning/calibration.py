@@ -54,8 +54,6 @@ def read_run(run_dir: Path) -> Measured:
 
 def calibrated(assumptions: Assumptions, runs: list[Path], cluster: Cluster) -> Assumptions:
     """Step times scaled by the geometric mean of measured / predicted of these runs, which ran on `cluster`'s devices."""
-    if not runs:
-        return assumptions
     ratios = []
     for run_dir in runs:
         measured = read_run(run_dir)

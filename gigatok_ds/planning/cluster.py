@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.training.throughput import peak_tflops
+from gigatok_ds.training.device_peaks import peak_tflops
 
 GIB = 1024**3
 GB = 10**9
@@ -27,7 +27,7 @@ class Device:
     memory_bandwidth: float
     link: float
     network: float
-    peak_name: str | None  # as training.throughput.PEAKS knows it; None: a CPU
+    peak_name: str | None  # as training.device_peaks.PEAKS knows it; None: a CPU
 
     def peak(self, precision: str) -> float:
         """FLOP/s at most, dense, in training.precision `precision`."""

@@ -5,47 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
 from gigatok_ds.config.recipe import Recipe
-from gigatok_ds.planning.rehearsal import META, build_trained, layers_of, objective_of
+from gigatok_ds.planning.rehearsed import Shapes
 from gigatok_ds.planning.state import State, state_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """The networks of one tensor rank in numbers: elements of each trained parameter, bytes of buffers and frozen networks."""
-
-    trained: dict[str, list[int]]
-    buffers: int
-    frozen: dict[str, int]
-
-    @property
-    def elements(self) -> int:
-        return sum(map(sum, self.trained.values()))
-
-
-def shapes_of(recipe: Recipe) -> Shapes:
-    with META:
-        networks = build_trained(recipe, layers_of(recipe))
-    objective = objective_of(recipe)
-    trained = {name: [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
-               for name, network in networks.items()}
-    frozen = {}
-    for name in ("teacher", "perceptual"):
-        part = getattr(objective, name, None)
-        if part is not None:
-            frozen[name] = _bytes_of(part)
-    backbone = sum(parameter.nbytes for network in networks.values() for parameter in network.parameters()
-                   if not parameter.requires_grad)
-    if backbone:
-        frozen["the discriminator's backbone"] = backbone
-    buffers = sum(buffer.nbytes for network in networks.values() for buffer in network.buffers())
-    return Shapes(trained=trained, buffers=buffers, frozen=frozen)
-
-
-def _bytes_of(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 
 import torch
+from torch import Tensor
 from torch.library import _scoped_library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from gigatok_ds.training.flops import own_formulas
+from gigatok_ds.training.remembered_calls import called
 
 _ATEN = torch.ops.aten
 
@@ -54,7 +56,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = function(*args, **kwargs)
+        result = called(function, args, kwargs)
         self.kernels += not function.is_view
         if formula := _FORMULAS.get(function._overloadpacket):
             operations = formula(*args, **kwargs, out_val=result)
@@ -63,7 +65,7 @@ class Meter(TorchDispatchMode):
             self.flops += operations
             self.model += (operations - (operations // 3 if repeats else 0)) * self.of_model
         for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 self._note(value.untyped_storage())
         return result
 

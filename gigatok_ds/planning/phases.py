@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gigatok_ds.config.recipe import GPTRecipe, Recipe
-from gigatok_ds.losses.composition import TokenizerObjective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +26,14 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     if isinstance(recipe, GPTRecipe):
         return [Phase(step=1, count=steps, active=frozenset())]
     loss = recipe.loss
-    wants = TokenizerObjective(replace(loss, perceptual=None, semantic=None), perceptual=None, teacher=None)
     ends = [loss.auxiliary and loss.auxiliary.end_step, loss.quantizer.entropy_end_step,
             loss.adversarial and loss.adversarial.start_step]
     starts = sorted({1, *(max(step, 1) for step in ends if step is not None and step <= steps)})
     found = []
     for start, end in zip(starts, [*starts[1:], steps + 1]):
-        flags = {"the entropy term": wants.wants_entropy(start),
-                 "direct reconstruction": wants.wants_direct_reconstruction(start),
-                 "the discriminator": wants.discriminator_active(start)}
+        flags = {"the entropy term": loss.wants_entropy(start),
+                 "direct reconstruction": loss.wants_direct_reconstruction(start),
+                 "the discriminator": loss.discriminator_active(start)}
         found.append(Phase(step=start, count=end - start, active=frozenset(name for name, on in flags.items() if on)))
     return found
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
-from gigatok_ds.planning.by_layers import rehearse
 from gigatok_ds.planning.cluster import Cluster
-from gigatok_ds.planning.memory import Memory, Shapes, memory_of, shapes_of
+from gigatok_ds.planning.memory import Memory, memory_of
 from gigatok_ds.planning.phases import fullest, longest, phases_of
-from gigatok_ds.planning.rehearsal import MicroBatch
+from gigatok_ds.planning.published import micro_batch, shapes
+from gigatok_ds.planning.rehearsed import MicroBatch, Shapes
 from gigatok_ds.planning.speed import Assumptions, StepTime, Traffic, step_time, traffic_of
 
 NOTHING, BLOCKS, EVERYTHING = "nothing", "transformer blocks", "transformer blocks and CNN"
-MOST_REHEARSED = 8  # samples of a micro batch that others are scaled from
+REHEARSED = 8  # samples of the micro batch that all others are scaled from: what does not grow with them is small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,34 +84,29 @@ class Planner:
     @functools.cached_property
     def model_flops(self) -> int:
         """Of the trained networks in one step, all ranks together, as training.flops counts them."""
-        plain = replace(self.recipe, parallel=type(self.recipe.parallel)())
-        key, step = (1, False, NOTHING), longest(self.phases).step
-        known = [(found[step], size) for (*layout, size), found in self._rehearsed.items() if tuple(layout) == key]
-        micro, size = known[0] if known else (rehearse(plain, self._unit(1), step), self._unit(1))
-        return round(micro.model * self.recipe.training.global_batch_size / size)
+        one = Layout(tensor=1, sequence=False, stage=1, micro=REHEARSED, recompute=NOTHING)
+        per_sample = self._micro_batches(one)[longest(self.phases).step].model / REHEARSED
+        return round(per_sample * self.recipe.training.global_batch_size)
 
     @property
     def usable(self) -> float:
         """Bytes of a GPU that training can fill."""
         return self.cluster.device.memory * self.assumptions.memory - self.assumptions.reserved
 
-    def plan(self, layout: Layout, *, scaled: bool = False) -> Plan:
-        """What `layout` takes. `scaled` scales the smallest micro batch's rehearsal instead of rehearsing this one.
-
-        Raises InputError for a layout that the recipe or the cluster cannot have.
-        """
+    def plan(self, layout: Layout) -> Plan:
+        """What `layout` takes. Raises InputError for one that the recipe or the cluster cannot have."""
         recipe, data = layout.applied_to(self.recipe), self._data_ranks(layout.tensor)
         settings, _ = resolve_deepspeed(zero_settings(layout.stage), recipe, data_parallel_size=data)
         zero, accumulation = settings["zero_optimization"], settings["gradient_accumulation_steps"]
-        by_step = self._micro_batches(recipe, layout, scaled)
-        shapes = self._shapes_of(recipe, layout.tensor, layout.sequence)
-        elements = shapes.elements
+        by_step = self._micro_batches(layout)
+        networks = self._shapes_of(recipe, layout.tensor, layout.sequence)
+        elements = networks.elements
         micro = by_step[longest(self.phases).step]
         traffic = traffic_of(micro, cluster=self.cluster, tensor=layout.tensor, accumulation=accumulation, zero=zero,
                              half=recipe.training.precision != "fp32", elements=elements)
         time = step_time(micro, traffic, cluster=self.cluster, accumulation=accumulation, precision=recipe.training.precision,
                          own_elements=elements / (data if layout.stage else 1), assumptions=self.assumptions)
-        memory = memory_of(recipe, shapes, max(found.kept for found in by_step.values()), zero=zero, data_ranks=data,
+        memory = memory_of(recipe, networks, max(found.kept for found in by_step.values()), zero=zero, data_ranks=data,
                            fused_update=True)
         return Plan(layout=layout, accumulation=accumulation, data_ranks=data, memory=memory, usable=self.usable,
                     traffic=traffic, time=time, micro=micro, model_flops=self.model_flops)
@@ -123,7 +118,7 @@ class Planner:
         """
         fitting, least = [], None
         for tensor in self._tensor_sizes():
-            for recompute in self._choices():
+            for recompute in self.recompute_choices:
                 plans = list(self._of(tensor, recompute))
                 least = min([*plans, *([least] if least else [])], key=lambda plan: plan.memory.peak)
                 fitting += [plan for plan in plans if plan.fits]
@@ -140,13 +135,12 @@ class Planner:
                              f"needed, and {self.usable / 1e9:.1f} GB can be used; take more or larger GPUs")
         fastest = min(plan.time.seconds for plan in fitting)
         near = [plan for plan in fitting if plan.time.seconds <= 1.03 * fastest]
-        best = min(near, key=lambda plan: (plan.layout.tensor, self._choices().index(plan.layout.recompute), plan.layout.stage,
-                                           plan.accumulation))
-        return self.plan(best.layout)
+        again = self.recompute_choices.index
+        return min(near, key=lambda plan: (plan.layout.tensor, again(plan.layout.recompute), plan.layout.stage, plan.accumulation))
 
     def choices(self, plan: Plan) -> list[Plan]:
         """The same layout with each choice of what is computed again."""
-        return [self.plan(replace(plan.layout, recompute=recompute)) for recompute in self._choices()]
+        return [self.plan(replace(plan.layout, recompute=recompute)) for recompute in self.recompute_choices]
 
     def parameters(self) -> dict[str, int]:
         """Of each trained network, whole."""
@@ -161,13 +155,14 @@ class Planner:
             plan = None
             for micro in self._micro_sizes(tensor):
                 layout = Layout(tensor=tensor, sequence=self._sequence(tensor), stage=stage, micro=micro, recompute=recompute)
-                plan = self.plan(layout, scaled=True)
+                plan = self.plan(layout)
                 if plan.fits:
                     break
             if plan is not None:
                 yield plan
 
-    def _choices(self) -> tuple[str, ...]:
+    @property
+    def recompute_choices(self) -> tuple[str, ...]:
         return (NOTHING, BLOCKS, EVERYTHING) if isinstance(self.recipe, TokenizerRecipe) else (NOTHING, BLOCKS)
 
     def _data_ranks(self, tensor: int) -> int:
@@ -212,17 +207,19 @@ class Planner:
     def _shapes_of(self, recipe: Recipe, *split) -> Shapes:
         """split: tensor ranks, and whether they are sequence parallel."""
         if split not in self._shapes:
-            self._shapes[split] = shapes_of(recipe)
+            self._shapes[split] = shapes(recipe)
         return self._shapes[split]
 
-    def _micro_batches(self, recipe: Recipe, layout: Layout, scaled: bool) -> dict[int, MicroBatch]:
+    def _micro_batches(self, layout: Layout) -> dict[int, MicroBatch]:
         """By the step of each phase that counts."""
-        sizes = self._micro_sizes(layout.tensor)
-        smallest = next((size for size in sizes if size <= MOST_REHEARSED), sizes[-1]) if scaled else layout.micro
-        key = (layout.tensor, layout.sequence, layout.recompute, smallest)
+        samples = max(REHEARSED, self._unit(layout.tensor))
+        key = (layout.tensor, layout.sequence, layout.recompute)
         if key not in self._rehearsed:
-            steps = {phase.step for phase in [*fullest(self.phases), longest(self.phases)]}
-            self._rehearsed[key] = {step: rehearse(recipe, smallest, step) for step in sorted(steps)}
-        factor = layout.micro / smallest
-        return {step: MicroBatch(kept=found.kept * factor, flops=found.flops * factor, model=found.model * factor,
-                                 kernels=found.kernels, sent=found.sent * factor) for step, found in self._rehearsed[key].items()}
+            recipe = replace(layout, micro=samples).applied_to(self.recipe)
+            self._rehearsed[key] = {step: micro_batch(recipe, samples, step) for step in self.steps}
+        return {step: found.of_samples(layout.micro / samples) for step, found in self._rehearsed[key].items()}
+
+    @property
+    def steps(self) -> list[int]:
+        """The first of each phase that counts: for memory, or as most steps are."""
+        return sorted({phase.step for phase in [*fullest(self.phases), longest(self.phases)]})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,25 +24,11 @@ from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.planning.local_layers import LocalLayers, Traffic
 from gigatok_ds.planning.meter import Meter
+from gigatok_ds.planning.rehearsed import MicroBatch, Shapes
+from gigatok_ds.precision import PRECISIONS
 from gigatok_ds.training.tokenizer_step import TokenizerStep
 
 META = torch.device("meta")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class MicroBatch(NamedTuple):
-    """What one micro batch takes of a rank.
-
-    kept: bytes alive at most beyond weights, gradients and frozen networks; flops and kernels: see Meter; model: those flops that
-    are the trained networks' (of one tensor rank that computes nothing again, what training.flops calls the model's); sent: bytes
-    to the tensor group.
-    """
-
-    kept: float
-    flops: float
-    model: float
-    kernels: float
-    sent: float
 
 
 def layers_of(recipe: Recipe) -> Layers:
@@ -91,6 +76,29 @@ def _objective(loss: TokenizerLossConfig, grid: int, precision: str) -> Tokenize
         return build_objective(loss, device=META, grid=grid, precision=precision)
 
 
+def shapes_of(recipe: Recipe) -> Shapes:
+    with META:
+        networks = build_trained(recipe, layers_of(recipe))
+    objective = objective_of(recipe)
+    trained = {name: [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
+               for name, network in networks.items()}
+    frozen = {}
+    for name in ("teacher", "perceptual"):
+        part = getattr(objective, name, None)
+        if part is not None:
+            frozen[name] = _bytes_of(part)
+    backbone = sum(parameter.nbytes for network in networks.values() for parameter in network.parameters()
+                   if not parameter.requires_grad)
+    if backbone:
+        frozen["the discriminator's backbone"] = backbone
+    buffers = sum(buffer.nbytes for network in networks.values() for buffer in network.buffers())
+    return Shapes(trained=trained, buffers=buffers, frozen=frozen)
+
+
+def _bytes_of(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+
+
 class Rehearsal:
     """The networks of a recipe's training, as one tensor rank has them, without storage."""
 
@@ -102,7 +110,7 @@ class Rehearsal:
         with META:
             trained = build_trained(recipe, self.layers)
         self.objective = objective_of(recipe)
-        self.trained = {name: _trained(network, DTYPES[recipe.training.precision]) for name, network in trained.items()}
+        self.trained = {name: _trained(network, PRECISIONS[recipe.training.precision]) for name, network in trained.items()}
         if recipe.parallel.tensor > 1:
             self._count_partial_gradients()
         self.engines = {name: _Bare(network, self.meter) for name, network in self.trained.items()}

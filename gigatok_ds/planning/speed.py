@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gigatok_ds.planning.cluster import Cluster
-from gigatok_ds.planning.rehearsal import MicroBatch
+from gigatok_ds.planning.rehearsed import MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)

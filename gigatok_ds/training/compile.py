@@ -15,6 +15,7 @@ from torch import nn
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.kernels import build
+from gigatok_ds.parallel.dropout import leave_out_of_graphs
 
 # Blocks of different shapes count as versions of one function; torch would give up compiling it after eight.
 VERSIONS = 128
@@ -41,6 +42,7 @@ def compile_(network: nn.Module, mode: str, device: torch.device, *, stage: int)
     limits.recompile_limit = max(limits.recompile_limit, VERSIONS)
     units = ("block",) if stage == 3 else ("block", "cnn")
     blocks = [module for module in network.modules() if getattr(module, "recompute_unit", None) in units]
+    leave_out_of_graphs()
     for block in blocks:
         block.forward = torch.compile(block.forward, mode=mode, dynamic=False)
     return blocks

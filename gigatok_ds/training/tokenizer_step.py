@@ -50,7 +50,7 @@ class TokenizerStep:
         numbers = self.topology.gather_images(positions.to(images.device, non_blocking=True))
         with dropout_at(self.recipe.training.seed, numbers):
             output, logged = self._generator_pass(images, positions, step)
-        if self.discriminator and self.objective.discriminator_active(step):
+        if self.discriminator and self.recipe.loss.discriminator_active(step):
             logged |= self._discriminator_pass(images, output, positions, step)
         codes = self.topology.gather_data(output.codes)
         logged["codebook_usage"] = self.generator.network.quantizer.record_usage(codes)
@@ -68,9 +68,9 @@ class TokenizerStep:
         self.generator.network.train()
         output = self.generator(
             images,
-            entropy=self.objective.wants_entropy(step),
+            entropy=self.recipe.loss.wants_entropy(step),
             semantic=self.recipe.loss.semantic is not None,
-            direct=self.objective.wants_direct_reconstruction(step),
+            direct=self.recipe.loss.wants_direct_reconstruction(step),
         )
         outputs = [image for image in (output.reconstruction, output.direct_reconstruction) if image is not None]
         leaves = [leaf_of(image) for image in outputs]
@@ -116,7 +116,7 @@ class TokenizerStep:
 
     def _frozen_judge(self, positions: Tensor, step: int):
         """The discriminator for the generator's step: its parameters take no gradient."""
-        if not self.discriminator or not self.objective.discriminator_active(step):
+        if not self.discriminator or not self.recipe.loss.discriminator_active(step):
             return None
         network = self.discriminator.network.train()
         draws = self._augmentation_draws("generator", positions, step)

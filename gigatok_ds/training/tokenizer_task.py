@@ -94,7 +94,7 @@ class TokenizerTask:
         return self.step.train(batch["images"], batch["position"], step)
 
     def learning_rates(self, step: int, lr: float) -> dict[str, float]:
-        if not self.discriminator or not self.objective.discriminator_active(step):
+        if not self.discriminator or not self.recipe.loss.discriminator_active(step):
             return {"generator": lr}
         # The original first schedules the discriminator's rate after its first step.
         starts = step == self.recipe.loss.adversarial.start_step
