@@ -75,12 +75,13 @@ TRAIN = [
     "simplejpeg>=1.8",
     "timm>=1.0.20",
     "lpips>=0.1.4",
+    "scipy",
     "tensorboard",
 ]
 HUB = ["huggingface_hub>=0.30"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 APP = ["gradio>=6.31"]  # which of its addresses the page uses is in app/guard.py
-EVAL = ["scikit-learn>=1.5", "matplotlib>=3.8", "jinja2", "torch-fidelity>=0.4"]
+EVAL = ["scikit-learn>=1.5", "scipy", "matplotlib>=3.8", "jinja2", "torch-fidelity>=0.4"]
 
 setup(
     name="gigatok_ds",

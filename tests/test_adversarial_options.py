@@ -174,7 +174,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("variant, layout", [
     ("stylegan", Layout(tensor=2, stage=1)),
-    ("stylegan", Layout(data=2, stage=3)),
+    pytest.param("stylegan", Layout(data=2, stage=3), marks=pytest.mark.slow),
     ("blurring", Layout(data=2, stage=2)),
 ], ids=str)
 def test_two_ranks_train_like_a_single_process(runs, variant, layout):

@@ -46,9 +46,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("key, batch", [
-    *((key, 2) for key in GREEDY), ("greedy_step1.75", 1), ("greedy_nocfg", 7),
-    *(pytest.param(key, 1, marks=SLOW) for key in GREEDY if key != "greedy_step1.75"),
-    *(pytest.param(key, 7, marks=SLOW) for key in GREEDY if key != "greedy_nocfg"),
+    *((key, 2) for key in GREEDY), *(pytest.param(key, batch, marks=SLOW) for key in GREEDY for batch in (1, 7)),
 ])
 def test_greedy_sequences_are_the_originals(gpt_b, golden, key, batch):
     rows = np.arange(batch) % 2

@@ -142,6 +142,7 @@ def test_phases_keep_their_places(script, recipe, tmp_path):
     assert longer.loss.quantizer.entropy_end_step == 10 * recipe.loss.quantizer.entropy_end_step
 
 
+@pytest.mark.slow
 def test_the_whole_of_it_in_a_tiny_form(script, tmp_path):
     """All phases in ten steps, and a report of them; whether the terms fall is not for so short a run to say."""
     out, docs = tmp_path / "out", tmp_path / "docs"

@@ -6,7 +6,7 @@ The distance is that of Heusel et al. 2017 as the evaluators of ADM and pytorch-
 
 with covariances over N - 1. Those evaluators take a Schur-based square root of the product C1 C2, and add 1e-6 to both
 diagonals when it comes out infinite, as it may when fewer vectors than dimensions leave a covariance singular. Here the
-trace is the sum of the singular values of C1^(1/2) C2^(1/2), each factor from an eigendecomposition. That is the same
+trace is the sum of the singular values of C1^(1/2) C2^(1/2), with triangular factors in place of the roots. That is the same
 number, finite and accurate for singular covariances, so nothing is ever added to a diagonal.
 """
 
@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from gigatok_ds.errors import InputError
@@ -91,11 +93,11 @@ def frechet_distance(ours: Gaussian, theirs: Gaussian) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R (D, rank) with R R^T = covariance: eigenvectors times roots of eigenvalues, those that are rounding left out.
+    """R (D, rank) with R R^T = covariance: its Cholesky factor with pivots, which ends where only rounding is left (LAPACK's dpstrf).
 
     (The singular values of R1^T R2 are those of C1^(1/2) C2^(1/2), which only has orthonormal bases around it.)
     """
-    values, vectors = torch.linalg.eigh(covariance)
-    rounding = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp(min=0)
-    kept = values > rounding
-    return vectors[:, kept] * values[kept].sqrt()
+    factor, pivots, rank, _ = lapack.dpstrf(covariance.cpu().numpy(), lower=True)
+    root = np.empty((len(factor), rank))
+    root[pivots - 1] = np.tril(factor)[:, :rank]
+    return torch.from_numpy(root).to(covariance.device)
