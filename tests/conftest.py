@@ -17,7 +17,8 @@ if workers > 1:  # before torch is imported
 
 SESSION = "GIGATOK_TEST_SESSION"  # in the environment of whatever a session starts
 LEFT_SECONDS = 20.0  # for what ends by itself when a session does
-EXPECTED = ("pytest-of-", "torchinductor_")  # of temporary files: pytest's own, and what torch compiled
+# Of temporary files: pytest's own, what torch compiled, and logs that torchrun never removes.
+EXPECTED = ("pytest-of-", "torchinductor_", "torchelastic_")
 
 
 def pytest_configure(config):

@@ -17,7 +17,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["gigatok_ds.training.engine", "gigatok_ds.training.run",
                                  "gigatok_ds.parallel.megatron", "gigatok_ds.training.tokenizer_task",
                                  "gigatok_ds.training.gpt_task", "gigatok_ds.training.loop",
-                                 "torch.utils.tensorboard"])
+                                 "torch._dynamo", "torch.utils.tensorboard"])
 
 
 class RanksFailed(Exception):

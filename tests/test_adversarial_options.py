@@ -173,7 +173,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant, layout", [
-    ("stylegan", Layout(tensor=2, stage=1)),
+    pytest.param("stylegan", Layout(tensor=2, stage=1), marks=pytest.mark.slow),
     pytest.param("stylegan", Layout(data=2, stage=3), marks=pytest.mark.slow),
     ("blurring", Layout(data=2, stage=2)),
 ], ids=str)

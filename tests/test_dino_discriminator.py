@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from golden_models import arrays, manifest
 from golden_weights import image, stream, tensor
-from timm.models.vision_transformer import VisionTransformer
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.losses.diffaug import diff_augment
 from gigatok_ds.models.dino_discriminator import (
     BatchNormLocal,
@@ -57,7 +57,7 @@ def golden_discriminator(backbone_file):
 
 def tiny_discriminator(**options):
     torch.manual_seed(0)
-    backbone = VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0)
+    backbone = timm_library().models.VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0)
     return DinoDiscriminator(backbone, **options)
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from layout_runs import stand_in_objective
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import GPT, TOKENIZER
 
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.losses import composition
 from gigatok_ds.models.quantizer import VectorQuantizer
 from gigatok_ds.training.flops import GPTFlops, TokenizerFlops, counted, own_formulas
@@ -60,7 +60,7 @@ def test_the_entropy_term_adds_its_backward_pass(tmp_path):
 def test_the_quantizer_counts_its_distances(tmp_path):
     quantizer = VectorQuantizer(recipe(tmp_path, TOKENIZER).model.quantizer).train()
     latent = torch.randn(2, DIM, 1, TOKENS)
-    assert counted(lambda: quantizer(latent)) == 2 * 2 * TOKENS * CODES * DIM
+    assert counted(lambda: quantizer(latent)).once == 2 * 2 * TOKENS * CODES * DIM
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -69,7 +69,7 @@ def test_the_count_is_that_of_torchs_counter(tmp_path, direct):
     with FlopCounterMode(display=False, custom_mapping=own_formulas(again=False)) as theirs, sdpa_kernel(SDPBackend.MATH):
         flops._generator("global", direct)
     for _ in range(2):  # the second time calls are remembered
-        assert counted(lambda: flops._generator("global", direct)) == theirs.get_total_flops() > 0
+        assert counted(lambda: flops._generator("global", direct)).once == theirs.get_total_flops() > 0
 
 
 def convolutions(network, size):
@@ -129,7 +129,7 @@ def test_counting_touches_nothing_and_happens_once_a_phase(tmp_path, monkeypatch
 @pytest.mark.parametrize("name, size", [("patchgan", 32), ("stylegan", 32), ("dino", 32), ("dino", 256)])
 def test_each_discriminator_can_be_counted(tmp_path, monkeypatch, name, size):
     """That of DINO also crops, by draws of its own."""
-    monkeypatch.setattr(composition, "dino_backbone", lambda weights: VisionTransformer(
+    monkeypatch.setattr(composition, "dino_backbone", lambda weights: timm_library().models.VisionTransformer(
         patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0))
     flops = tokenizer_flops(tmp_path, f"model.image_size={size}", "loss.adversarial=null",
                             f"loss.adversarial={{start_step: 1, discriminator: {name}}}")

@@ -152,7 +152,7 @@ def test_the_term_changes_what_is_learned(runs):
 @pytest.mark.parametrize("name, more, ranks, stage", [
     ("data", [], 2, 2),
     ("tensor", ["parallel.tensor=2"], 2, 1),
-    ("stage3", [], 2, 3),
+    pytest.param("stage3", [], 2, 3, marks=pytest.mark.slow),
 ])
 def test_every_layout_has_the_means_of_all_images(runs, name, more, ranks, stage):
     (alone,), expected, _ = runs.run("single")
@@ -164,7 +164,9 @@ def test_every_layout_has_the_means_of_all_images(runs, name, more, ranks, stage
         assert terms[step] == (None if value is None else pytest.approx(value, rel=1e-4)), step
 
 
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize("stage, precision", [
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "fp32"), (1, "bf16"))), (3, "fp32"),
+])
 def test_a_resumed_run_continues_with_its_means(runs, stage, precision):
     name, more = f"stage{stage}-{precision}", [f"training.precision={precision}", "checkpoint.every=6"]
     (means,), terms, out = runs.run(f"{name}-whole", *more, stage=stage)

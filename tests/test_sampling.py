@@ -130,6 +130,7 @@ def test_draws_follow_the_distribution_and_nothing_else():
     assert torch.equal(first[0], all_[5, :3]) and len(all_.unique()) == 9 * 20
 
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_same_codes(tmp_path):
     gpt = small_gpt(**WIDE)
     sampler, settings = Sampler(gpt, 7, compile=True), {"cfg_scale": 2.0, "cfg_interval": 6}

@@ -1,7 +1,6 @@
 """The frozen teacher: preprocessing, files in both namings, and the alignment loss."""
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -9,6 +8,7 @@ from safetensors.torch import save_file
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.losses import SemanticConfig
 from gigatok_ds.errors import InputError
+from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.losses.semantic import Teacher, alignment_loss, check_teacher, teacher_file
 
 
@@ -24,7 +24,7 @@ def pictures(size=64):
 def published():
     """A DINOv2 S in Meta's naming at its published size, 37 x 37 positions, plain and with registers."""
     torch.manual_seed(0)
-    plain = timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
+    plain = timm_library().create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
     assert plain["pos_embed"].shape == (1, 1 + 37 * 37, 384)
     plain = {name: torch.randn_like(value) * value.std() if name.endswith("bias") else value.clone()
              for name, value in plain.items()}
@@ -43,7 +43,7 @@ def files(published, tmp_path_factory):
 
 def tokens_by_hand(state, images):
     """Meta's forward pass on timm's blocks: positions resampled with antialiasing, registers second."""
-    network = timm.create_model("vit_small_patch14_dinov2", img_size=224, num_classes=0).eval()
+    network = timm_library().create_model("vit_small_patch14_dinov2", img_size=224, num_classes=0).eval()
     table = state["pos_embed"]
     grid = table[:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(16, 16), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
@@ -183,7 +183,7 @@ def test_the_semantic_head_must_be_as_wide_as_the_teacher(name, width, file):
 def test_timms_published_files_give_their_normalised_patch_tokens(architecture, tmp_path):
     """Whole models as timm saves them, other grids, and what the network says of images of the published size."""
     torch.manual_seed(1)
-    whole = timm.create_model(architecture).eval()
+    whole = timm_library().create_model(architecture).eval()
     for norm in (whole.norm, whole.fc_norm):
         if isinstance(norm, torch.nn.LayerNorm):
             torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)

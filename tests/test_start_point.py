@@ -34,7 +34,7 @@ def start(runs, kind, out, layout, *more, seed=5):
     return recipe, weights
 
 
-@pytest.mark.parametrize("kind", ["gpt", "tokenizer"])
+@pytest.mark.parametrize("kind", ["gpt", pytest.param("tokenizer", marks=pytest.mark.slow)])
 def test_every_layout_trains_from_it_alike(runs, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(start_point, "FILE_BYTES", 10_000)
     losses = {}

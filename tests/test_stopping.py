@@ -46,8 +46,10 @@ def newest(out):
     return step, read_everything(folder / "gpt")[0]
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGTERM, signal.SIGTERM]],
-                         ids=["SIGTERM", "SIGUSR1", "SIGTERM twice"])
+@pytest.mark.parametrize("signals", [
+    pytest.param([signal.SIGTERM], marks=pytest.mark.slow), [signal.SIGUSR1],
+    pytest.param([signal.SIGTERM, signal.SIGTERM], marks=pytest.mark.slow),
+], ids=["SIGTERM", "SIGUSR1", "SIGTERM twice"])
 def test_one_process_saves_once_and_goes_on_bitwise(data, tmp_path, signals):
     folder, names = data
     command = [folder / "gpt.yaml", "--out", tmp_path / "run", *names]

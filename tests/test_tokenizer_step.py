@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from layout_runs import StandInPerceptual, StandInTeacher, use_stand_ins
 from rank_runs import run_ranks
 from saved_runs import read_weights
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from training_runs import prepare
 
@@ -20,6 +19,7 @@ from gigatok_ds.config.load import load_recipe
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import ImageBatches
 from gigatok_ds.data.transforms import training_transform
+from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.losses import composition
 from gigatok_ds.models import dino_discriminator
 from gigatok_ds.models.initialisation import initialise_
@@ -40,7 +40,7 @@ RECIPE = [
 
 def small_backbone(weights):
     torch.manual_seed(7)
-    return VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0)
+    return timm_library().models.VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0)
 
 
 def smooth_block(*arguments, block=dino_discriminator._block):

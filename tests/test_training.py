@@ -87,7 +87,9 @@ def test_switches_switch_at_their_steps(runs):
     assert [lines[step]["lr"] for step in (1, 2, 3, 4)] == pytest.approx([1e-3, 1e-5, 5.05e-4, 1e-3])
 
 
-@pytest.mark.parametrize("kind, stage", [("tokenizer", 0), ("tokenizer", 3), ("gpt", 2), ("gpt", 3)])
+@pytest.mark.parametrize("kind, stage", [
+    pytest.param("tokenizer", 0, marks=pytest.mark.slow), ("tokenizer", 3), ("gpt", 2), ("gpt", 3),
+])
 def test_every_stage_trains_alike(runs, kind, stage):
     folder, data = runs
     out = f"{kind}-zero{stage}"
@@ -96,7 +98,9 @@ def test_every_stage_trains_alike(runs, kind, stage):
     assert_same_training(folder / out, folder / kind, kind, 2e-5)
 
 
-@pytest.mark.parametrize("kind, stage", [("tokenizer", 1), ("tokenizer", 3), ("gpt", 2)])
+@pytest.mark.parametrize("kind, stage", [
+    pytest.param("tokenizer", 1, marks=pytest.mark.slow), ("tokenizer", 3), ("gpt", 2),
+])
 def test_bf16_stays_close_to_fp32(runs, kind, stage):
     """Within the rounding of bfloat16 (8 bits) over eight steps: pixels, since another code here and there moves the
     terms of the quantizer more."""

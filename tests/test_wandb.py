@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tempfile
 
 import numpy as np
 import pytest
@@ -27,12 +28,14 @@ def test_a_missing_package_is_refused_before_anything_starts(tmp_path, monkeypat
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is optional")
 def test_a_resumed_run_continues_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # wandb's own directories stay where pytest-xdist ends a worker
     for start in (0, 1):
         run = wandb_log.wandb_run("demo", tmp_path, name="a run", recipe={"training": {"steps": 2}})
         with Monitor(tmp_path, enabled=True, total_steps=2, start_step=start, description="demo", wandb=run) as monitor:
             monitor.log(start + 1, {"loss/total": 2.5})
             monitor.image(start + 1, "preview", np.zeros((4, 4, 3), np.uint8))
             monitor.warn(start + 1, "mind the gap")
+    importlib.import_module("wandb").teardown()  # its process
     name = (tmp_path / "wandb_id").read_text().strip()
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     # Both starts may fall into one second, and then share a directory or get a number behind the name.

@@ -8,6 +8,7 @@ holds whole layers: how a step is spread over ranks does not change it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,27 +57,40 @@ def own_formulas(*, again: bool) -> dict[Callable, Callable]:
             ours.nearest_code: distances, ours.assignment_statistics: distances, ours.assignment_gradients: gradients}
 
 
-def counted(run: Callable[[], object], *, again: bool = False) -> int:
-    """Operations of `run`; `again` as for `own_formulas`."""
+class Counted(NamedTuple):
+    """Operations of a pass: once, and with distances that are computed again, as for `own_formulas`."""
+
+    once: int
+    again: int
+
+
+def counted(run: Callable[[], object]) -> Counted:
     eager = torch.compiler.set_stance("force_eager")
-    with eager, sdpa_kernel(SDPBackend.MATH), _Counter(again) as counter:
+    with eager, sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
         run()
-    return counter.total
+    return Counted(*counter.totals)
 
 
 class _Counter(TorchDispatchMode):
     """As torch's FlopCounterMode counts, in a fraction of its time."""
 
-    def __init__(self, again: bool):
+    def __init__(self):
         super().__init__()
-        own = {operator: shape_wrapper(formula) for operator, formula in own_formulas(again=again).items()}
-        self.formulas, self.total = flop_registry | own, 0
+        self.formulas = [flop_registry | {operator: shape_wrapper(formula) for operator, formula in own.items()}
+                         for own in (own_formulas(again=False), own_formulas(again=True))]
+        self.totals = [0, 0]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = called(function, args, kwargs or {})
-        if formula := self.formulas.get(function._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        kwargs = kwargs or {}
+        result = called(function, args, kwargs)
+        for number, formulas in enumerate(self.formulas):
+            if formula := formulas.get(function._overloadpacket):
+                self.totals[number] += formula(*args, **kwargs, out_val=result)
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and asking would import the compiler
 
 
 class TokenizerFlops:
@@ -86,6 +100,7 @@ class TokenizerFlops:
         """images: of one micro batch of one rank, for which the passes are counted."""
         self.recipe, self.objective, self.images, self.device = recipe, objective, images, device
         self._known: dict[tuple, StepFlops] = {}
+        self._passes: dict[tuple, Counted] = {}
 
     def of_step(self, step: int) -> StepFlops:
         """Of the 1-based step."""
@@ -96,16 +111,23 @@ class TokenizerFlops:
         return self._known[phase]
 
     def _count(self, entropy: str | None, direct: bool, judged: bool, step: int) -> StepFlops:
-        sides, parallel = 1 + direct, self.recipe.parallel
-        tokenizer = again = counted(lambda: self._generator(entropy, direct))
-        if entropy or parallel.recompute_every or parallel.recompute_cnn:
-            again = counted(lambda: self._generator(entropy, direct, recompute=True), again=True)
+        sides, parts = 1 + direct, (entropy, direct)
+        if parts not in self._passes:
+            self._passes[parts] = self._tokenizer(*parts)
+        tokenizer, again = self._passes[parts]
         judge = self._judge(sides) if judged else 0
         frozen = self._frozen(direct, step)
         if judged and self.recipe.loss.adversarial.adaptive_weight:
             frozen += 2 * sides * self._last_layer()
         passes = self.recipe.training.global_batch_size / self.images
         return StepFlops(model=round(passes * (tokenizer + judge)), hardware=round(passes * (again + judge + frozen)))
+
+    def _tokenizer(self, entropy: str | None, direct: bool) -> Counted:
+        """With what is computed once, and with all that is computed."""
+        found, parallel = counted(lambda: self._generator(entropy, direct)), self.recipe.parallel
+        if not (parallel.recompute_every or parallel.recompute_cnn):
+            return found
+        return found._replace(again=counted(lambda: self._generator(entropy, direct, recompute=True)).again)
 
     def _generator(self, entropy: str | None, direct: bool, *, recompute: bool = False) -> None:
         network, parallel = build_on_meta(self.recipe.model).train(), self.recipe.parallel
@@ -117,13 +139,18 @@ class TokenizerFlops:
 
     def _judge(self, sides: int) -> int:
         """The discriminator as a judge of reconstructions, and its own pass over these and the images."""
+        judging, own = self._judge_passes
+        return sides * judging + (1 + sides) * own
+
+    @functools.cached_property
+    def _judge_passes(self) -> tuple[int, int]:
         adversarial = self.recipe.loss.adversarial
         with torch.device("meta"):
             network = build_discriminator(adversarial, image_size=self.recipe.model.image_size).train()
         draws = SampleDraws(torch_stream(0, "flops"), self.images, torch.arange(self.images))
-        own = counted(lambda: network(self._batch(), draws).sum().backward())
+        own = counted(lambda: network(self._batch(), draws).sum().backward()).once
         network.requires_grad_(False)
-        return sides * counted(lambda: network(self._batch(gradient=True), draws).sum().backward()) + (1 + sides) * own
+        return counted(lambda: network(self._batch(gradient=True), draws).sum().backward()).once, own
 
     def _frozen(self, direct: bool, step: int) -> int:
         """What the image losses and the teacher look through: the networks of this run, shown stand-ins for images."""
@@ -136,14 +163,14 @@ class TokenizerFlops:
                 if self.objective.teacher:
                     self.objective.teacher(images)
 
-        return counted(run)
+        return counted(run).once
 
     def _last_layer(self) -> int:
         """The weight gradient of the CNN decoder's last layer, for the adaptive weight."""
         layer = build_on_meta(self.recipe.model).cnn_decoder.conv_out
         gradient = self._batch()
         inputs = gradient.new_empty((self.images, layer.in_channels, *gradient.shape[2:]))
-        return counted(lambda: kernel_gradient(layer, [(inputs, gradient)]))
+        return counted(lambda: kernel_gradient(layer, [(inputs, gradient)])).once
 
     def _batch(self, device: torch.device | str = "meta", *, gradient: bool = False) -> Tensor:
         size = self.recipe.model.image_size
@@ -162,7 +189,7 @@ class GPTFlops:
         return self._known
 
     def _count(self) -> StepFlops:
-        once, again = (counted(lambda: self._pass(recompute)) for recompute in (False, True))
+        once, again = (counted(lambda: self._pass(recompute)).once for recompute in (False, True))
         sequences, config = self.recipe.training.global_batch_size, self.recipe.model
         # The backward pass computes the logits again in any case: see parallel.cross_entropy.
         logits = 2 * config.sequence_length * config.transformer.width * config.vocab_size
