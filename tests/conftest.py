@@ -17,8 +17,8 @@ if workers > 1:  # before torch is imported
 
 SESSION = "GIGATOK_TEST_SESSION"  # in the environment of whatever a session starts
 LEFT_SECONDS = 20.0  # for what ends by itself when a session does
-# Of temporary files: pytest's own, what torch compiled, and logs that torchrun never removes.
-EXPECTED = ("pytest-of-", "torchinductor_", "torchelastic_")
+# Of temporary files: pytest's own, what torch compiled, logs that torchrun never removes, and a file of onnxruntime's.
+EXPECTED = ("pytest-of-", "torchinductor_", "torchelastic_", ".ses")
 
 
 def pytest_configure(config):

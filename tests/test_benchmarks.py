@@ -60,6 +60,7 @@ def test_the_help_names_all_of_them(run_all, capsys):
     assert all(name in told for name in [*run_all.BENCHMARKS, *run_all.LONG])
 
 
+@pytest.mark.slow
 def test_two_benchmarks_in_their_quick_form(tmp_path):
     report = tmp_path / "report.md"
     finished = subprocess.run([sys.executable, SCRIPT, "--quick", "--only", "cross-entropy", "sampling", "--out", report],

@@ -53,7 +53,7 @@ def test_cut_layers_are_refused():
     pytest.param("tokenizer", Layout(stage=1), marks=pytest.mark.slow),
     pytest.param("tokenizer", Layout(stage=3, recompute=True), marks=pytest.mark.slow),
     pytest.param("gpt", Layout(stage=1), marks=pytest.mark.slow),
-    ("gpt", Layout(stage=3)),
+    pytest.param("gpt", Layout(stage=3), marks=pytest.mark.slow),
 ], ids=str)
 def test_compiled_training_is_that_of_eager_blocks(runs, kind, layout):
     """Ten steps, the tokenizer's with every loss on and the GPT's with dropout. Slow ones compile for minutes."""

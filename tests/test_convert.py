@@ -258,6 +258,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.slow
 def test_few_tensors_are_in_memory_at_a_time(tmp_path):
     """640 MiB of ten tensors: at most 500 MiB more than a process that converts nothing, mapped pages included."""
     write_tensors(tmp_path / "x.safetensors", BIG, lambda name: torch.full(BIG[name].shape, float(name[1:])))
@@ -288,7 +289,7 @@ def test_killed_while_it_writes_it_leaves_no_result(tmp_path):
         assert not (tmp_path / way).exists()
 
 
-@pytest.mark.parametrize("recipe", ["VQ_SS256", "VQ_SS256_2d", "GPT-B"])
+@pytest.mark.parametrize("recipe", ["VQ_SS256", pytest.param("VQ_SS256_2d", marks=pytest.mark.slow), "GPT-B"])
 def test_full_size_golden_weights_survive_the_way_there_and_back(recipe, tmp_path, capsys):
     """.pt -> standalone -> .pt, identical tensor for tensor."""
     weights = original_weights(load_recipe(recipe).model)

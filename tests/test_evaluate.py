@@ -1,4 +1,4 @@
-"""`gigatok-ds evaluate` from files to results: on 1, 2 and 4 ranks, against plain computations, and what it refuses."""
+"""`gigatok-ds evaluate` from files to results: on one rank and several, against plain computations, and what it refuses."""
 
 import json
 
@@ -81,9 +81,9 @@ def test_generated_images_have_the_figures_of_their_features(batches, tmp_path):
     assert frechet_distance(*pooled) > 0.01
     kept = list((batches / "cache").iterdir())
     assert len(kept) == 1
-    for ranks in (2, 4):  # 13 images in batches of 3: the last is one image, and the fourth rank of 4 has one batch more
-        run_ranks(on_ranks, ranks, generation(batches, tmp_path / str(ranks)))
-        assert figures(tmp_path / str(ranks)) == pytest.approx(figures(tmp_path / "one"), rel=1e-6)
+    # 13 images in batches of 3: the last is one image, and the fourth rank of 4 has one batch more.
+    run_ranks(on_ranks, 4, generation(batches, tmp_path / "4"))
+    assert figures(tmp_path / "4") == pytest.approx(figures(tmp_path / "one"), rel=1e-6)
     assert list((batches / "cache").iterdir()) == kept, "computed once"
     settings = json.loads((tmp_path / "one" / "results.json").read_text())["settings"]
     assert settings["reference_kind"] == "custom" and len(settings["samples_sha256"]) == 64 and "tf32_products" in settings
@@ -108,6 +108,7 @@ def test_statistics_in_the_reference_are_used_as_they_are(batches, tmp_path):
     assert figures(tmp_path / "out")["gfid_custom13_random"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_set_against_itself(batches, tmp_path):
     arguments = generation(batches, tmp_path / "out")
     arguments[arguments.index("--reference") + 1] = batches / "samples.npz"

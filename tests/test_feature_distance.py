@@ -61,7 +61,7 @@ def test_dinov2_compares_the_normalised_patch_tokens():
         torch.testing.assert_close(ours(images, made), expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("model", ["dinov2-s", "resnet50"])
+@pytest.mark.parametrize("model", ["dinov2-s", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_the_gradient_reaches_the_reconstruction_in_either_precision(model):
     images, made = two_images(1)
     gradients = []

@@ -184,6 +184,7 @@ SMALL = ["model.image_size=32", "model.semantic_head={depth: 1, teacher_width: 1
          "training.global_batch_size=2", "training.validate_every=1", "checkpoint.every=1"]
 
 
+@pytest.mark.slow
 def test_a_run_says_and_records_what_its_losses_looked_through(tmp_path):
     """In a process of its own, with a ViT as teacher and LPIPS on random weights, in bfloat16."""
     data = prepare(tmp_path)["tokenizer"]

@@ -138,6 +138,7 @@ sys.exit(launch.main(sys.argv[1:]))
     assert code == 1 and len(starts) == 1 and "2 hosts can take part, and 3 must (--min-hosts)" in said
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_costs_a_restart_only(tmp_path):
     """Two ranks through launch/train.sh; the run ends by itself, from its last checkpoint on."""
     names = prepare(tmp_path)["gpt"]

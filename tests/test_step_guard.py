@@ -127,6 +127,7 @@ def test_a_rewind_goes_back_to_the_newest_checkpoint_and_on_with_the_next_data(d
     assert len(read_state(checkpoint_path(out, 25)).guard["losses"]) == 20
 
 
+@pytest.mark.slow
 def test_a_spike_can_end_a_run(data, tmp_path):
     folder, names = data
     code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names["gpt"], *SPIKE, "faults.on_spike=stop",

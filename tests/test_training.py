@@ -99,7 +99,7 @@ def test_every_stage_trains_alike(runs, kind, stage):
 
 
 @pytest.mark.parametrize("kind, stage", [
-    pytest.param("tokenizer", 1, marks=pytest.mark.slow), ("tokenizer", 3), ("gpt", 2),
+    pytest.param("tokenizer", 1, marks=pytest.mark.slow), pytest.param("tokenizer", 3, marks=pytest.mark.slow), ("gpt", 2),
 ])
 def test_bf16_stays_close_to_fp32(runs, kind, stage):
     """Within the rounding of bfloat16 (8 bits) over eight steps: pixels, since another code here and there moves the
@@ -114,7 +114,7 @@ def test_bf16_stays_close_to_fp32(runs, kind, stage):
             assert mine[name] == pytest.approx(other[name], rel=0.05)
 
 
-@pytest.mark.parametrize("kind, stage", [("tokenizer", 3), ("gpt", 1)])
+@pytest.mark.parametrize("kind, stage", [pytest.param("tokenizer", 3, marks=pytest.mark.slow), ("gpt", 1)])
 def test_two_ranks_train_like_one(runs, kind, stage):
     folder, data = runs
     code, output = train(folder, data, kind, f"{kind}-pair", "--zero", stage, ranks=2)

@@ -137,5 +137,6 @@ def _write_onnx(graph: nn.Module, sample: Tensor, name: str, file: Path) -> None
 def _run_onnx(file: Path, inputs: Tensor) -> Tensor:
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
