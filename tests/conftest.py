@@ -25,6 +25,7 @@ def pytest_configure(config):
     """Temporary files of a session and of all that it starts lie in a directory of their own, which is removed if it passes."""
     if not hasattr(config, "workerinput"):
         config.temporary = tempfile.mkdtemp(prefix="gtk-")  # short: sockets lie in it, whose names may have 107 bytes
+        config.passed = True  # until a session says otherwise; --help has none
         os.environ["TMPDIR"], tempfile.tempdir = config.temporary, None
 
 
