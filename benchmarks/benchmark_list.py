@@ -51,9 +51,12 @@ BENCHMARKS = {
         script="sampling.py", measures="codes per second, beside a direct key/value-cache loop",
         options="--steps 60", quick="--batch 1 --steps 2 --repeats 1 --threads 1", minutes=2),
     "tokenizer-step": Benchmark(
-        script="tokenizer_step.py", measures="a training step with all losses, beside plain eager torch",
-        options="--zero 0 --phase adversarial --repeats 3", quick=f"--zero 0 --threads 1 {_SMALL_TOKENIZER}", minutes=6,
+        script="tokenizer_step.py", measures="a training step of either phase, beside plain eager torch",
+        options="--zero 0 --repeats 3", quick=f"--zero 0 --threads 1 {_SMALL_TOKENIZER}", minutes=8,
         packages=("deepspeed", "megatron", "torchvision", "timm")),
+    "convolution": Benchmark(
+        script="convolution.py", measures="3x3 convolutions by Winograd's transform, beside torch's own",
+        quick="--repeats 1 --threads 1 --sides 64", minutes=0.5),
     "zero-memory": Benchmark(
         script="zero_memory.py", measures="memory per rank of ZeRO 0 to 3, beside the theory",
         quick="--ranks 2 --stages 1", minutes=2, packages=("deepspeed", "megatron")),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.models.convolution import convolved
 from gigatok_ds.models.pretrained import autocast, build_frozen, fill_frozen, read_frozen_weights
 from gigatok_ds.models.published import WeightFile
 
@@ -77,7 +78,8 @@ class LPIPS(PerceptualDistance):
         for index, layer in enumerate(self.features):
             # Layer by layer, because what the caller does between two stages is not in this precision.
             with autocast(images.device, self.precision):
-                x = layer(x)
+                # Where a gradient is wanted: in training.
+                x = convolved(x, layer) if isinstance(layer, nn.Conv2d) and x.requires_grad else layer(x)
             if index in READOUTS:
                 yield x
 

@@ -20,6 +20,7 @@ from gigatok_ds.models.cnn_blocks import (
     ResidualBlock,
     norm_silu,
 )
+from gigatok_ds.models.convolution import Conv3x3
 
 
 class Level(nn.Module):
@@ -63,7 +64,7 @@ class CNNEncoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.encoder_multipliers]
         options = {"dropout": dropout}
-        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        self.conv_in = Conv3x3(3, config.base_channels)
         self.conv_blocks = nn.ModuleList()
         incoming = config.base_channels
         for index, width in enumerate(widths):
@@ -75,7 +76,7 @@ class CNNEncoder(nn.Module):
             incoming = width
         self.mid = middle(incoming, attention=config.attention, **options)
         self.norm_out = norm_silu(incoming)
-        self.conv_out = nn.Conv2d(incoming, z_channels, 3, padding=1)
+        self.conv_out = Conv3x3(incoming, z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(laid_out(x))
@@ -97,7 +98,7 @@ class CNNDecoder(nn.Module):
         options = {"dropout": dropout}
         upsample = DepthToSpaceUpsample if config.upsample == "depth_to_space" else NearestUpsample
         incoming = widths[0]
-        self.conv_in = nn.Conv2d(z_channels, incoming, 3, padding=1)
+        self.conv_in = Conv3x3(z_channels, incoming)
         self.mid = middle(incoming, attention=config.attention, **options)
         self.conv_blocks = nn.ModuleList()
         self.adaptive = nn.ModuleList() if config.adaptive_group_norm else None
@@ -110,7 +111,7 @@ class CNNDecoder(nn.Module):
             self.conv_blocks.append(level)
             incoming = width
         self.norm_out = norm_silu(incoming)
-        self.conv_out = nn.Conv2d(incoming, 3, 3, padding=1)
+        self.conv_out = Conv3x3(incoming, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         z = laid_out(z)

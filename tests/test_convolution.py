@@ -1,0 +1,107 @@
+"""3x3 convolutions against torch's in float64; where Winograd's transform is used, and where not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gigatok_ds.models import convolution
+from gigatok_ds.models.convolution import Conv3x3
+
+needs_nnpack = pytest.mark.skipif(not torch._nnpack_available(), reason="needs a processor that NNPACK knows")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), dtype=dtype)
+
+
+def layer(in_channels: int = 64, out_channels: int = 64) -> Conv3x3:
+    torch.manual_seed(0)
+    return Conv3x3(in_channels, out_channels)
+
+
+def plain(conv: Conv3x3, x: Tensor) -> Tensor:
+    return F.conv2d(x, conv.weight, conv.bias, padding=1)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def with_gradients(conv: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and of its product with some map the gradients at x, weight and bias."""
+    x = x.clone().requires_grad_()
+    conv.zero_grad()
+    y = conv(x)
+    (y * draw(*y.shape).to(y.dtype)).sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad for parameter in conv.parameters())]
+
+
+@needs_nnpack
+@pytest.mark.parametrize("batch, in_channels, out_channels, height, width",
+                         [(1, 64, 64, 64, 64), (1, 64, 192, 65, 70), (3, 128, 64, 64, 64), (1, 65, 67, 128, 32)])
+def test_training_agrees_with_float64(batch, in_channels, out_channels, height, width):
+    conv, x = layer(in_channels, out_channels), draw(batch, in_channels, height, width)
+    reference = nn.Conv2d(in_channels, out_channels, 3, padding=1, dtype=torch.float64)
+    reference.load_state_dict(conv.state_dict())
+    found, expected = with_gradients(conv, x), with_gradients(reference, x.double())
+    assert not torch.equal(found[0], plain(conv, x))  # or this test is not of Winograd's transform
+    assert [relative(*pair) < 2e-5 for pair in zip(found, expected, strict=True)] == [True] * 4
+
+
+@needs_nnpack
+def test_the_same_bits_every_time():
+    conv, x = layer(), draw(2, 64, 64, 64)
+    assert all(map(torch.equal, with_gradients(conv, x), with_gradients(conv, x)))
+
+
+@needs_nnpack
+def test_a_batch_is_its_images():
+    conv, x = layer(), draw(3, 64, 64, 64)
+    assert torch.equal(conv(x), torch.cat([conv(image) for image in x.split(1)]))
+
+
+@needs_nnpack
+def test_frozen_inputs_and_weights_get_no_gradient():
+    conv, x = layer(), draw(1, 64, 64, 64)
+    conv(x).sum().backward()
+    assert x.grad is None and conv.weight.grad is not None
+    conv.requires_grad_(False).zero_grad()
+    x.requires_grad_()
+    conv(x).sum().backward()
+    assert x.grad is not None and conv.weight.grad is None
+
+
+def in_evaluation(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+    return conv.eval()(x), plain(conv, x)
+
+
+def with_few_channels(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+    conv = layer(64, 63)
+    return conv(x), plain(conv, x)
+
+
+def of_a_small_map(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x[:, :, 1:]
+    return conv(x), plain(conv, x)
+
+
+def in_float64(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+    return conv.double()(x.double()), plain(conv, x.double())
+
+
+def in_autocast(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return conv(x), plain(conv, x)
+
+
+@pytest.mark.parametrize("case", [in_evaluation, with_few_channels, of_a_small_map, in_float64, in_autocast])
+def test_elsewhere_it_is_torchs_own(case):
+    found, expected = case(layer(), draw(1, 64, 64, 64))
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_without_nnpack_it_is_torchs_own(monkeypatch):
+    monkeypatch.setattr(convolution, "available", lambda: False)
+    conv, x = layer(), draw(1, 64, 64, 64)
+    assert torch.equal(conv(x), plain(conv, x))
