@@ -86,14 +86,7 @@ def test_it_means_something_as_it_stands(command):
             load_recipe(recipe, [*getattr(args, "overrides", []), *tensor])
 
 
-def trains_again(command):
-    """Trainings of later pages take longest; README's run always. With -m "" all run, in their order."""
-    rule = rule_of(command)
-    return rule is not None and rule.run == "fork" and command.page != "README.md"
-
-
-@pytest.mark.parametrize("command", [pytest.param(command, marks=[pytest.mark.slow] if trains_again(command) else [])
-                                     for command in FOUND], ids=str)
+@pytest.mark.parametrize("command", FOUND, ids=str)
 def test_it_runs(command, world):
     rule = NAMED[command]
     if rule.run in ("covered", "slow"):

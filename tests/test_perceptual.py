@@ -12,6 +12,7 @@ from torchvision.models.vgg import cfgs
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.losses.perceptual import load_lpips
+from gigatok_ds.models import convolution
 from gigatok_ds.models.published import cache_folder
 
 
@@ -75,6 +76,22 @@ def test_frozen_but_differentiable_in_the_image(lpips):
     lpips(first, second).mean().backward()
     assert second.grad.abs().max() > 0
     assert not any(parameter.requires_grad for parameter in lpips.parameters())
+
+
+def test_distances_whose_gradient_is_wanted_match_the_original(lpips):
+    first, second = two_images(256)
+    ours = lpips(first, second.requires_grad_())
+    np.testing.assert_allclose(ours.detach().numpy(), arrays("losses")["lpips_vgg"], rtol=0, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_torchs_own_convolutions(lpips, monkeypatch):
+    first, second = two_images(64)
+    (ours,) = torch.autograd.grad(lpips(first, second.requires_grad_()).sum(), second)
+    monkeypatch.setattr(convolution, "available", lambda: False)
+    (usual,) = torch.autograd.grad(lpips(first, second).sum(), second)
+    # Units next to zero come to lie on the other side of ReLU's kink.
+    assert (ours - usual).norm() < 2e-3 * usual.norm()
+    assert not torch.equal(ours, usual) or not torch._nnpack_available()
 
 
 def test_images_are_looked_at_once_for_several_reconstructions(lpips):

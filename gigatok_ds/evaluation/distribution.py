@@ -93,7 +93,7 @@ def frechet_distance(ours: Gaussian, theirs: Gaussian) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R (D, rank) with R R^T = covariance: its Cholesky factor with pivots, which ends where only rounding is left (LAPACK's dpstrf).
+    """R (D, rank) with R R^T = covariance: its Cholesky factor with pivots (LAPACK's dpstrf), up to where only rounding is left.
 
     (The singular values of R1^T R2 are those of C1^(1/2) C2^(1/2), which only has orthonormal bases around it.)
     """

@@ -1,10 +1,10 @@
 """Compile the native kernels of csrc/ into one shared library, or find the one that was compiled before.
 
 A library fits one state of the sources and one kind of machine, its name says which, and every torch since 2.11, for it
-uses only torch's stable C++ interface. It is looked for next to this file, where `setup.py` leaves it, then in a cache directory of the user, into which it is compiled when
-first needed. As a script (`python build.py LIBRARY SOURCES [--cuda]`) this file compiles, in a process of its own: a
-compiler's or a library's failure must not be that of a training run. It needs nothing of gigatok_ds, since `setup.py`
-runs it, too.
+uses only torch's stable C++ interface. It is looked for next to this file, where `setup.py` leaves it, then in a cache
+directory of the user, into which it is compiled when first needed. As a script (`python build.py LIBRARY SOURCES
+[--cuda]`) this file compiles, in a process of its own: a compiler's or a library's failure must not be that of a training
+run. It needs nothing of gigatok_ds, since `setup.py` runs it, too.
 """
 
 from __future__ import annotations

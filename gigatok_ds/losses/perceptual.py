@@ -78,7 +78,7 @@ class LPIPS(PerceptualDistance):
         for index, layer in enumerate(self.features):
             # Layer by layer, because what the caller does between two stages is not in this precision.
             with autocast(images.device, self.precision):
-                # Where a gradient is wanted: in training.
+                # A gradient is wanted in training only.
                 x = convolved(x, layer) if isinstance(layer, nn.Conv2d) and x.requires_grad else layer(x)
             if index in READOUTS:
                 yield x

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from gigatok_ds.errors import InputError
 
-
 STDERR = 2  # stages tell their progress; what we print is the result
 
 
