@@ -57,6 +57,7 @@ def test_a_run_on_my_own_images_is_self_contained(short_run):
     assert "report:" in finished.stdout
 
 
+@pytest.mark.slow  # resuming a run is tested always, elsewhere
 def test_running_it_again_continues_and_ends_the_same(short_run, photos):
     out, _ = short_run
     before = json.loads((out / "metrics.json").read_text())

@@ -108,6 +108,7 @@ def test_a_stalled_rank_ends_all_with_everyones_stacks(data, tmp_path, rank):
     assert status(tmp_path / "run")["state"] == "failed"
 
 
+@pytest.mark.slow  # a data worker that is killed is tested always
 def test_a_data_worker_that_stops_ends_the_run_too(data, tmp_path):
     folder, names = data
     code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names, "monitor.stall_seconds=6", "data.workers=1",
