@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gigatok_ds.models import convolution
 from gigatok_ds.models.convolution import Conv3x3
 
-needs_nnpack = pytest.mark.skipif(not torch._nnpack_available(), reason="needs a processor that NNPACK knows")
+needs_nnpack = pytest.mark.skipif(not convolution.available(), reason="needs a processor that NNPACK knows")
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
