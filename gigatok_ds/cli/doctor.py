@@ -3,8 +3,8 @@
   gigatok-ds doctor
   gigatok-ds doctor --build
 
-Looks at the quantizer's native kernels (which ones are active, or why none are), devices, the compiler and CUDA toolkit
-that the kernels are compiled with, DeepSpeed, Megatron-core, and whether an installed apex is NVIDIA's. The kernels are
+Looks at the native kernels (which ones are active, or why none are), devices, the compiler and CUDA toolkit that these
+kernels are compiled with, DeepSpeed, Megatron-core, and whether an installed apex is NVIDIA's. The kernels are
 compiled when first used; --build does it now and, if that failed before, tries again. Every part works without them.
 
 Environment: GIGATOK_KERNELS=native or torch forces the choice; GIGATOK_BUILD_CUDA=0 or 1 forces whether CUDA kernels are

@@ -27,7 +27,7 @@ NAME = "gigatok_native"
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
 OPERATORS = ("nearest_code", "entropy_forward", "entropy_backward", "code_histogram", "few_row_product",
-             "cpu_capability")
+             "winograd_tiles", "winograd_maps", "cpu_capability")
 SECONDS = {False: 40, True: 120}  # to compile, roughly: for CPUs only, and with CUDA
 _TIMEOUT = 1800.0
 _TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable interface of torch 2.11
@@ -70,7 +70,7 @@ def provide(announce: Callable[[str], None]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             if not path.exists() and not failure_log().exists():
-                announce(f"compiling the quantizer's kernels once (about {SECONDS[wants_cuda()]} s)")
+                announce(f"compiling the native kernels once (about {SECONDS[wants_cuda()]} s)")
                 if said := compile_apart(path, wants_cuda()):
                     failure_log().write_text(said, encoding="utf-8")
     except OSError as error:

@@ -11,9 +11,7 @@
 #include "operators.h"
 
 namespace gigatok {
-namespace {
 
-// The best of this processor's levels, or the one that GIGATOK_CPU_CAPABILITY names.
 const Level& level() {
 #if defined(__x86_64__)
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -31,6 +29,8 @@ const Level& level() {
   STD_TORCH_CHECK(false, "GIGATOK_CPU_CAPABILITY is '", wanted,
                   "'; choose avx512 or avx2 where this processor has it, or portable");
 }
+
+namespace {
 
 // Inputs as the passes want them.
 struct Prepared {

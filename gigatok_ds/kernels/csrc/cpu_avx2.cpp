@@ -9,9 +9,11 @@
 #define GIGATOK_LEVEL avx2
 #define GIGATOK_WIDTH 8
 #include "cpu_level.h"
+#include "winograd.h"
 
 #pragma GCC pop_options
-const gigatok::Level gigatok::avx2_level{"avx2", gigatok::avx2::WIDTH, gigatok::avx2::run_pass, nullptr};
+const gigatok::Level gigatok::avx2_level{
+    "avx2", gigatok::avx2::WIDTH, gigatok::avx2::run_pass, nullptr, gigatok::avx2::run_winograd};
 #else
-const gigatok::Level gigatok::avx2_level{"avx2", 0, nullptr, nullptr};
+const gigatok::Level gigatok::avx2_level{"avx2", 0, nullptr, nullptr, nullptr};
 #endif

@@ -10,10 +10,11 @@
 #define GIGATOK_WIDTH 16
 #include "cpu_level.h"
 #include "product.h"
+#include "winograd.h"
 
 #pragma GCC pop_options
-const gigatok::Level gigatok::avx512_level{
-    "avx512", gigatok::avx512::WIDTH, gigatok::avx512::run_pass, gigatok::avx512::run_product};
+const gigatok::Level gigatok::avx512_level{"avx512", gigatok::avx512::WIDTH, gigatok::avx512::run_pass,
+                                          gigatok::avx512::run_product, gigatok::avx512::run_winograd};
 #else
-const gigatok::Level gigatok::avx512_level{"avx512", 0, nullptr, nullptr};
+const gigatok::Level gigatok::avx512_level{"avx512", 0, nullptr, nullptr, nullptr};
 #endif

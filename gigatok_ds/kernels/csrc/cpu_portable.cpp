@@ -5,5 +5,7 @@
 #define GIGATOK_LEVEL portable
 #define GIGATOK_WIDTH 4
 #include "cpu_level.h"
+#include "winograd.h"
 
-const gigatok::Level gigatok::portable_level{"portable", gigatok::portable::WIDTH, gigatok::portable::run_pass, nullptr};
+const gigatok::Level gigatok::portable_level{
+    "portable", gigatok::portable::WIDTH, gigatok::portable::run_pass, nullptr, gigatok::portable::run_winograd};
