@@ -176,7 +176,6 @@ checkpoint: {every: 2}
 """
 
 
-@pytest.mark.slow  # two minutes; its stages' other tests always run
 def test_ar_probing_in_one_command(setting, tmp_path, capfd):
     world, _, judged = setting  # noqa: F811
     (tmp_path / "tiny.yaml").write_text(GPT_RECIPE)
