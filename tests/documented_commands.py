@@ -166,7 +166,11 @@ RULES = [
          by="tests/test_studies.py::test_ar_probing_in_one_command"),
     Rule("gigatok-ds search-guidance", run="slow", add=f"{_SMALL_REFERENCE} --count 6", replace={"--start 2.5": "--start 1"},
          by="tests/test_studies.py::test_a_search_finishes_resumes_and_leaves_a_table"),
-    Rule("python", run="help"),  # benchmarks take minutes; their own tests run small forms of some
+    # A report of one benchmark's small form, which a missed target does not fail; others take minutes, or need nvcc.
+    Rule("python benchmarks/run_all.py", run="shell", add="--quick --only convolution --out all-figures.md"),
+    Rule("python benchmarks/run_all.py --only", run="shell", add="--quick --out some-figures.md",
+         replace={"--only quantizer sampling": "--only convolution"}),
+    Rule("python", run="help"),
     Rule("kill -USR1", run="covered", by="tests/test_stopping.py::test_a_signal_to_one_of_two_ranks_stops_both"),
 ]
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from gigatok_ds.cli.main import main
+
 SHORT = ["--tokenizer", "training.steps=6", "--tokenizer", "checkpoint.every=3",
          "--tokenizer", "loss.adversarial.start_step=3", "--gpt", "training.steps=6", "--gpt", "training.global_batch_size=8",
          "--tokenizer", "training.global_batch_size=8"]
@@ -83,7 +85,7 @@ def test_wrong_exports_are_noticed(short_run):
         save_file(weights, file)
 
 
-def test_what_cannot_work_is_one_line_and_leaves_things_alone(short_run, photos, tmp_path):
+def test_what_cannot_work_is_one_line_and_leaves_things_alone(short_run, photos, tmp_path, capsys):
     out, _ = short_run
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("mine")
@@ -99,9 +101,10 @@ def test_what_cannot_work_is_one_line_and_leaves_things_alone(short_run, photos,
         (["--out", readonly / "o"], "Not a directory"),
     ]
     for arguments, words in cases:
-        finished = demo(*arguments)
-        errors = [line for line in finished.stderr.splitlines() if "error:" in line]
-        assert finished.returncode == 2 and len(errors) == 1 and words in errors[0], (arguments, finished.stderr)
+        code = main(["demo", *map(str, arguments)])
+        said = capsys.readouterr().err
+        errors = [line for line in said.splitlines() if "error:" in line]
+        assert code == 2 and len(errors) == 1 and words in errors[0], (arguments, said)
     assert (tmp_path / "precious" / "file").read_text() == "mine" and not (tmp_path / "o").exists()
 
 
