@@ -11,8 +11,8 @@ from gigatok_ds.cli.main import main
 def end(code: int) -> None:
     """End this process; a rank without taking the interpreter down.
 
-    Threads of libraries, Gloo's say, outlive a rank's work. One that then meets an interpreter half gone aborts the process,
-    and the launcher calls a run failed whose work is done.
+    Ranks were seen to abort at their exit with their work done, probably in a library's thread that met an interpreter half
+    gone; the launcher then calls the run failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise SystemExit(code)

@@ -82,6 +82,11 @@ def with_few_channels(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
     return conv(x), plain(conv, x)
 
 
+def with_many_filters(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+    conv, x = layer(256, 1025), draw(1, 256, 32, 32)
+    return conv(x), plain(conv, x)
+
+
 def of_a_small_map(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x[:, :, 1:]
     return conv(x), plain(conv, x)
@@ -96,7 +101,7 @@ def in_autocast(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
         return conv(x), plain(conv, x)
 
 
-@pytest.mark.parametrize("case", [in_evaluation, with_few_channels, of_a_small_map, in_float64, in_autocast])
+@pytest.mark.parametrize("case", [in_evaluation, with_few_channels, with_many_filters, of_a_small_map, in_float64, in_autocast])
 def test_elsewhere_it_is_torchs_own(case):
     found, expected = case(layer(), draw(1, 64, 32, 32))
     assert found.dtype == expected.dtype and torch.equal(found, expected)

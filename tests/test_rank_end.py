@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-# A library that aborts when the interpreter ends, as threads of torch's process groups now and then do.
+# A library that aborts when the interpreter ends.
 COMMAND = """
 import atexit, os, runpy, sys
 

@@ -69,7 +69,7 @@ def test_how_many_tiles_at_a_time_changes_no_output(monkeypatch):
         assert close(convolution(x, weight, None), y) and close(weight_gradient(x, gradient), at_weight)
 
 
-def test_the_same_bits_for_any_number_of_threads():
+def test_the_same_bits_every_time_and_of_tiles_for_any_number_of_threads():
     x, gradient, weight = draw(1, 64, 64, 64), draw(1, 64, 64, 64), draw(64, 64, 3, 3)
     tiles = torch.ops.gigatok_native.winograd_tiles
     threads, first, found = torch.get_num_threads(), torch.empty(36, 64, 256), torch.empty(36, 64, 256)
