@@ -76,9 +76,8 @@ class Rule:
     """How commands that begin with `begins` are run; of several rules the longest counts.
 
     run: `here` (this process), `fork` (one rank of its own, as training wants it, or two where a launcher starts them), `shell`
-    (a process of its own), `help` (a script of benchmarks/ that has no form of seconds: its options are known to it, and it
-    explains itself), `covered` (by the test `by`; not run here), or `slow` (`here`, but only with -m slow; always, the test `by`
-    runs another small form of it).
+    (a process of its own), `stages` (this process, and what a study starts is forked), or `covered` (by the test `by`; not run
+    here).
     replace, add: see the module. code: the exit code that is right. removes: what earlier commands left and this one writes anew.
     """
 
@@ -155,22 +154,20 @@ RULES = [
     Rule("gigatok-ds evaluate loss"),
     Rule("gigatok-ds probe", add=_SMALL_PROBE),
     Rule("gigatok-ds reproduce"),
-    Rule("gigatok-ds reproduce B-L", run="slow", add="--allow model --allow count", code=1,
-         by="tests/test_studies.py::test_a_tokenizers_row"),
-    Rule("gigatok-ds reproduce GPT-B/XL-XXL", run="slow", code=1,
-         add=f"--allow model {_SMALL_REFERENCE} --count 6 {_PROBE_OF_A_STUDY}",
-         by="tests/test_studies.py::test_a_tokenizers_row"),
-    Rule("gigatok-ds ar-probe", run="slow",
+    Rule("gigatok-ds reproduce B-L", run="stages", add="--allow model --allow count", code=1),
+    Rule("gigatok-ds reproduce GPT-B/XL-XXL", run="stages", code=1,
+         add=f"--allow model {_SMALL_REFERENCE} --count 6 {_PROBE_OF_A_STUDY}"),
+    Rule("gigatok-ds ar-probe", run="stages",
          add=f"--recipe GPT-B --gpt training.steps=4 --gpt training.log_every=2 --cfg 1.5 {_SMALL_REFERENCE} --count 6 "
-             f"{_PROBE_OF_A_STUDY}",
-         by="tests/test_studies.py::test_ar_probing_in_one_command"),
-    Rule("gigatok-ds search-guidance", run="slow", add=f"{_SMALL_REFERENCE} --count 6", replace={"--start 2.5": "--start 1"},
-         by="tests/test_studies.py::test_a_search_finishes_resumes_and_leaves_a_table"),
-    # A report of one benchmark's small form, which a missed target does not fail; others take minutes, or need nvcc.
+             f"{_PROBE_OF_A_STUDY}"),
+    Rule("gigatok-ds search-guidance", run="stages", add=f"{_SMALL_REFERENCE} --count 6", replace={"--start 2.5": "--start 1"}),
+    # A report of one benchmark's small form, which a missed target does not fail.
     Rule("python benchmarks/run_all.py", run="shell", add="--quick --only convolution --out all-figures.md"),
     Rule("python benchmarks/run_all.py --only", run="shell", add="--quick --out some-figures.md",
          replace={"--only quantizer sampling": "--only convolution"}),
-    Rule("python", run="help"),
+    Rule("python benchmarks/quantizer.py", run="shell", add="--quick --latents 64 --repeats 1 --seconds 0 --threads 1"),
+    Rule("python benchmarks/cuda_resources.py", run="covered",
+         by="tests/test_cuda_kernels.py::test_the_script_tells_what_all_of_them_take"),
     Rule("kill -USR1", run="covered", by="tests/test_stopping.py::test_a_signal_to_one_of_two_ranks_stops_both"),
 ]
 

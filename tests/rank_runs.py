@@ -8,10 +8,14 @@ import os
 import pickle
 import queue
 import signal
+import tempfile
 import time
 import traceback
+from pathlib import Path
 
 from gigatok_ds.demo.pipeline import free_port
+
+OTHERS_SECONDS = 30  # for the other ranks, once one has failed
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["gigatok_ds.training.engine", "gigatok_ds.training.run",
@@ -57,6 +61,66 @@ def _environment(**values):
         os.environ.update(before)
 
 
+def run_main(words, ranks=1, timeout=300):
+    """(exit code, all that was printed) of `gigatok-ds WORDS` on so many ranks, in this folder and environment.
+
+    The exit code is that of the first rank that failed, as a launcher has it; once one has, the others end soon.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said.txt"
+        said.touch()
+        port, processes = free_port(), []
+        for rank in range(ranks):
+            alone = {} if ranks == 1 else _rank_variables(rank, ranks, port)
+            surroundings = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | alone
+            processes.append(_context.Process(target=_main, args=(surroundings, os.getcwd(), said, list(map(str, words)))))
+        try:
+            with _environment(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES=""):
+                for process in processes:
+                    process.start()
+            return _exit_code(processes, time.monotonic() + timeout), said.read_text()
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _exit_code(processes, deadline):
+    first = 0
+    while any(process.exitcode is None for process in processes):
+        if time.monotonic() > deadline:
+            if first:
+                break
+            raise RanksFailed("not all ranks ended in time")
+        if not first and (first := next((p.exitcode for p in processes if p.exitcode), 0)):
+            deadline = min(deadline, time.monotonic() + OTHERS_SECONDS)
+        time.sleep(0.02)
+    return first or next((p.exitcode for p in processes if p.exitcode), 0)
+
+
+def _main(surroundings, folder, said, words):
+    """`python -m gigatok_ds WORDS`, in a fork of the server."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end with the server
+    os.environ.clear()
+    os.environ.update(surroundings)
+    os.chdir(folder)
+    with open(said, "ab", buffering=0) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    import torch
+
+    from gigatok_ds.__main__ import end
+    from gigatok_ds.cli.main import main
+
+    torch.set_num_threads(1)
+    end(main(words))
+
+
+def _rank_variables(rank, ranks, port):
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def _collect(results, processes, deadline):
     found = {}
     while len(found) < len(processes):
@@ -77,8 +141,7 @@ def _collect(results, processes, deadline):
 
 def _rank(rank, ranks, port, results, function, arguments):
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end with the server that forked this rank
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(_rank_variables(rank, ranks, port))
     import torch
 
     torch.set_num_threads(1)

@@ -1,5 +1,7 @@
 """The CUDA kernels compile for every GPU we promise, without spilling registers. No GPU is needed."""
 
+import functools
+
 import pytest
 from benchmark_scripts import loaded
 
@@ -10,6 +12,7 @@ from gigatok_ds.kernels import build
 @pytest.fixture(scope="module")
 def resources():
     with loaded("cuda_resources") as module:
+        module.compiled_kernels = functools.cache(module.compiled_kernels)  # that of an architecture takes ten seconds
         yield module
 
 
@@ -24,6 +27,15 @@ def test_kernels_compile_without_spilling(resources, architecture):
     assert max(kernel.shared_bytes for kernel in kernels) <= 48 * 1024
 
 
+@pytest.mark.skipif(build.toolkit() is None, reason="no CUDA toolkit (nvcc) on this machine")
+def test_the_script_tells_what_all_of_them_take(resources, capsys):
+    assert resources.main([]) == 0
+    table = capsys.readouterr().out
+    assert all(f"sm_{architecture}" in table for architecture in resources.ARCHITECTURES)
+    rows = [line for line in table.splitlines() if line.startswith("search and softmax")]
+    assert [row.split("|")[0].split()[-1] for row in rows] == ["4", "8", "16", "32", "64"]
+
+
 def test_the_report_of_the_assembler_is_read(resources):
     report = """ptxas info    : Function properties for _ZN7gigatok12sweep_kernelINS_8one_lane6AssignIfLi8ELb1EEEEEvT_
     16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
@@ -35,6 +47,7 @@ ptxas info    : Used 61 registers, used 1 barriers, 9216 bytes smem
 
 def test_without_a_toolkit_the_error_says_so(resources, monkeypatch, capsys):
     monkeypatch.setattr(build, "toolkit", lambda: None)
+    resources.compiled_kernels.cache_clear()
     with pytest.raises(InputError, match="no CUDA toolkit"):
         resources.compiled_kernels(90)
     assert resources.main([]) == 2 and "set CUDA_HOME" in capsys.readouterr().err

@@ -1,10 +1,8 @@
 """Every command that README.md and docs/ show is run, in a small form and in their order; `documented_commands` has the table.
 
-What one command writes the next ones read, so run the whole file. Studies of many processes are parsed and checked here, and run
-under `-m slow`; other small forms of them run always, in the tests that the table names.
+What one command writes the next ones read, so run the whole file.
 """
 
-import contextlib
 import os
 import re
 import shlex
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import documented_world
 import pytest
-from benchmark_scripts import loaded
 from documented_commands import (
     EVERYWHERE,
     ROOT,
@@ -29,6 +26,7 @@ from documented_commands import (
     small_form,
 )
 from rank_runs import run_ranks
+from stage_runs import forked_stages  # noqa: F401 (a fixture)
 
 from gigatok_ds.cli.main import COMMANDS, main, parse
 from gigatok_ds.config.load import load_recipe, recipe_names
@@ -87,30 +85,16 @@ def test_it_means_something_as_it_stands(command):
 
 
 @pytest.mark.parametrize("command", FOUND, ids=str)
-def test_it_runs(command, world):
+def test_it_runs(command, world, request):
+    """The exit code is the rule's, and what --out names is there."""
     rule = NAMED[command]
-    if rule.run in ("covered", "slow"):
+    if rule.run == "covered":
         file, _, name = rule.by.partition("::")
         assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"there is no test {rule.by}"
-    if rule.run == "covered":
         return
+    if rule.run == "stages":
+        request.getfixturevalue("forked_stages")
     words = small_form(command, rule, port=free_port(), world=world)
-    if rule.run == "slow":
-        parse(words[1:])
-    else:
-        check(command, rule, words)
-
-
-@pytest.mark.slow  # minutes; needs what the commands before left
-@pytest.mark.parametrize("command", FOUND, ids=str)
-def test_all_of_it_runs(command, world):
-    rule = NAMED[command]
-    if rule.run != "covered":
-        check(command, rule, small_form(command, rule, port=free_port(), world=world))
-
-
-def check(command, rule, words):
-    """Run it; the exit code must be the rule's, and what --out names must be there."""
     for place in rule.removes.split():
         if place in words[words.index("convert") + 2:]:
             shutil.rmtree(place, ignore_errors=True)
@@ -142,20 +126,7 @@ def shell(words):
     return finished.returncode
 
 
-def explained(words):
-    """A script's options are in its --help; it is not run further."""
-    words = after_variables(words)
-    assert words[0] == "python" and words[1].startswith("benchmarks/")
-    with loaded(Path(words[1]).stem) as script, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [words[1], "--help"])
-        with contextlib.redirect_stdout(text := open(os.devnull, "w")), text, pytest.raises(SystemExit) as ended:
-            script.main()
-    source = (ROOT / words[1]).read_text()
-    assert all(f'"{word}"' in source for word in words if word.startswith("--"))
-    return ended.value.code
-
-
-RUN = {"here": here, "fork": fork, "shell": shell, "help": explained, "slow": here}
+RUN = {"here": here, "fork": fork, "shell": shell, "stages": here}
 
 
 def test_every_rule_and_every_replacement_is_of_use():

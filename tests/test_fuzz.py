@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from test_shards import plain_tar
 from test_transforms import encode, picture
+from training_runs import forget_shared_memory
 
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import ImageBatches
@@ -209,3 +210,4 @@ def test_a_worker_that_is_killed_ends_the_run(small_tar, tmp_path, limit):
     with pytest.raises(RuntimeError, match="worker.*exited unexpectedly|killed by signal"):
         for _ in range(100):
             next(batches)
+    forget_shared_memory(worker)

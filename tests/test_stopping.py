@@ -14,7 +14,7 @@ import torch
 from rank_runs import RanksFailed, run_ranks
 from saved_runs import read_everything
 from test_rank_failure import ranks_below, wait_for
-from training_runs import launch, prepare, start, train_with_faults
+from training_runs import forget_shared_memory, launch, prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints
 from gigatok_ds.cli.main import main
@@ -122,7 +122,9 @@ def test_a_data_worker_that_is_killed_is_named(data, tmp_path):
     code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names, "data.workers=1",
                           "--inject", "kill-worker:step=3", *LONG])
     # torch says the one or the other: whether its handler of the signal or its queue sees it first.
-    assert code == 1 and re.search(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)", output), output
+    said = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)\) (is killed by signal|exited unexpectedly)", output)
+    assert code == 1 and said, output
+    forget_shared_memory(said[1])
 
 
 def test_a_stall_in_c_code_that_holds_the_interpreter_ends_too(tmp_path):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from small_models import small_gpt, small_tokenizer
+from stage_runs import forked_stages  # noqa: F401 (a fixture)
 from test_evaluate import figures, on_ranks, refused
 from test_probe import world  # noqa: F401 (a fixture)
 
@@ -12,7 +13,9 @@ from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
+from gigatok_ds.errors import InputError
 from gigatok_ds.kernels.build import cache_directory
+from gigatok_ds.studies import stages
 from gigatok_ds.studies.guidance_search import climb, next_scale, windows
 from gigatok_ds.studies.published import ROWS, TOLERANCES
 from gigatok_ds.studies.reproduce import Comparison, compare
@@ -112,6 +115,22 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+def test_stages_are_started_as_a_user_would(setting, tmp_path, capfd):
+    world, _, _ = setting  # noqa: F811
+    codes = tmp_path / "codes"
+    words = ["extract-codes", world / "tok", world / "val", "--crops", "center", "--out"]
+    stages.Launcher(ranks=2).run([
+        stages.Stage(name="codes", arguments=[*words, codes], done=codes / "metadata.json"),
+        stages.Stage(name="inspection", arguments=["inspect", world / "tok"], done=None, alone=True)])
+    said = capfd.readouterr().err
+    assert said.index("== codes") < said.index("== inspection") and "13 of 13 images" in said
+    with pytest.raises(InputError, match=r"codes failed \(exit code 2\)"):
+        stages.Launcher().run([stages.Stage(name="codes", arguments=[*words, codes, "--crops", "twelve"], done=None)])
+    with pytest.raises(InputError, match="inspection ended, but .*none is not there"):
+        stages.Launcher().run([stages.Stage(name="inspection", arguments=["inspect", world / "tok"], done=tmp_path / "none")])
+
+
+@pytest.mark.usefixtures("forked_stages")
 def test_a_search_finishes_resumes_and_leaves_a_table(setting, tmp_path, capfd):
     world, gpt, judged = setting  # noqa: F811
     command = ["search-guidance", "--gpt", gpt, "--tokenizer", world / "tok", *judged, "--schedule", "constant", "--start",
@@ -132,6 +151,7 @@ def test_a_search_finishes_resumes_and_leaves_a_table(setting, tmp_path, capfd):
     assert "holds a search with another seed" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_stages")
 def test_a_tokenizers_row(setting, tmp_path, capfd):
     world, _, _ = setting  # noqa: F811
     plain = ["reproduce", "S-S", "--tokenizer", world / "tok", "--val", world / "val", "--inception", "random", "--vgg",
@@ -150,7 +170,7 @@ def test_a_tokenizers_row(setting, tmp_path, capfd):
     assert main(["reproduce"]) == 0 and "GPT-XXL/XL-XXL" in capfd.readouterr().out
 
 
-@pytest.mark.slow  # sampling and its figures are in test_ar_probing_in_one_command, rows in test_a_tokenizers_row
+@pytest.mark.usefixtures("forked_stages")
 def test_a_generators_row(setting, tmp_path, capfd):
     world, gpt, judged = setting  # noqa: F811
     command = ["reproduce", "GPT-B/XL-XXL", "--tokenizer", world / "tok", "--gpt", gpt, *judged, "--allow", "model",
@@ -176,6 +196,7 @@ checkpoint: {every: 2}
 """
 
 
+@pytest.mark.usefixtures("forked_stages")
 def test_ar_probing_in_one_command(setting, tmp_path, capfd):
     world, _, judged = setting  # noqa: F811
     (tmp_path / "tiny.yaml").write_text(GPT_RECIPE)
@@ -202,6 +223,7 @@ def test_ar_probing_in_one_command(setting, tmp_path, capfd):
     assert figures(tmp_path / "out") == found
 
 
+@pytest.mark.usefixtures("forked_stages")
 def test_a_failing_stage_is_named(setting, tmp_path, capfd):
     world, _, judged = setting  # noqa: F811
     command = ["ar-probe", world / "tok", "--train", world / "train", "--val", world / "val", *judged, "--crops", "twelve",

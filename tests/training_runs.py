@@ -1,4 +1,4 @@
-"""Tiny training runs in processes of their own, one rank or several, as a user would start them."""
+"""Tiny training runs in processes of their own, one rank or several."""
 
 import io
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rank_runs import run_main
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.data.codes import CodeSample, write_code_shards
@@ -90,20 +91,25 @@ def prepare(folder):
     }
 
 
+def forget_shared_memory(worker):
+    """Remove what a data worker that was killed left in /dev/shm: torch names a tensor's memory for a moment, and SIGKILL in that
+    moment leaves the name."""
+    for path in Path("/dev/shm").glob(f"torch_{worker}_*"):
+        path.unlink()
+
+
 def train_with_faults(recipe, out, stage, faults):
     """Train on the ranks that `rank_runs` has started, while faults happen."""
     run_training(recipe, out, zero_settings(stage), faults=[parse_fault(text) for text in faults])
 
 
 def start(arguments, ranks=1):
-    """Run `gigatok-ds train ...`, by launch/train.sh for several ranks; returns (exit code, everything it printed)."""
-    process = launch(arguments, ranks)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    """Run `gigatok-ds train ...` on forked ranks; returns (exit code, everything it printed)."""
+    return run_main(["train", *arguments], ranks)
 
 
 def launch(arguments, ranks):
-    """The same, running: a Popen whose output is text."""
+    """`gigatok-ds train ...` as a user starts it, by launch/train.sh for several ranks: a Popen whose output is text."""
     command = [sys.executable, "-m", "gigatok_ds", "train"] if ranks == 1 else ["bash", str(LAUNCHER)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GPUS": str(ranks), "MASTER_PORT": str(free_port()),
                                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
