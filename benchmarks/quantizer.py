@@ -1,6 +1,7 @@
 """Nearest code and entropy loss: ours beside the original's formulation and the best plain PyTorch.
 
-    python benchmarks/quantizer.py [--device cuda] [--threads 2] [--repeats 5] [--seconds 3] [--latents 8192] [--quick]
+    python benchmarks/quantizer.py [--device cuda] [--threads 2] [--repeats 5] [--seconds 3] [--latents 8192]
+        [--tasks search train] [--quick]
 
 Each line is measured in a process of its own, on unit vectors drawn from a fixed seed: the median time after a warm-up, of
 5 runs or 3 seconds, whichever is longer, and the most memory held beyond the inputs (on a CPU the growth of the resident
@@ -39,6 +40,7 @@ from gigatok_ds.kernels import native
 from gigatok_ds.kernels.ops import assignment_statistics, entropy_penalty, nearest_code
 
 LATENTS, CODES, DIM = 8192, 16384, 8
+TASKS = ("search", "train")
 TEMPERATURE = 0.01
 PAGE = 4096  # bytes: a resident set shows nothing smaller
 GROWTH = ((8192, 16384), (16384, 16384), (65536, 16384), (8192, 65536), (8192, 262144))
@@ -200,8 +202,9 @@ def header(arguments: argparse.Namespace) -> str:
             f"python {platform.python_version()}; native kernels: {kernels}\n")
 
 
-def modes_on(device: str) -> list[tuple[str, str]]:
-    return [key for key in MODES if device == "cuda" or key[1] != "compiled"]
+def modes(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    return [(task, mode) for task, mode in MODES
+            if task in arguments.tasks and (arguments.device == "cuda" or mode != "compiled")]
 
 
 def compare(arguments: argparse.Namespace) -> dict[tuple[str, str], Measurement]:
@@ -209,7 +212,7 @@ def compare(arguments: argparse.Namespace) -> dict[tuple[str, str], Measurement]
     print(f"N = {arguments.latents}, K = {CODES}, D = {DIM}")
     print(f"{'':7} {'':25} {'median ms':>10} {'extra MiB':>10} {'x slower':>9} {'x larger':>9}")
     found = {}
-    for key in reversed(modes_on(arguments.device)):  # ours first, so that the others can be compared with it
+    for key in reversed(modes(arguments)):  # ours first, so that the others can be compared with it
         if result := measure(*key, arguments.latents, CODES, arguments):
             found[key] = result
             print(line(key, result, found), flush=True)
@@ -229,7 +232,7 @@ def grow(arguments: argparse.Namespace, mode: str) -> None:
     print(f"{WORDS[mode]}: growth\n{'N':>7} {'K':>7} {'search ms':>10} {'extra MiB':>10} {'train ms':>10} "
           f"{'extra MiB':>10}")
     for count, size in GROWTH:
-        results = [measure(task, mode, count, size, arguments) for task in ("search", "train")]
+        results = [measure(task, mode, count, size, arguments) if task in arguments.tasks else None for task in TASKS]
         cells = ["         -          -" if result is None else
                  f"{result.seconds * 1e3:10.2f} {result.extra_bytes / 2**20:10.2f}" for result in results]
         print(f"{count:7} {size:7} {cells[0]} {cells[1]}", flush=True)
@@ -237,7 +240,8 @@ def grow(arguments: argparse.Namespace, mode: str) -> None:
 
 
 def targets(arguments: argparse.Namespace) -> tuple:
-    return TARGETS[arguments.device] if arguments.latents == LATENTS else ()
+    return tuple(target for target in TARGETS[arguments.device]
+                 if arguments.latents == LATENTS and target[0] in arguments.tasks)
 
 
 def verdicts(found: dict[tuple[str, str], Measurement], arguments: argparse.Namespace) -> bool:
@@ -285,6 +289,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="measure for at least so long, since a short disturbance "
                         "must not be the median (default: %(default)s)")
     parser.add_argument("--latents", type=int, default=LATENTS, help="N of the comparison (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="measure these alone")
     parser.add_argument("--quick", action="store_true", help="leave out the growth in N and K")
     parser.add_argument("--as-mode", nargs=4, metavar=("TASK", "MODE", "N", "K"), help=argparse.SUPPRESS)
     figures.add_option(parser)
@@ -298,8 +303,8 @@ def main() -> int:
     print(header(arguments))
     found = compare(arguments)
     if not arguments.quick:
-        grow(arguments, "native" if ("train", "native") in found else "torch")
-    missing = [f"{task}, {WORDS[mode]}: not measured" for task, mode in modes_on(arguments.device) if (task, mode) not in found]
+        grow(arguments, "native" if any(mode == "native" for _, mode in found) else "torch")
+    missing = [f"{task}, {WORDS[mode]}: not measured" for task, mode in modes(arguments) if (task, mode) not in found]
     figures.write(arguments.json, list(rows(found, arguments)), missing)
     return 0 if verdicts(found, arguments) and not missing else 1
 

@@ -165,7 +165,7 @@ RULES = [
     Rule("python benchmarks/run_all.py", run="shell", add="--quick --only convolution --out all-figures.md"),
     Rule("python benchmarks/run_all.py --only", run="shell", add="--quick --out some-figures.md",
          replace={"--only quantizer sampling": "--only convolution"}),
-    Rule("python benchmarks/quantizer.py", run="shell", add="--quick --latents 64 --repeats 1 --seconds 0 --threads 1"),
+    Rule("python benchmarks/quantizer.py", run="shell", add="--quick --latents 64 --repeats 1 --seconds 0 --threads 1 --tasks search"),
     Rule("python benchmarks/cuda_resources.py", run="covered",
          by="tests/test_cuda_kernels.py::test_the_script_tells_what_all_of_them_take"),
     Rule("kill -USR1", run="covered", by="tests/test_stopping.py::test_a_signal_to_one_of_two_ranks_stops_both"),

@@ -21,7 +21,8 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["gigatok_ds.training.engine", "gigatok_ds.training.run",
                                  "gigatok_ds.parallel.megatron", "gigatok_ds.training.tokenizer_task",
                                  "gigatok_ds.training.gpt_task", "gigatok_ds.training.loop",
-                                 "torch._dynamo", "torch.utils.tensorboard"])
+                                 "torch._dynamo", "torch.utils.tensorboard", "timm",
+                                 "torch_fidelity.feature_extractor_inceptionv3"])
 
 
 class RanksFailed(Exception):

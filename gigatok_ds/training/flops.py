@@ -101,6 +101,7 @@ class TokenizerFlops:
         self.recipe, self.objective, self.images, self.device = recipe, objective, images, device
         self._known: dict[tuple, StepFlops] = {}
         self._passes: dict[tuple, Counted] = {}
+        self._image_passes: dict[bool, int] = {}
 
     def of_step(self, step: int) -> StepFlops:
         """Of the 1-based step."""
@@ -116,7 +117,9 @@ class TokenizerFlops:
             self._passes[parts] = self._tokenizer(*parts)
         tokenizer, again = self._passes[parts]
         judge = self._judge(sides) if judged else 0
-        frozen = self._frozen(direct, step)
+        if direct not in self._image_passes:
+            self._image_passes[direct] = self._image_losses(direct, step)
+        frozen = self._image_passes[direct] + self._teacher
         if judged and self.recipe.loss.adversarial.adaptive_weight:
             frozen += 2 * sides * self._last_layer()
         passes = self.recipe.training.global_batch_size / self.images
@@ -152,18 +155,26 @@ class TokenizerFlops:
         network.requires_grad_(False)
         return counted(lambda: network(self._batch(gradient=True), draws).sum().backward()).once, own
 
-    def _frozen(self, direct: bool, step: int) -> int:
-        """What the image losses and the teacher look through: the networks of this run, shown stand-ins for images."""
+    def _image_losses(self, direct: bool, step: int) -> int:
+        """What the image losses look through: the networks of this run, shown stand-ins for images."""
 
         def run() -> None:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 images, *made = (self._batch(self.device, gradient=number > 0) for number in range(2 + direct))
                 terms = self.objective.image_terms(images, made[0], made[1] if direct else None, lambda x: x, step)
                 sum(terms.values()).backward()
-                if self.objective.teacher:
-                    self.objective.teacher(images)
 
         return counted(run).once
+
+    @functools.cached_property
+    def _teacher(self) -> int:
+        """This run's, shown stand-ins for images; 0 without one."""
+
+        def run() -> None:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                self.objective.teacher(self._batch(self.device))
+
+        return counted(run).once if self.objective.teacher else 0
 
     def _last_layer(self) -> int:
         """The weight gradient of the CNN decoder's last layer, for the adaptive weight."""
