@@ -43,6 +43,14 @@ class Layout:
         flags = [name for name in ("recompute", "sequence", "accumulate") if getattr(self, name)]
         return "-".join([f"tp{self.tensor}-dp{self.data}-zero{self.stage}", *flags])
 
+    def settings(self):
+        """DeepSpeed's."""
+        settings = zero_settings(self.stage)
+        if self.stage == 3:
+            # Otherwise parameters as small as these stay whole, and nothing of ZeRO-3 is tested.
+            settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        return settings
+
 
 def shown(images):
     """How many there are; none of those without values, with which operations are counted."""
@@ -124,11 +132,7 @@ class LayoutRuns:
         if key not in self.finished:
             recipe = self.recipe(kind, layout, *more)
             out = self.folder / f"run-{len(self.finished)}"
-            settings = zero_settings(layout.stage)
-            if layout.stage == 3:
-                # Otherwise parameters as small as these stay whole, and nothing of ZeRO-3 is tested.
-                settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
-            run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, settings, timeout=900)
+            run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, layout.settings(), timeout=900)
             checkpoint = out / "checkpoints" / f"step-{STEPS:07d}" / PARTS[kind]
             self.finished[key] = read_metrics(out), read_weights(checkpoint)
         return self.finished[key]

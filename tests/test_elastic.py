@@ -37,12 +37,8 @@ class Runs:
         self.runs, self.folder = LayoutRuns(folder), folder
 
     def train(self, kind, layout, out, *more):
-        settings = zero_settings(layout.stage)
-        if layout.stage == 3:
-            # Otherwise parameters as small as these stay whole, and nothing of ZeRO-3 is tested.
-            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         run_ranks(train_on_a_rank, layout.tensor * layout.data, self.runs.recipe(kind, layout, *MORE, *more), out,
-                  settings)
+                  layout.settings())
         return out
 
     def whole(self, kind, layout, *more):
