@@ -131,7 +131,7 @@ RULES = [
     Rule("launch/torchrun.sh", run="shell", replace={"launch/torchrun.sh": "launch/torchrun.sh --dry-run"}, everywhere=False),
     Rule("sbatch", run="shell", everywhere=False,
          replace={"sbatch --nodes=4 launch/slurm.sbatch": "launch/slurm.sbatch --dry-run"}),
-    Rule("deepspeed", run="covered", by="tests/test_stopping.py::test_a_signal_to_one_of_two_ranks_stops_both"),
+    Rule("deepspeed", run="fork"),  # launch/train.sh starts by DeepSpeed's launcher, below
     # Two ranks; weights of frozen networks are drawn.
     Rule("launch/train.sh VQ_SS256 --out runs/ss", run="shell", replace={
         "launch/train.sh": "GPUS=2 MASTER_PORT={port} launch/train.sh",

@@ -16,6 +16,7 @@ from pathlib import Path
 from gigatok_ds.demo.pipeline import free_port
 
 OTHERS_SECONDS = 30  # for the other ranks, once one has failed
+ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["gigatok_ds.training.engine", "gigatok_ds.training.run",
@@ -39,7 +40,7 @@ def run_ranks(function, ranks, *arguments, timeout=300):
     processes = [_context.Process(target=_rank, args=(rank, ranks, port, results, function, arguments), daemon=True)
                  for rank in range(ranks)]
     try:
-        with _environment(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES=""):
+        with _server_environment():
             for process in processes:
                 process.start()
         return _collect(results, processes, time.monotonic() + timeout)
@@ -51,10 +52,10 @@ def run_ranks(function, ranks, *arguments, timeout=300):
 
 
 @contextlib.contextmanager
-def _environment(**values):
+def _server_environment():
     """Variables as the server is to see them: it starts with the first process."""
     before = dict(os.environ)
-    os.environ.update(values)
+    os.environ.update(ON_CPU)
     try:
         yield
     finally:
@@ -72,11 +73,10 @@ def run_main(words, ranks=1, timeout=300):
         said.touch()
         port, processes = free_port(), []
         for rank in range(ranks):
-            alone = {} if ranks == 1 else _rank_variables(rank, ranks, port)
-            surroundings = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | alone
+            surroundings = os.environ | ON_CPU | ({} if ranks == 1 else _rank_variables(rank, ranks, port))
             processes.append(_context.Process(target=_main, args=(surroundings, os.getcwd(), said, list(map(str, words)))))
         try:
-            with _environment(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES=""):
+            with _server_environment():
                 for process in processes:
                     process.start()
             return _exit_code(processes, time.monotonic() + timeout), said.read_text()

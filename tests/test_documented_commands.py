@@ -25,7 +25,7 @@ from documented_commands import (
     rule_of,
     small_form,
 )
-from rank_runs import run_ranks
+from rank_runs import run_main
 from stage_runs import forked_stages  # noqa: F401 (a fixture)
 
 from gigatok_ds.cli.main import COMMANDS, main, parse
@@ -110,12 +110,9 @@ def here(words):
 
 def fork(words):
     """In ranks of their own, the two of a launcher or one: training leaves a process group and DeepSpeed's settings behind."""
-    return max(run_ranks(_main_in, 1 if words[0] == "gigatok-ds" else 2, os.getcwd(), ours(words)))
-
-
-def _main_in(folder, words):
-    os.chdir(folder)
-    return main(words)
+    code, said = run_main(ours(words), 1 if words[0] == "gigatok-ds" else 2)
+    print(said)
+    return code
 
 
 def shell(words):

@@ -13,6 +13,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfi
 from layout_runs import Layout, LayoutRuns, train_on_a_rank, use_stand_ins
 from rank_runs import run_ranks
 from saved_runs import read_everything
+from training_runs import partitioning
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.training.live_state import LiveState
@@ -38,7 +39,7 @@ class Runs:
 
     def train(self, kind, layout, out, *more):
         run_ranks(train_on_a_rank, layout.tensor * layout.data, self.runs.recipe(kind, layout, *MORE, *more), out,
-                  layout.settings())
+                  partitioning(layout.stage))
         return out
 
     def whole(self, kind, layout, *more):

@@ -8,7 +8,7 @@ import torch
 from rank_runs import run_ranks
 from safetensors import safe_open
 from saved_runs import read_ema, read_weights
-from training_runs import prepare
+from training_runs import partitioning, prepare
 
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.checkpoint.standalone import lazy_weights
@@ -43,10 +43,7 @@ class Runs:
     def run(self, kind, stage, ranks=1, *more):
         out = self.folder / "-".join([kind, str(stage), str(ranks), *more])
         if not out.exists():
-            settings = zero_settings(stage)
-            if stage == 3:
-                settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-            run_ranks(train, ranks, self.recipe(kind, *more), out, settings)
+            run_ranks(train, ranks, self.recipe(kind, *more), out, partitioning(stage))
         return out
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rank_runs import run_ranks
-from training_runs import prepare
+from training_runs import partitioning, prepare
 
-from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.losses import AdversarialConfig
 from gigatok_ds.losses import lecam
@@ -103,10 +102,7 @@ def train_with_means(recipe, out, stage):
         return snapshot(self)
 
     engine.Engine.snapshot = saving
-    settings = zero_settings(stage)
-    if stage == 3:
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    run.run_training(recipe, out, settings)
+    run.run_training(recipe, out, partitioning(stage))
     return means
 
 

@@ -124,8 +124,14 @@ def test_stages_are_started_as_a_user_would(setting, tmp_path, capfd):
         stages.Stage(name="inspection", arguments=["inspect", world / "tok"], done=None, alone=True)])
     said = capfd.readouterr().err
     assert said.index("== codes") < said.index("== inspection") and "13 of 13 images" in said
+
+
+@pytest.mark.usefixtures("forked_stages")
+def test_a_stage_that_fails_or_leaves_nothing_is_named(setting, tmp_path):
+    world, _, _ = setting  # noqa: F811
+    words = ["extract-codes", world / "tok", world / "val", "--out", tmp_path / "codes"]
     with pytest.raises(InputError, match=r"codes failed \(exit code 2\)"):
-        stages.Launcher().run([stages.Stage(name="codes", arguments=[*words, codes, "--crops", "twelve"], done=None)])
+        stages.Launcher().run([stages.Stage(name="codes", arguments=[*words, "--crops", "twelve"], done=None)])
     with pytest.raises(InputError, match="inspection ended, but .*none is not there"):
         stages.Launcher().run([stages.Stage(name="inspection", arguments=["inspect", world / "tok"], done=tmp_path / "none")])
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from saved_runs import read_weights
-from training_runs import LAUNCHER, free_port, prepare
+from training_runs import LAUNCHER, free_port, partitioning, prepare
 
 from gigatok_ds.checkpoint.original import build_on_meta
-from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.training.monitor import of_the_machine, read_metrics
 
@@ -56,10 +55,7 @@ def possible(tmp_path_factory):
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_nodes")
     (folder / ".deepspeed_env").write_text(ENV_FILE)
-    settings = zero_settings(3)
-    # Otherwise parameters as small as these stay whole, and nothing of ZeRO-3 is tested.
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "zero3.json").write_text(json.dumps(settings))
+    (folder / "zero3.json").write_text(json.dumps(partitioning(3)))
     return folder, prepare(folder)
 
 

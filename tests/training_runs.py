@@ -98,6 +98,15 @@ def forget_shared_memory(worker):
         path.unlink()
 
 
+def partitioning(stage):
+    """DeepSpeed's settings. At stage 3 parameters as small as these would stay whole, and nothing of ZeRO-3 would be tested: here
+    all are partitioned, and released after each use."""
+    settings = zero_settings(stage)
+    if stage == 3:
+        settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    return settings
+
+
 def train_with_faults(recipe, out, stage, faults):
     """Train on the ranks that `rank_runs` has started, while faults happen."""
     run_training(recipe, out, zero_settings(stage), faults=[parse_fault(text) for text in faults])
