@@ -161,9 +161,8 @@ def test_more_zero_stages_keep_less(recipes):
 ])
 def test_published_rehearsals_are_those_of_this_code(name):
     known = published._known()
-    assert known, "the code that is rehearsed has changed; renew them: python -m gigatok_ds.planning.published"
     for key, found in published.rehearsals(name):
-        assert known[key] == found
+        assert known.get(key) == found, "the figures have moved; renew them: python -m gigatok_ds.planning.published"
 
 
 def test_published_recipes_are_planned_without_torch():
