@@ -123,7 +123,7 @@ def test_stages_are_started_as_a_user_would(setting, tmp_path, capfd):
         stages.Stage(name="codes", arguments=[*words, codes], done=codes / "metadata.json"),
         stages.Stage(name="inspection", arguments=["inspect", world / "tok"], done=None, alone=True)])
     said = capfd.readouterr().err
-    assert said.index("== codes") < said.index("== inspection") and "13 of 13 images" in said
+    assert said.index("== codes") < said.index("rank 0 of 2") < said.index("== inspection") and "13 of 13 images" in said
 
 
 @pytest.mark.usefixtures("forked_stages")
