@@ -60,13 +60,14 @@ def report(where: Setting, results: list[Result], unfinished: int) -> str:
     commands = [f"- {result.name}, {result.minutes:.1f} minutes: `{result.command}`" for result in results
                 if result.outcome.skipped is None]
     blocks = [f"# Benchmarks, {where.day}", " ".join([f"Written by `{where.command}`: {spent}.", *remarks]),
-              "\n".join(f"- {name}: {value}" for name, value in _facts(where).items()), EXPLANATION,
+              "\n".join(f"- {name}: {value}" for name, value in facts(where).items()), EXPLANATION,
               "\n".join([HEAD, *(line for result in results for line in _lines(result, where.quick))]),
               "## Commands", "\n".join(commands), "## Long proofs, run by themselves", "\n".join(long)]
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
-def _facts(where: Setting) -> dict[str, str]:
+def facts(where: Setting) -> dict[str, str]:
+    """What machine, commit and packages a run was of."""
     memory = machine.memory_gb()
     hardware = [machine.processor(), f"{machine.cores()} cores", f"{memory:.0f} GB of memory" if memory else "",
                 ", ".join(where.gpus) or "no GPU"]

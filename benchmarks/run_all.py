@@ -13,29 +13,23 @@ Exit code 1: a benchmark failed; the others are run all the same. A missed targe
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import figures
 import machine
 from benchmark_list import BENCHMARKS, LONG, Benchmark
 from figures_report import Result, Setting, report, setting
+from processes import last_line, run_script, watch
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
 from gigatok_ds.training.environment import anonymise
 
 HERE = Path(__file__).resolve().parent
-TELL_SECONDS = 30.0  # between signs of life
-STOPPED = 128  # plus the signal's number: exit code
 
 
 def run(name: str, benchmark: Benchmark, folder: Path, *, quick: bool, limit: float) -> Result:
@@ -44,29 +38,12 @@ def run(name: str, benchmark: Benchmark, folder: Path, *, quick: bool, limit: fl
     told, log = folder / f"{name}.json", folder / f"{name}.txt"
     told.unlink(missing_ok=True)
     start = time.monotonic()
-    code = watch([sys.executable, str(HERE / benchmark.script), *words, "--json", str(told)], log, limit, gpu=benchmark.gpus > 0)
+    code = watch([sys.executable, str(HERE / benchmark.script), *words, "--json", str(told)], log, limit,
+                 environment={} if benchmark.gpus else {"CUDA_VISIBLE_DEVICES": ""},
+                 tell=lambda seconds: print(f"    {seconds / 60:.1f} min  {last_line(log)}", flush=True))
     outcome = figures.read(told) if told.exists() else figures.Outcome()
     return Result(name=name, command=shlex.join(["python", f"benchmarks/{benchmark.script}", *words]), outcome=outcome,
                   minutes=(time.monotonic() - start) / 60, failure=failure(code, outcome, log, limit))
-
-
-def watch(command: list[str], log: Path, limit: float, *, gpu: bool) -> int | None:
-    """The exit code of a process whose output goes into `log`; None when it was stopped at the limit."""
-    with tempfile.TemporaryDirectory(prefix="gigatok-benchmark-") as scratch, open(log, "wb") as output:
-        environment = os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
-                                   start_new_session=True)
-        start = time.monotonic()
-        try:
-            while (left := start + limit - time.monotonic()) > 0:
-                with suppress(subprocess.TimeoutExpired):
-                    return process.wait(min(left, TELL_SECONDS))
-                print(f"    {(time.monotonic() - start) / 60:.1f} min  {last_line(log)}", flush=True)
-            return None
-        finally:
-            with suppress(ProcessLookupError):  # with all that it started
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def failure(code: int | None, outcome: figures.Outcome, log: Path, limit: float) -> str | None:
@@ -80,13 +57,6 @@ def failure(code: int | None, outcome: figures.Outcome, log: Path, limit: float)
     if outcome.figures and code in (0, 1):
         return None
     return f"exit code {code}: {last_line(log) or 'it said nothing'}"
-
-
-def last_line(log: Path) -> str:
-    """Without the places of this machine, which belong in no report."""
-    lines = log.read_text(errors="replace").split("\n")
-    text = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return anonymise(text.replace(str(HERE.parent), ".").replace(sys.prefix, "PYTHON"))[-300:]
 
 
 def run_all(names: list[str], where: Setting, out: Path, limit: float) -> list[Result]:
@@ -147,10 +117,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def stop(number: int, _frame) -> None:
-    raise SystemExit(STOPPED + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     words = sys.argv[1:] if argv is None else argv
@@ -166,12 +132,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, stop)  # so that a benchmark ends with this process
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        print(f"run_all.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(STOPPED + signal.SIGINT)
+    run_script("run_all.py", main)

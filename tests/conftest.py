@@ -44,6 +44,14 @@ def pytest_sessionstart(session):
         session.config.shared_memory_before = set(os.listdir("/dev/shm"))
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch  # here, since most of a session's processes import it later
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+
+
 @pytest.hookimpl(trylast=True)  # after xdist has ended its workers
 def pytest_sessionfinish(session):
     """Tests that leave a process, shared memory or a temporary file behind fail as a whole."""

@@ -168,6 +168,8 @@ RULES = [
     Rule("python benchmarks/quantizer.py", run="shell", add="--quick --latents 64 --repeats 1 --seconds 0 --threads 1 --tasks search"),
     Rule("python benchmarks/cuda_resources.py", run="covered",
          by="tests/test_cuda_kernels.py::test_the_script_tells_what_all_of_them_take"),
+    Rule("python benchmarks/gpu_acceptance.py", run="covered",
+         by="tests/test_gpu_acceptance.py::test_every_section_in_its_small_form"),
     Rule("kill -USR1", run="covered", by="tests/test_stopping.py::test_a_signal_to_one_of_two_ranks_stops_both"),
 ]
 

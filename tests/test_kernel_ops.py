@@ -23,12 +23,13 @@ from gigatok_ds.models.quantizer import VectorQuantizer
 TEMPERATURE = 0.01
 
 
-@pytest.fixture(params=["cpu-torch", "cpu-native", "cpu-avx2", "cpu-portable", "cuda-torch", "cuda-native"])
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda-torch", "cuda-native")]
+
+
+@pytest.fixture(params=["cpu-torch", "cpu-native", "cpu-avx2", "cpu-portable", *ON_GPU])
 def device(request, monkeypatch):
     """A device, with the operators held to one backend there: plain torch, the native kernels, or one of their levels."""
     device, choice = request.param.split("-")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     monkeypatch.setenv("GIGATOK_KERNELS", "torch" if choice == "torch" else "native")
     if choice == "torch":
         return device
@@ -256,9 +257,8 @@ def test_histogram(device):
     assert code_histogram(codes[:0], 3).tolist() == [0, 0, 0]
 
 
+@pytest.mark.gpu
 def test_nothing_waits_for_the_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     inputs = [x.cuda().requires_grad_() for x in problem(500, 700, 8)]
     torch.cuda.set_sync_debug_mode("error")
     try:

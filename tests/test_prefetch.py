@@ -7,8 +7,6 @@ from small_models import small_tokenizer
 from gigatok_ds import InputError
 from gigatok_ds.data.prefetch import on_device
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def numbered(count):
     for number in range(count):
@@ -25,7 +23,7 @@ def test_on_a_cpu_batches_pass_as_they_are_and_when_they_are_asked_for():
     assert [int(batch["position"]) for batch in batches] == [1, 2]
 
 
-@gpu
+@pytest.mark.gpu
 def test_on_a_gpu_every_batch_arrives_once_and_in_order():
     device, sums = torch.device("cuda", 0), []
     for batch in on_device(numbered(20), ("images",), device):
@@ -36,7 +34,7 @@ def test_on_a_gpu_every_batch_arrives_once_and_in_order():
     assert torch.stack(sums).tolist() == list(range(20))
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_readers_error_comes_in_its_turn():
     def broken():
         yield from numbered(2)
@@ -48,7 +46,7 @@ def test_a_readers_error_comes_in_its_turn():
         next(batches)
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_tokenizers_passes_do_not_wait_for_the_gpu():
     device = torch.device("cuda", 0)
     tokenizer = small_tokenizer().to(device).train()
