@@ -8,9 +8,10 @@ beforehand, and what one leaves over is there for those after it. DIR/report.md 
 every section, so that what was found is kept whatever happens next; DIR/SECTION.log is what it printed. A section that
 fails, hangs or is killed stops no other.
 
-It needs a checkout, torch and what comes with `pip install gigatok_ds`, pytest and ninja; nvcc compiles the CUDA kernels
-(minutes on a few cores), unless TORCH_EXTENSIONS_DIR holds a library that was compiled elsewhere for the same sources
-(GIGATOK_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 TORCH_EXTENSIONS_DIR=DIR gigatok-ds doctor --build). Nothing is fetched.
+A checkout is enough, torch and what comes with `pip install gigatok_ds`, pytest and ninja; where the package itself is not
+installed, put PYTHONPATH=. before the command. nvcc compiles the CUDA kernels (minutes on a few cores), unless
+TORCH_EXTENSIONS_DIR holds a library that was compiled elsewhere for the same sources (there:
+GIGATOK_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 TORCH_EXTENSIONS_DIR=DIR gigatok-ds doctor --build). Nothing is fetched.
 Sections that need more say so, and take it from --wheels, a directory made by benchmarks/bundle_wheels.sh.
 
 `--quick` runs each section in its smallest form, and on a CPU shows that this script works, nothing else.

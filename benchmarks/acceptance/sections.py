@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAINING = ("deepspeed", "megatron")
+TRAINING = ("deepspeed", "megatron", "scipy", "tensorboard")
 FROZEN = ("timm", "torchvision")
 
 

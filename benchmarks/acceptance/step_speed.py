@@ -82,11 +82,12 @@ def _case(name: str, mode: str, setting: Setting, topology: Topology, found: Fin
 
 def _recipe(name: str, mode: str, setting: Setting) -> Recipe:
     """The recipe as published, in bf16 on a GPU, in the micro batch that `gigatok-ds plan` recommends there."""
-    folder = setting.folder / name
-    is_gpt = "gpt" in name.lower()
-    (_codes if is_gpt else write_images)(folder) if not folder.exists() else None
+    folder, is_gpt = setting.folder / name, "gpt" in name.lower()
+    if not folder.exists():
+        (_codes if is_gpt else write_images)(folder)
     changes = [f"data.train={folder}", f"data.validation={folder}", f"training.compile={mode}", "data.workers=0"]
-    changes += [] if is_gpt or setting.quick else LOSSES
+    if not is_gpt and not setting.quick:
+        changes += LOSSES
     if setting.on_gpu:
         changes.append("training.precision=bf16")
         micro = plan_here(load_recipe(name, changes)).layout.micro
