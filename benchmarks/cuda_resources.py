@@ -29,6 +29,7 @@ _KERNEL = re.compile(
     r"Function properties for (?P<symbol>\S+)\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads\s+ptxas info\s+: Used (?P<registers>\d+) registers(?P<rest>.*)")
 _SWEEP = re.compile(r"(Assign|Average|LatentGradient|CodeGradient)IfLi(\d+)E(?:Lb([01])E)?")
+_DISTANCES = re.compile(r"recheck_kernelILi(\d+)E")
 _NAMES = {"Assign0": "search", "Assign1": "search and softmax", "Average": "mean assignment",
           "LatentGradient": "gradient at latents", "CodeGradient": "gradient at codes"}
 
@@ -64,6 +65,8 @@ def kernels_in(report: str) -> Iterator[Kernel]:
             name, dim = _NAMES[sweep[1] + (sweep[3] or "")], int(sweep[2])
         elif "filter_kernel" in match["symbol"]:
             name, dim = "search, tensor cores", 8
+        elif distances := _DISTANCES.search(match["symbol"]):
+            name, dim = "distances after it", int(distances[1])
         else:
             continue  # a simple pass over an array
         shared = re.search(r"(\d+) bytes smem", match["rest"])

@@ -5,12 +5,13 @@ import functools
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from gigatok_ds.cli import doctor as command
-from gigatok_ds.kernels import build, doctor, native
+from gigatok_ds.kernels import build, doctor, native, reference
 from gigatok_ds.kernels.ops import nearest_code
 
 COMPILER, NINJA = build.compiler, build.ninja
@@ -83,6 +84,53 @@ def test_a_failure_is_one_line_and_is_not_repeated(machine, monkeypatch, capfd):
     assert [path.suffix for path in (machine / "cache" / "gigatok_ds").iterdir() if path.is_dir()] == []
     (machine / "csrc" / "kernels.cpp").write_text("int mended;")
     assert "to be compiled when first used" in finding("quantizer kernels").state
+
+
+class Kernels:
+    """The native kernels' part in `try_kernels`, by other means, with one of them replaced."""
+
+    def __init__(self, name, replacement):
+        setattr(self, name, replacement)
+
+    nearest_code, entropy_forward = staticmethod(reference.nearest_code), staticmethod(reference.entropy_forward)
+
+    @staticmethod
+    def entropy_backward(z, e, indices, state, *gradients):
+        return reference.entropy_backward(z, e, *gradients)
+
+    @staticmethod
+    def code_histogram(codes, size):
+        return torch.bincount(codes[(codes >= 0) & (codes < size)], minlength=size)
+
+
+@pytest.mark.parametrize("name, result", [
+    ("nearest_code", lambda z, e: torch.full((len(z),), 500)),
+    ("entropy_forward", lambda z, e, t: tuple(1.001 * part for part in reference.entropy_forward(z, e, t))),
+    ("entropy_backward", lambda z, e, *_: (z * torch.nan, e)),
+    ("code_histogram", lambda codes, size: torch.zeros(size, dtype=torch.int64)),
+])
+def test_kernels_are_tried_before_they_are_relied_on(name, result):
+    build.try_kernels(Kernels("unused", None), "cpu")
+    with pytest.raises(build.Failed, match="wrong numbers on this CPU"):
+        build.try_kernels(Kernels(name, result), "cpu")
+
+    def fails(*_):
+        raise RuntimeError("no kernel image")
+
+    with pytest.raises(build.Failed, match="do not run on this CPU: no kernel image"):
+        build.try_kernels(Kernels(name, fails), "cpu")
+
+
+def test_kernels_of_another_gpu_leave_plain_torch_and_a_reason(machine, monkeypatch, capfd):
+    """The real kernels' process, in which the trial on the (named) GPU fails."""
+    script = machine / "build.py"
+    said = "error: the kernels do not run on cuda:0"
+    script.write_text(Path(build.__file__).read_text().replace(
+        "def compile_library(", f"def compile_library(*_):\n    raise Failed({said!r})\n\n\ndef _compile_library("))
+    monkeypatch.setattr(build, "__file__", str(script))
+    assert search_works()
+    assert "plain PyTorch" in capfd.readouterr().err
+    assert f"failed ({said})" in finding("quantizer kernels").state
 
 
 def test_asking_again_tries_again(machine, monkeypatch):

@@ -393,6 +393,24 @@ def test_shapes_that_do_not_fit_are_refused(on_torch):
             nearest_code(torch.zeros(latents), torch.zeros(codebook))
 
 
+@pytest.mark.parametrize("place, change", [
+    (2, lambda indices: indices.int()), (2, lambda indices: indices[:-1]), (2, lambda indices: indices.repeat(2)[::2]),
+    (3, lambda state: state.double()), (3, lambda state: state.t().contiguous().t()), (3, lambda state: state[:, :3].contiguous()),
+    (4, lambda gradient: gradient.half()), (5, lambda gradient: gradient[:3]),
+    (5, lambda gradient: gradient.repeat_interleave(2)[::2]),
+])
+def test_the_backward_kernel_refuses_what_it_would_misread(device, place, change):
+    latents, codebook = (x.to(device) for x in problem(20, 30, 8))
+    if (kernels := native.kernels_for(latents, codebook)) is None:
+        pytest.skip("plain torch reads any tensor")
+    indices, entropy, average, state = kernels.entropy_forward(latents, codebook, TEMPERATURE)
+    arguments = [latents, codebook, indices, state, entropy, average]
+    kernels.entropy_backward(*arguments, TEMPERATURE)
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        kernels.entropy_backward(*arguments, TEMPERATURE)
+
+
 def test_forcing_a_backend(monkeypatch):
     latents, codebook = problem(3, 4, 8)
     monkeypatch.setenv("GIGATOK_KERNELS", "fast")

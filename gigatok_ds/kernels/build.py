@@ -224,9 +224,53 @@ def compile_library(path: Path, folder: Path, cuda: bool) -> None:
         kernels = getattr(torch.ops, NAME)
         for operator in OPERATORS:
             getattr(kernels, operator)
-        assert kernels.nearest_code(torch.eye(3), torch.eye(3)).tolist() == [0, 1, 2]
+        try_kernels(kernels, "cpu")
+        for index in range(torch.cuda.device_count() if cuda else 0):
+            try_kernels(kernels, f"cuda:{index}")
         os.replace(Path(scratch) / f"{NAME}.so", path)
 
 
+def try_kernels(kernels, device: str) -> None:
+    """Run the quantizer's kernels on `device`, on little of which the answer is known; Failed if they do not give it.
+
+    A kernel that was compiled for another GPU fails here and not in the first step of training.
+    """
+    import torch
+
+    for dim in (8, 16):  # on a GPU: on its tensor cores, and not
+        latents = torch.cat([torch.eye(dim), -torch.eye(dim)])
+        codes = torch.cat([latents.new_full((500, dim), 9.0), latents.flip(0), latents])
+        z, e = latents.to(device), codes.to(device)
+        try:
+            nearest = kernels.nearest_code(z, e).tolist()
+            indices, entropy, average, state = kernels.entropy_forward(z, e, 1.0)
+            ones = torch.ones_like(entropy), torch.ones_like(average)
+            gradients = kernels.entropy_backward(z, e, indices, state, *ones, 1.0)
+            known = z.new_tensor([3, 3, 0, -1, dim], dtype=torch.int64)
+            histogram = kernels.code_histogram(known, 4).tolist()
+        except RuntimeError as error:
+            raise Failed(f"error: the kernels do not run on {_described(device)}: {error}") from error
+        soft = (-torch.cdist(latents.double(), codes.double()).square()).softmax(-1)
+        right = nearest == indices.tolist() == [500 + 2 * dim - 1 - row for row in range(2 * dim)]
+        right &= histogram == [1, 0, 0, 2]
+        right &= (average.cpu() - soft.mean(0)).abs().max().item() < 1e-5
+        right &= (entropy.cpu() + torch.special.xlogy(soft, soft).sum(-1)).abs().max().item() < 1e-4
+        if not right or not all(gradient.isfinite().all() for gradient in gradients):
+            raise Failed(f"error: the kernels compute wrong numbers on {_described(device)}")
+
+
+def _described(device: str) -> str:
+    import torch
+
+    if device == "cpu":
+        return "this CPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return (f"{device} ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor}; they were compiled for "
+            f"{_architectures()}, see TORCH_CUDA_ARCH_LIST)")
+
+
 if __name__ == "__main__":
-    compile_library(Path(sys.argv[1]), Path(sys.argv[2]), "--cuda" in sys.argv[3:])
+    try:
+        compile_library(Path(sys.argv[1]), Path(sys.argv[2]), "--cuda" in sys.argv[3:])
+    except Failed as failure:
+        raise SystemExit(str(failure)) from None

@@ -60,7 +60,7 @@ def entropy_penalty(assignment: Assignment, average: Callable[[Tensor], Tensor] 
     codebook). `average` takes q (K,) to its mean over ranks that hold further latents.
     """
     q = assignment.average_probability
-    if average:
+    if average is not None:
         q = average(q)
     return assignment.entropy.mean() + (q * (q + 1e-5).log()).sum()
 

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "blocks.h"
-#include "filter.h"
 #include "finish.h"
+#include "recheck.h"
 
 using namespace gigatok;
 
@@ -44,8 +44,8 @@ void launch(Problem& problem, int wanted, std::vector<RowPartial>& rows, std::ve
     }
 }
 
-// A warp whose lanes take turns; the product is written out from the fragments' layout in the PTX manual.
-class HostWarp {
+// The filter's block, whose threads take turns; the product is written out from the fragments' layout in the PTX manual.
+class HostFilter {
  public:
   static uint32_t pack(float low, float high) {
     const _Float16 both[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
@@ -59,42 +59,34 @@ class HostWarp {
   }
   template <class Phase>
   void each(const Phase& phase) {
-    for (int lane = 0; lane < 32; ++lane) phase(lane, states_[lane]);
+    for (int thread = 0; thread < FILTER_THREADS; ++thread) phase(thread, states_[thread]);
   }
+  void copy_four(float* to, const float* from, bool) { std::memcpy(to, from, 4 * sizeof *to); }
+  void wait_for_copies() {}
   void multiply(const Fragment* codes) {
-    for (int strip = 0; strip < FILTER_STRIPS; ++strip) {
-      float a[16][16], b[16][8];
-      for (int lane = 0; lane < 32; ++lane) {
-        const int group = lane / 4, thread = lane % 4;
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t (&latents)[4] = states_[lane].latents[strip];
-          a[group][2 * thread + i] = half(latents[0], i);
-          a[group + 8][2 * thread + i] = half(latents[1], i);
-          a[group][2 * thread + 8 + i] = half(latents[2], i);
-          a[group + 8][2 * thread + 8 + i] = half(latents[3], i);
-          b[2 * thread + i][group] = half(codes[lane].first, i);
-          b[2 * thread + 8 + i][group] = half(codes[lane].second, i);
-        }
+    float b[16][8];
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 2; ++i) {
+        b[2 * (lane % 4) + i][lane / 4] = half(codes[lane].first, i);
+        b[2 * (lane % 4) + 8 + i][lane / 4] = half(codes[lane].second, i);
       }
-      for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < 4; ++i) {
-          float sum = 0;
-          for (int k = 0; k < 16; ++k) sum += a[lane / 4 + 8 * (i / 2)][k] * b[k][2 * (lane % 4) + i % 2];
-          states_[lane].scores[strip][i] = sum;
-        }
-    }
+    for (FilterState* warp = states_; warp < states_ + FILTER_THREADS; warp += 32)
+      for (int strip = 0; strip < FILTER_STRIPS; ++strip) {
+        float a[16][16], c[16][8] = {};
+        for (int lane = 0; lane < 32; ++lane)
+          for (int i = 0; i < 2; ++i)
+            for (int lower = 0; lower < 2; ++lower) {
+              a[lane / 4 + 8 * lower][2 * (lane % 4) + i] = half(warp[lane].latents[strip][lower], i);
+              a[lane / 4 + 8 * lower][2 * (lane % 4) + 8 + i] = half(warp[lane].ones, i);
+            }
+        for (int row = 0; row < 16; ++row)
+          for (int k = 0; k < 16; ++k)
+            for (int column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
+        for (int lane = 0; lane < 32; ++lane)
+          for (int i = 0; i < 4; ++i) warp[lane].scores[strip][i] = c[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
+      }
   }
-  template <class Raise>
-  void share_best(const Raise& raise) {
-    for (int quad = 0; quad < 32; quad += QUAD)
-      for (int strip = 0; strip < FILTER_STRIPS; ++strip)
-        for (int half = 0; half < 2; ++half) {
-          float best = HUGE_DISTANCE;
-          for (int lane = quad; lane < quad + QUAD; ++lane) best = fminf(best, states_[lane].nearest[strip][half].best);
-          for (int lane = quad; lane < quad + QUAD; ++lane) raise(states_[lane], strip, half, best);
-        }
-  }
-  FilterState states_[32];
+  FilterState states_[FILTER_THREADS];
 
  private:
   static float half(uint32_t bits, int i) {
@@ -102,6 +94,37 @@ class HostWarp {
     std::memcpy(both, &bits, sizeof bits);
     return both[i];
   }
+};
+
+// The warp that looks again. looks: how often all its lanes computed a distance.
+class HostWarp {
+ public:
+  template <class Phase>
+  void each(const Phase& phase) {
+    ++looks;
+    for (int lane = 0; lane < 32; ++lane) phase(lane, near_[lane]);
+  }
+  template <class Value>
+  static float largest(const Value& value) {
+    float most = value(0);
+    for (int lane = 1; lane < 32; ++lane) most = larger(most, value(lane));
+    return most;
+  }
+  template <class Condition>
+  static uint32_t ballot(const Condition& condition) {
+    uint32_t bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(condition(lane)) << lane;
+    return bits;
+  }
+  static int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+  int32_t nearest() {
+    for (int lane = 1; lane < 32; ++lane) near_[0].take(near_[lane]);
+    return near_[0].index;
+  }
+  int64_t looks = -1;  // the first `each` only begins
+
+ private:
+  Nearby near_[32];
 };
 
 Problem problem_of(const Prepared& latents, const Prepared& codes, int count, int size, int dim, double temperature) {
@@ -191,34 +214,37 @@ void block_penalty(const float* z, int count, const float* e, int size, int dim,
          to_codes);
 }
 
-// The tensor-core filter. Returns how many codes were looked at in float32; scores: as many of half precision's scores
-// less their exact values, in units of their bound, the largest in magnitude.
-int64_t warp_search(const float* z, int count, const float* e, int size, int dim, int wanted, int64_t* indices,
-                    double* largest_error) {
+// The search on tensor cores, planned as for `planned` latents; the warps that are run are those of `count`. Returns the
+// number of splits. looks: how often a warp computed distances again. largest_error, unless null: of half precision's
+// scores less their exact values, in units of their bound, the largest in magnitude.
+int64_t warp_search(const float* z, int count, const float* e, int size, int dim, int planned, int wanted,
+                    int64_t* indices, int64_t* looks, double* largest_error) {
   const Prepared latents(z, count, dim, false), codes(e, size, dim, true);
   Problem problem = problem_of(latents, codes, count, size, dim, 1.0);
-  const int tiles = (size + FILTER_CODES - 1) / FILTER_CODES;
+  const int groups = (size + FILTER_GROUP - 1) / FILTER_GROUP, tiles = groups * FILTER_TILES;
   std::vector<Fragment> fragments(tiles * 32);
   const FilterScale scale = filter_scale(latents.largest, codes.largest);
-  for (int i = 0; i < tiles * 32; ++i) fragments[i] = code_fragment<HostWarp>(problem, scale, i / 32, i % 32);
-  const int warps = (count + FILTER_ROWS - 1) / FILTER_ROWS;
-  problem.plan = plan_splits((warps + 3) / 4, size, wanted, FILTER_CODES * FILTER_SHARE, 64);
-  std::vector<RowPartial> rows(problem.plan.splits * QUAD * count);
-  problem.row_partials = rows.data();
-  const Filter filter{problem, fragments.data(), &latents.largest};
+  for (int i = 0; i < tiles * 32; ++i) fragments[i] = code_fragment<HostFilter>(problem, scale, i / 32, i % 32);
+  const auto blocks = [](int rows) { return (rows + FILTER_BLOCK_ROWS - 1) / FILTER_BLOCK_ROWS; };
+  problem.plan = plan_splits(blocks(planned), size, wanted, FILTER_GROUP, 64);
+  std::vector<FilterPartial> partials(static_cast<int64_t>(count) * problem.plan.splits * QUAD);
+  std::vector<float> windows(count);
+  for (int i = 0; i < count; ++i) windows[i] = score_window(latents.halves[i], codes.largest, scale);
+  const Filter filter{problem, fragments.data(), windows.data(), &latents.largest, partials.data()};
 
-  *largest_error = 0;
-  HostWarp probe;
-  for (int warp = 0; warp < warps; ++warp) {
-    probe.each([&](int lane, FilterState& s) { filter.begin<HostWarp>(s, scale, warp * FILTER_ROWS, lane); });
+  const auto check = [&](HostFilter& probe, int block) {
+    probe.each([&](int thread, FilterState& s) {
+      filter.begin<HostFilter>(s, scale, block * FILTER_BLOCK_ROWS + thread / 32 * FILTER_ROWS, thread % 32);
+    });
     for (int tile = 0; tile < tiles; ++tile) {
       probe.multiply(&fragments[tile * 32]);
-      probe.each([&](int lane, FilterState& s) {
+      probe.each([&](int thread, FilterState& s) {
         for (int strip = 0; strip < FILTER_STRIPS; ++strip)
           for (int i = 0; i < 4; ++i) {
-            const int row = filter.row_of(warp * FILTER_ROWS, strip, i / 2, lane);
-            const int code = tile * FILTER_CODES + 2 * (lane % QUAD) + i % 2;
-            if (code >= size || codes.halves[code] < -0.1f * HUGE_DISTANCE) continue;
+            const int first = block * FILTER_BLOCK_ROWS + thread / 32 * FILTER_ROWS;
+            const int row = Filter::row_of(first, strip, i / 2, thread % 32);
+            const int code = tile * FILTER_CODES + 2 * (thread % QUAD) + i % 2;
+            if (row >= count || code >= size || codes.halves[code] < -0.1f * HUGE_DISTANCE) continue;
             double exact = codes.halves[code];
             for (int d = 0; d < problem.dim; ++d)
               exact +=
@@ -229,15 +255,23 @@ int64_t warp_search(const float* z, int count, const float* e, int size, int dim
           }
       });
     }
+  };
+  const auto team = std::make_unique<HostFilter>();
+  if (largest_error) {
+    *largest_error = 0;
+    for (int block = 0; block < blocks(count); ++block) check(*team, block);
   }
   for (int split = 0; split < problem.plan.splits; ++split)
-    for (int warp = 0; warp < warps; ++warp) {
-      auto team = std::make_unique<HostWarp>();
-      run_filter(filter, *team, warp * FILTER_ROWS, split);
+    for (int block = 0; block < blocks(count); ++block) {
+      FilterTile buffers[2];
+      run_filter(filter, *team, buffers, block, split);
     }
-  const int splits = problem.plan.splits;
-  problem.plan.splits *= QUAD;
-  for (int row = 0; row < count; ++row) indices[row] = finish_search(problem, row, merged_row(problem, row));
-  return splits;
+  *looks = 0;
+  for (int row = 0; row < count; ++row) {
+    HostWarp warp;
+    indices[row] = problem.dim == 4 ? run_recheck<4>(filter, warp, row) : run_recheck<8>(filter, warp, row);
+    *looks += std::max<int64_t>(warp.looks, 0);
+  }
+  return problem.plan.splits;
 }
 }

@@ -1,9 +1,10 @@
 // A block of a GPU's threads runs a sweep: the threads hold residents, and streamed elements pass through shared
 // memory.
 //
-// The block is written in phases, each of which every thread goes through before any enters the next. A Team runs them:
-// on a GPU its threads do, with a barrier in between; on a host one after the other. So a test without a GPU executes
-// what decides which thread holds, copies and writes what.
+// The block is written in phases. A Team runs them: on a GPU its threads do, and wait for each other where copies are
+// waited for; on a host one after the other. So a test without a GPU executes what decides which thread holds, copies
+// and writes what. One barrier a tile is enough: once a thread is past it, all have read the tile before, whose place
+// the next one's copies take.
 #pragma once
 #include "sweeps.h"
 
@@ -15,7 +16,7 @@ constexpr int THREADS = 128;  // of a block
 // How a sweep is spread: residents of a thread, streamed elements of a step and of a tile.
 template <class Sweep>
 struct Shape {
-  static constexpr int residents = Sweep::dim <= 8 && Sweep::small_state ? 2 : 1;
+  static constexpr int residents = Sweep::dim <= 8 ? 2 : 1;
   static constexpr int group = 2;
   static constexpr int tile = Sweep::dim <= 16 ? 128 : Sweep::dim == 32 ? 64 : 32;
   static constexpr int of_block = THREADS * residents;
@@ -68,7 +69,6 @@ GIGATOK_INLINE void run_block(const Sweep& sweep, Team& team, Tile<Sweep>* tiles
       GIGATOK_UNROLL
       for (int r = 0; r < Shape::residents; ++r) sweep.flush(states[r]);
     });
-    team.barrier();
   }
   team.each([&](int thread, State* states) {
     GIGATOK_UNROLL
@@ -91,7 +91,6 @@ class HostTeam {
     for (int i = 0; i < 4; ++i) to[i] = valid ? from[i] : 0.f;
   }
   void wait_for_copies() {}
-  void barrier() {}
 
  private:
   typename Sweep::State states_[THREADS * Shape<Sweep>::residents];

@@ -152,6 +152,7 @@ std::tuple<Tensor, Tensor> entropy_backward(const Tensor& z, const Tensor& e, co
                                             const Tensor& state, const Tensor& entropy_gradient,
                                             const Tensor& average_gradient, double temperature) {
   check_inputs(z, e);
+  check_saved(z, e, indices, state, entropy_gradient, average_gradient);
   const int64_t count = z.size(0), size = e.size(0);
   const int dim = static_cast<int>(z.size(1));
   Tensor latent_gradient = torch::stable::new_empty(z, {count, dim}),

@@ -15,7 +15,7 @@ namespace {
 constexpr int WAVES = 4;  // blocks for each multiprocessor, if there is work for them
 constexpr int MOST_SPLITS = 64;
 constexpr int SIMPLE_THREADS = 256;  // of blocks that treat each element by itself
-constexpr int FILTER_WARPS = 4;      // of a block
+constexpr int RECHECK_WARPS = 8;     // of a block
 
 int blocks_for(int64_t elements, int of_block) {
   return static_cast<int>((elements + of_block - 1) / of_block);
@@ -34,15 +34,18 @@ struct Place {
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, tensor.get_device()));
   }
   static void check(cudaError_t error) {
+    STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice,
+                    "the quantizer's kernels were not compiled for this GPU; gigatok-ds doctor --build compiles them, "
+                    "GIGATOK_KERNELS=torch does without");
     STD_TORCH_CHECK(error == cudaSuccess, "CUDA error in the quantizer's kernels: ", cudaGetErrorString(error));
   }
 };
 
-// A kernel that calls work(i) for i from 0 to count - 1.
+// A kernel that calls work(i) for i from 0 to count - 1, which may be more than 2^31.
 template <class Work>
 __global__ void elementwise(int64_t count, Work work) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < count) work(static_cast<int>(i));
+  if (i < count) work(i);
 }
 
 template <class Work>
@@ -58,25 +61,32 @@ struct Prepared {
   Tensor rows, halves, summary;
 };
 
-Prepared prepare(const Place& place, const Tensor& tensor, bool codes) {
-  const int dim = static_cast<int>(tensor.size(1)), padded = padded_dim(dim);
-  Prepared prepared{torch::stable::new_empty(tensor, {tensor.size(0), padded}),
-                    torch::stable::new_empty(tensor, {tensor.size(0)}), torch::stable::new_zeros(tensor, {2})};
-  const float* from = tensor.const_data_ptr<float>();
-  float *to = prepared.rows.mutable_data_ptr<float>(), *halves = prepared.halves.mutable_data_ptr<float>();
-  float* summary = prepared.summary.mutable_data_ptr<float>();
-  for_each(place, tensor.size(0), [=] __device__(int i) {
-    const float half =
-        prepare_row(from + static_cast<int64_t>(i) * dim, dim, padded, to + static_cast<int64_t>(i) * padded);
+__global__ void prepare_kernel(const float* from, int count, int dim, int padded, bool codes, float* rows,
+                               float* halves, float* summary) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  unsigned bits = 0;  // positive floats are ordered like their bits
+  if (i < count) {
+    const float half = prepare_row(from + i * dim, dim, padded, rows + i * padded);
     const bool finite = half < INFINITY;
-    // Positive floats are ordered like their bits, and a maximum does not depend on the order. One thread of each warp
-    // speaks for all, since they would queue at the one address.
-    const unsigned together = __activemask();
-    const unsigned largest = __reduce_max_sync(together, finite ? __float_as_uint(half) : 0u);
-    if (threadIdx.x % 32 == __ffs(together) - 1) atomicMax(reinterpret_cast<unsigned*>(summary), largest);
+    if (finite) bits = __float_as_uint(half);
     if (!finite) summary[1] = 1.f;
     halves[i] = !codes ? half : finite ? -half : -HUGE_DISTANCE;
-  });
+  }
+  // A maximum does not depend on the order. One thread speaks for its warp, since all would queue at the one address.
+  const unsigned largest = __reduce_max_sync(~0u, bits);
+  if (threadIdx.x % 32 == 0 && largest) atomicMax(reinterpret_cast<unsigned*>(summary), largest);
+}
+
+Prepared prepare(const Place& place, const Tensor& tensor, bool codes) {
+  const int count = static_cast<int>(tensor.size(0)), dim = static_cast<int>(tensor.size(1)), padded = padded_dim(dim);
+  Prepared prepared{torch::stable::new_empty(tensor, {count, padded}), torch::stable::new_empty(tensor, {count}),
+                    torch::stable::new_zeros(tensor, {2})};
+  if (count) {
+    prepare_kernel<<<blocks_for(count, SIMPLE_THREADS), SIMPLE_THREADS, 0, place.stream>>>(
+        tensor.const_data_ptr<float>(), count, dim, padded, codes, prepared.rows.mutable_data_ptr<float>(),
+        prepared.halves.mutable_data_ptr<float>(), prepared.summary.mutable_data_ptr<float>());
+    Place::check(cudaGetLastError());
+  }
   return prepared;
 }
 
@@ -159,38 +169,49 @@ Workspace launch(Pass pass, const Place& place, Problem& problem, const Tensor& 
   }
 }
 
-__global__ void __launch_bounds__(32 * FILTER_WARPS) filter_kernel(const __grid_constant__ Filter filter) {
-  const int warp = static_cast<int>(blockIdx.x * FILTER_WARPS + threadIdx.x / 32);
-  if (warp * FILTER_ROWS >= filter.problem.count) return;
-  DeviceWarp team(static_cast<int>(threadIdx.x % 32));
-  run_filter(filter, team, warp * FILTER_ROWS, static_cast<int>(blockIdx.y));
+__global__ void __launch_bounds__(FILTER_THREADS, WAVES) filter_kernel(const __grid_constant__ Filter filter) {
+  __shared__ FilterTile tiles[2];
+  DeviceFilter team;
+  run_filter(filter, team, tiles, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y));
 }
 
-Workspace launch_filter(const Place& place, Inputs& inputs, const Tensor& like) {
-  Problem& problem = inputs.problem;
-  const int tiles = blocks_for(problem.size, FILTER_CODES);
-  Tensor packed = torch::stable::new_empty(like, {tiles * 32 * 2});
+template <int D>
+__global__ void __launch_bounds__(32 * RECHECK_WARPS) recheck_kernel(const __grid_constant__ Filter filter,
+                                                                     int64_t* indices) {
+  const int row = static_cast<int>(blockIdx.x * RECHECK_WARPS + threadIdx.x / 32);
+  if (row >= filter.problem.count) return;
+  DeviceWarp team;
+  const int32_t nearest = run_recheck<D>(filter, team, row);
+  if (threadIdx.x % 32 == 0) indices[row] = nearest;
+}
+
+// The search on tensor cores, for latents of at most FILTER_DIM dimensions.
+void search_filtered(const Place& place, const Inputs& inputs, const Tensor& like, int64_t* indices) {
+  Problem problem = inputs.problem;
+  if (problem.count == 0) return;
+  const int groups = blocks_for(problem.size, FILTER_GROUP), blocks = blocks_for(problem.count, FILTER_BLOCK_ROWS);
+  problem.plan = plan_splits(blocks, problem.size, WAVES * place.multiprocessors, FILTER_GROUP, MOST_SPLITS);
+  Tensor packed =
+      torch::stable::new_empty(like, {groups * static_cast<int64_t>(sizeof(FilterTile) / sizeof(float))});
+  const int64_t parts = static_cast<int64_t>(problem.count) * problem.plan.splits * QUAD;
+  Tensor found = torch::stable::new_empty(like, {parts * static_cast<int64_t>(sizeof(FilterPartial) / sizeof(float))});
+  Tensor margins = torch::stable::new_empty(like, {problem.count});
   auto* fragments = reinterpret_cast<Fragment*>(packed.mutable_data_ptr<float>());
-  const float* largest = inputs.latents.summary.const_data_ptr<float>();
-  const Problem codes = problem;
-  for_each(place, static_cast<int64_t>(tiles) * 32, [=] __device__(int i) {
-    const FilterScale scale = filter_scale(*largest, *codes.largest_half_code);
-    fragments[i] = code_fragment<DeviceWarp>(codes, scale, i / 32, i % 32);
+  float* windows = margins.mutable_data_ptr<float>();
+  const Filter filter{problem, fragments, windows, inputs.latents.summary.const_data_ptr<float>(),
+                      reinterpret_cast<FilterPartial*>(found.mutable_data_ptr<float>())};
+  const int lanes = groups * FILTER_TILES * 32;
+  for_each(place, std::max(lanes, problem.count), [=] __device__(int i) {
+    const Problem& of = filter.problem;
+    const FilterScale scale = filter.scale();
+    if (i < lanes) fragments[i] = code_fragment<DeviceFilter>(of, scale, i / 32, i % 32);
+    if (i < of.count) windows[i] = score_window(of.half_latents[i], *of.largest_half_code, scale);
   });
-  const int blocks = blocks_for(problem.count, FILTER_ROWS * FILTER_WARPS);
-  const Plan plan =
-      plan_splits(blocks, problem.size, WAVES * place.multiprocessors, FILTER_CODES * FILTER_SHARE, MOST_SPLITS);
-  problem.plan = plan;
-  Workspace workspace{torch::stable::new_empty(
-      like, {plan.splits * QUAD * static_cast<int64_t>(problem.count * (sizeof(RowPartial) / sizeof(float)))})};
-  problem.row_partials = reinterpret_cast<RowPartial*>(workspace.partials.mutable_data_ptr<float>());
-  if (blocks) {
-    filter_kernel<<<dim3(blocks, plan.splits), 32 * FILTER_WARPS, 0, place.stream>>>(
-        Filter{problem, fragments, largest});
-    Place::check(cudaGetLastError());
-  }
-  problem.plan.splits *= QUAD;  // each lane of a quad leaves a part
-  return workspace;
+  filter_kernel<<<dim3(blocks, problem.plan.splits), FILTER_THREADS, 0, place.stream>>>(filter);
+  Place::check(cudaGetLastError());
+  const auto recheck = problem.dim == 4 ? recheck_kernel<4> : recheck_kernel<8>;
+  recheck<<<blocks_for(problem.count, RECHECK_WARPS), 32 * RECHECK_WARPS, 0, place.stream>>>(filter, indices);
+  Place::check(cudaGetLastError());
 }
 
 // GIGATOK_TENSOR_CORES=0 leaves the filter to float32, for comparison.
@@ -205,8 +226,11 @@ Tensor nearest_code(const Tensor& z, const Tensor& e) {
   Tensor indices = torch::stable::new_empty(z, {z.size(0)}, ScalarType::Long);
   int64_t* nearest = indices.mutable_data_ptr<int64_t>();
   Inputs inputs(place, z, e, 1.0);
-  const bool filter = inputs.problem.dim <= FILTER_DIM && tensor_cores();
-  const Workspace workspace = filter ? launch_filter(place, inputs, z) : launch(Pass::search, place, inputs.problem, z);
+  if (inputs.problem.dim <= FILTER_DIM && tensor_cores()) {
+    search_filtered(place, inputs, z, nearest);
+    return indices;
+  }
+  const Workspace workspace = launch(Pass::search, place, inputs.problem, z);
   const Problem problem = inputs.problem;
   for_each(place, problem.count,
            [=] __device__(int row) { nearest[row] = finish_search(problem, row, merged_row(problem, row)); });
@@ -260,6 +284,7 @@ std::tuple<Tensor, Tensor> entropy_backward(const Tensor& z, const Tensor& e, co
                                             const Tensor& state, const Tensor& entropy_gradient,
                                             const Tensor& average_gradient, double temperature) {
   check_inputs(z, e);
+  check_saved(z, e, indices, state, entropy_gradient, average_gradient);
   const Place place(z);
   const int64_t count = z.size(0), size = e.size(0);
   const int dim = static_cast<int>(z.size(1));
@@ -313,7 +338,7 @@ Tensor code_histogram(const Tensor& codes, int64_t size) {
   auto* count = reinterpret_cast<unsigned long long*>(counts.mutable_data_ptr<int64_t>());
   const int64_t* values = codes.const_data_ptr<int64_t>();
   // Integers: the sum does not depend on the order.
-  for_each(place, codes.numel(), [=] __device__(int i) {
+  for_each(place, codes.numel(), [=] __device__(int64_t i) {
     if (values[i] >= 0 && values[i] < size) atomicAdd(count + values[i], 1ull);
   });
   return counts;

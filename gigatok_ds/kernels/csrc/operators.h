@@ -32,6 +32,22 @@ inline void check_inputs(const Tensor& latents, const Tensor& codebook) {
                   "at most 2^30 latents and 2^24 codes at a time");
 }
 
+// Of the backward pass: what the forward pass returned, and the gradients at it. They come from autograd, which may have
+// kept them elsewhere in between.
+inline void check_saved(const Tensor& latents, const Tensor& codebook, const Tensor& indices, const Tensor& state,
+                        const Tensor& entropy_gradient, const Tensor& average_gradient) {
+  const int64_t count = latents.size(0), size = codebook.size(0);
+  const auto is = [&](const Tensor& tensor, ScalarType type, int64_t rows, int64_t columns) {
+    return tensor.scalar_type() == type && tensor.is_contiguous() && tensor.get_device() == latents.get_device() &&
+           tensor.dim() == (columns ? 2 : 1) && tensor.size(0) == rows && (!columns || tensor.size(1) == columns);
+  };
+  STD_TORCH_CHECK(is(indices, ScalarType::Long, count, 0), "indices must be contiguous int64 (N,), beside the latents");
+  STD_TORCH_CHECK(is(state, ScalarType::Float, count, sizeof(RowRecord) / sizeof(float)),
+                  "state must be contiguous float32 (N, 4), beside the latents");
+  STD_TORCH_CHECK(is(entropy_gradient, ScalarType::Float, count, 0) && is(average_gradient, ScalarType::Float, size, 0),
+                  "gradients must be contiguous float32 (N,) and (K,), beside the latents");
+}
+
 inline float sharpness_of(double temperature) {
   return static_cast<float>(1.4426950408889634 / temperature);
 }

@@ -163,7 +163,6 @@ GIGATOK_INLINE V ceiling_of(const Problem& problem, int first) {
 // Latents in lanes: the nearest code and, if SOFT, the softmax's normalisation and entropy.
 template <class V, int D, bool SOFT>
 struct Assign : OverCodes<D> {
-  static constexpr bool small_state = true;
   struct State {
     V latent[D];
     Nearest<V, SOFT> nearest;
@@ -191,7 +190,6 @@ struct Assign : OverCodes<D> {
 // Codes in lanes: sum_n p_nk. Sums of a tile are added up apart, so that many latents do not drown a small one.
 template <class V, int D>
 struct Average : OverLatents<D> {
-  static constexpr bool small_state = true;
   struct State {
     V code[D], minus_half, sum, total;
   };
@@ -228,7 +226,6 @@ struct Average : OverLatents<D> {
 // apart are its sum p (share - base), the mean sum p (e - c), and the pull sum p (share - base - h ln p) (e - c).
 template <class V, int D>
 struct LatentGradient : OverCodes<D> {
-  static constexpr bool small_state = false;
   struct State {
     V latent[D], centre[D], mean[D], pull[D], best, bits, threshold, gradient, base, offset;
   };
@@ -286,7 +283,6 @@ struct LatentGradient : OverCodes<D> {
 // Codes in lanes: the gradient at e_k is 2/T sum_n w_nk (z_n - e_k), by the weights of LatentGradient.
 template <class V, int D>
 struct CodeGradient : OverLatents<D> {
-  static constexpr bool small_state = false;
   struct State {
     V code[D], sum[D], minus_half, share;
   };
