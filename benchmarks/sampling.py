@@ -41,9 +41,10 @@ from torch import Tensor
 from gigatok_ds.config.model import GPTConfig
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
-from gigatok_ds.sampling.choose import choose_codes, uniform_numbers
+from gigatok_ds.sampling.choose import Choice, choose_codes, uniform_numbers
 from gigatok_ds.sampling.generate import Sampler
 from gigatok_ds.sampling.guidance import guide
+from gigatok_ds.sampling.static import StaticDecoder
 
 SCALE = 4.0
 BLOCK = 15  # steps of one way in a row: seconds at most, and caches as they are when nothing else runs
@@ -112,8 +113,15 @@ class Ours:
         return self.decoder.caches
 
     def step(self, chosen: Tensor, position: int) -> Tensor:
+        if isinstance(self.decoder, StaticDecoder):
+            if position == 0:
+                self.decoder.begin(chosen, self.uniform, [SCALE] * self.uniform.shape[1], Choice())
+            else:
+                self.decoder.position.fill_(position)
+                self.decoder.advance(guided=True)
+            return self.decoder.chosen
         logits = guide(self.decoder.step(torch.cat([chosen, chosen]), position), SCALE)
-        return choose_codes(logits, self.uniform[:, position], temperature=1.0, top_k=0, top_p=1.0)
+        return choose_codes(logits, self.uniform[:, position], Choice())
 
 
 # Measuring

@@ -1,7 +1,27 @@
-"""torch's types by the names that recipes and commands give them."""
+"""torch's types by the names that recipes and commands give them, and what float32 means on a GPU."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextlib.contextmanager
+def float32_arithmetic(*, tf32: bool = False) -> Iterator[None]:
+    """Inside, float32 products and convolutions on GPUs round their factors to 10 bits (TF32) both, or neither does.
+
+    torch's own default is to round in convolutions only.
+    """
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = tf32
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value

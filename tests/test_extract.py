@@ -27,9 +27,11 @@ from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.shards import Sample, new_directory, write_shards, write_tars
 from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of, scale_pixels, to_tensor
 from gigatok_ds.errors import InputError
+from gigatok_ds.models.quantizer import VectorQuantizer
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.launched import LaunchedRank, launched_rank
 from gigatok_ds.sampling.extract import extract_codes
+from gigatok_ds.sampling.read_later import read_later
 from gigatok_ds.sampling.views import views_of
 
 COUNT, PER_SHARD, BATCH = 11, 4, 5  # images; images in a shard of codes (3 shards); crops in a batch (2 images)
@@ -125,8 +127,42 @@ def test_the_metadata_say_where_codes_come_from(source, expected):
                       "weights_sha256": {"model.safetensors": sha256("tokenizer/model.safetensors")}},
         "crops": "flip", "image_size": 16, "shards": "images",
         "shards_sha256": ShardIndex.open(source / "images").identity(),
-        "samples_per_shard": PER_SHARD, "batch_size": BATCH, "device": "cpu",
+        "samples_per_shard": PER_SHARD, "batch_size": BATCH, "device": "cpu", "tf32": False,
     }
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_products_and_convolutions_round_alike(source, tmp_path, monkeypatch, tf32):
+    def settings():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    seen, before, latent = set(), settings(), Tokenizer.latent
+    monkeypatch.setattr(Tokenizer, "latent", lambda self, images: seen.add(settings()) or latent(self, images))
+    extract(source, tmp_path / "codes", tf32=tf32)
+    assert seen == {(tf32, tf32)} and settings() == before
+
+
+def test_a_damaged_tokenizer_is_named(source, tmp_path, monkeypatch):
+    latent = Tokenizer.latent
+    monkeypatch.setattr(Tokenizer, "latent", lambda self, images: latent(self, images) / 0)
+    with pytest.raises(InputError, match="latents of sample 'image000' hold nan or inf"):
+        extract(source, tmp_path / "codes")
+    monkeypatch.setattr(VectorQuantizer, "codebook", lambda self: self.embedding * torch.nan)
+    with pytest.raises(InputError, match="codebook holds nan or inf"):
+        extract(source, tmp_path / "more")
+
+
+def test_results_are_read_in_their_order_once_the_next_one_is_started():
+    started, read = [], []
+
+    def results():
+        for number in range(3):
+            started.append(number)
+            yield number, torch.tensor(number)
+
+    for label, tensor in read_later(results()):
+        read.append((label, int(tensor), len(started)))
+    assert read == [(0, 0, 2), (1, 1, 3), (2, 2, 3)] and list(read_later([])) == []
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -143,18 +179,18 @@ def kill_at(event):
         if next(events) == event:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    encode, replace = Tokenizer.encode, os.replace
+    latent, replace = Tokenizer.latent, os.replace
 
-    def encode_or_die(self, images):
+    def latent_or_die(self, images):
         count()
-        return encode(self, images)
+        return latent(self, images)
 
     def replace_or_die(*arguments):
         count()
         replace(*arguments)
         count()
 
-    Tokenizer.encode, os.replace = encode_or_die, replace_or_die
+    Tokenizer.latent, os.replace = latent_or_die, replace_or_die
 
 
 def is_killed(event, world_size, source, out):
@@ -213,8 +249,8 @@ def extract_slowly(source, out):
     torch.set_num_threads(1)
     # Else the data workers come from another such server, which would do all the imports again.
     multiprocessing.set_start_method("fork", force=True)
-    encode = Tokenizer.encode
-    Tokenizer.encode = lambda self, images: (time.sleep(0.1), encode(self, images))[1]
+    latent = Tokenizer.latent
+    Tokenizer.latent = lambda self, images: (time.sleep(0.1), latent(self, images))[1]
     extract(source, out, workers=2)
 
 
@@ -239,14 +275,14 @@ def test_killed_from_outside_while_workers_read(source, expected, tmp_path):
 def interrupted(source, out, whole=2):
     """An extraction that ended after `whole` shards."""
     with contextlib.suppress(InterruptedError), pytest.MonkeyPatch.context() as patch:
-        batches, encode = itertools.count(), Tokenizer.encode
+        batches, latent = itertools.count(), Tokenizer.latent
 
         def interrupt(self, images):
             if next(batches) == 2 * whole + 1:
                 raise InterruptedError
-            return encode(self, images)
+            return latent(self, images)
 
-        patch.setattr(Tokenizer, "encode", interrupt)
+        patch.setattr(Tokenizer, "latent", interrupt)
         extract(source, out)
     assert sum(name.endswith(".tar") for name in contents(out)) == whole
     return out
@@ -268,7 +304,7 @@ def test_whole_shards_are_kept_and_damaged_ones_written_again(source, expected, 
 def test_a_complete_extraction_is_left_alone(source, tmp_path, monkeypatch):
     extract(source, tmp_path / "codes")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "codes").iterdir()}
-    monkeypatch.setattr(Tokenizer, "encode", None)
+    monkeypatch.setattr(Tokenizer, "latent", None)
     extract(source, tmp_path / "codes")
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "codes").iterdir()}
 

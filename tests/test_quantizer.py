@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from golden_models import arrays
 from golden_weights import tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gigatok_ds import InputError
 from gigatok_ds.config.losses import QuantizerLossConfig, TokenizerLossConfig
 from gigatok_ds.config.model import QuantizerConfig
 from gigatok_ds.kernels.ops import assignment_entropy, assignment_statistics, entropy_penalty, nearest_code
+from gigatok_ds.models import quantizer as quantizer_module
 from gigatok_ds.models.quantizer import USAGE_WINDOW, VectorQuantizer
 from gigatok_ds.parallel.layers import PlainLayers
 
@@ -108,3 +111,33 @@ def test_the_mean_assignment_is_of_all_data_ranks_or_of_one():
     objective = TokenizerLossConfig(quantizer=QuantizerLossConfig(entropy=0.1, entropy_end_step=3, statistics="data_rank"),
                                     perceptual=None, adversarial=None, auxiliary=None, semantic=None)
     assert [objective.wants_entropy(step) for step in (1, 2, 3)] == ["data_rank", "data_rank", None]
+
+
+class Counted(TorchDispatchMode):
+    """Operations that compute something, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and function.overloadpacket not in (torch.ops.aten.detach, torch.ops.aten._unsafe_view):
+            self.operations += 1
+            self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves((args, kwargs, result))
+                              if isinstance(leaf, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("gradient, most, operations", [("straight_through", 4400, 61), ("rotation", 6930, 106)])
+def test_all_but_the_search_moves_few_bytes(monkeypatch, gradient, most, operations):
+    """Counted on tensors without storage for 8,192 latents: why docs/kernels.md has no kernel for it."""
+    monkeypatch.setattr(quantizer_module, "nearest_code", lambda z, codebook, strict: z.new_empty(len(z), dtype=torch.long))
+    with torch.device("meta"):
+        quantizer = VectorQuantizer(QuantizerConfig(codebook_size=16384, codebook_dim=8, gradient=gradient)).train()
+        latents = torch.empty(32, 8, 1, 256, requires_grad=True)
+    with Counted() as counted:
+        output = quantizer(latents)
+        total = output.losses.codebook + output.losses.commitment + output.quantized.sum()
+        torch.autograd.grad(total, [latents, quantizer.embedding])
+    assert counted.bytes <= most * 8192 and counted.operations <= operations

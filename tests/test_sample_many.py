@@ -4,13 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rank_runs import run_ranks
 from small_models import small_gpt, small_tokenizer
 
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
+from gigatok_ds.config.model import GPTConfig
 from gigatok_ds.errors import InputError
+from gigatok_ds.models.gpt import GPT
+from gigatok_ds.sampling.batch_size import default_batch_size, fitting_batch_size
 from gigatok_ds.sampling.many import Job, class_labels, draw_many, join_ranks, runs
 
 SETTINGS = {"cfg_scale": 2.0, "cfg_schedule": "constant", "top_k": 0}
@@ -77,6 +81,21 @@ def test_batches_and_ranks_do_not_matter(models, pngs, npz, tmp_path, ranks, bat
 
 def draw_on_a_rank(models, out, batch_size):
     return draw(models, out, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("size, dtype, gigabytes, images", [
+    ("GPT-B", torch.bfloat16, 80, 512), ("GPT-XXL", torch.bfloat16, 80, 128), ("GPT-XXL", torch.float32, 80, 64),
+    ("GPT-XXL", torch.float32, 24, 16), ("GPT-B", torch.float32, 8, 64), ("GPT-XXL", torch.float32, 2, 1)])
+def test_a_gpu_draws_as_many_images_at_a_time_as_it_holds(size, dtype, gigabytes, images):
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(size=size)).to(dtype)
+    assert fitting_batch_size(gpt, gigabytes * 10**9) == images
+    assert default_batch_size(small_gpt()) == 32
+
+
+def test_the_default_batch_draws_the_same_images(models, npz, tmp_path):
+    draw(models, tmp_path / "samples.npz", batch_size=None)
+    assert (tmp_path / "samples.npz").read_bytes() == npz.read_bytes()
 
 
 class Interrupted(Exception):

@@ -13,7 +13,7 @@ from gigatok_ds import InputError, generate
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.model import TransformerSize
 from gigatok_ds.kernels.product import has_few_row_product
-from gigatok_ds.sampling.choose import choose_codes, uniform_numbers
+from gigatok_ds.sampling.choose import Choice, choose_codes, uniform_numbers
 from gigatok_ds.sampling.generate import EagerDecoder, Sampler
 from gigatok_ds.sampling.guidance import guidance_scales
 from gigatok_ds.sampling.large_pages import large_empty
@@ -120,12 +120,12 @@ def test_guidance_runs_the_unconditional_half_only_while_it_is_used():
 def test_draws_follow_the_distribution_and_nothing_else():
     logits = torch.tensor([[2.0, float("-inf"), 0.0, 1.0, float("-inf")]]).expand(4000, 5)
     uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    drawn = choose_codes(logits, uniform, temperature=1.0, top_k=0, top_p=1.0)
+    drawn = choose_codes(logits, uniform, Choice())
     shares = torch.bincount(drawn, minlength=5) / 4000
     assert torch.allclose(shares, logits[0].softmax(-1), atol=2 / 4000)
     assert torch.equal(drawn, drawn.sort().values)
     extremes = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
-    assert choose_codes(logits[:2], extremes, temperature=1.0, top_k=0, top_p=1.0).tolist() == [0, 3]
+    assert choose_codes(logits[:2], extremes, Choice()).tolist() == [0, 3]
     first, all_ = uniform_numbers(7, [5], 3), uniform_numbers(7, range(9), 20)
     assert torch.equal(first[0], all_[5, :3]) and len(all_.unique()) == 9 * 20
 

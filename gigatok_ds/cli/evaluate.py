@@ -51,12 +51,14 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.cli.measures import MEASURES
     from gigatok_ds.evaluation.results import in_words, write_results
     from gigatok_ds.parallel.topology import stop_process_group
+    from gigatok_ds.precision import float32_arithmetic
     from gigatok_ds.sampling.many import join_ranks
 
     _check(args)
     topology = join_ranks(args.device, 1)
     try:
-        results = MEASURES[args.what](args, topology)
+        with float32_arithmetic():
+            results = MEASURES[args.what](args, topology)
     finally:
         stop_process_group(topology)
     if topology.is_first:

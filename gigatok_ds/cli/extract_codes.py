@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes of each rank that decode images (default: 4, or the number of cores)")
     parser.add_argument("--device", help="cpu or cuda, of which each rank takes its own (default: cpu)")
+    parser.add_argument("--tf32", action="store_true", default=None,
+                        help="on GPUs: round factors to 10 bits; faster, and some codes are others (default: float32)")
     parser.add_argument("--from-npy", type=Path, metavar="DIR", help="convert the original's codes instead: its folder "
                         "NAME_codes, with NAME_labels beside it, or the folder that holds both")
     parser.add_argument("--codebook-size", type=int, metavar="K", help="of those codes")
@@ -61,7 +63,7 @@ def _extract(args: argparse.Namespace, rank) -> None:
         views=views_of("ten-crop" if args.crops is None else args.crops, tokenizer.config.image_size),
         provenance={"tokenizer": identify(args.tokenizer)},
         batch_size=32 if args.batch_size is None else args.batch_size,
-        workers=min(4, len(os.sched_getaffinity(0))) if args.workers is None else args.workers,
+        workers=min(4, len(os.sched_getaffinity(0))) if args.workers is None else args.workers, tf32=bool(args.tf32),
     )
 
 
@@ -76,10 +78,12 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError("--codebook-size goes with --from-npy; a tokenizer knows its own")
         if args.workers is not None and args.workers < 0:
             raise InputError(f"--workers is {args.workers}; it must be 0 or more")
+        if args.tf32 and (args.device or "cpu") == "cpu":
+            raise InputError("--tf32 does nothing on a CPU; leave it out, or give --device cuda")
         return
     if args.codebook_size is None:
         raise InputError("--from-npy needs --codebook-size, which the files do not tell (published recipes: 16384)")
-    for name in ("tokenizer", "shards", "crops", "batch_size", "workers", "device"):
+    for name in ("tokenizer", "shards", "crops", "batch_size", "workers", "device", "tf32"):
         if getattr(args, name) is not None:
             option = name if name in ("tokenizer", "shards") else f"--{name.replace('_', '-')}"
             raise InputError(f"--from-npy converts codes that exist; {option} would do nothing, leave it out")

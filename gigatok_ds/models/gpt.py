@@ -235,7 +235,7 @@ class GPT(nn.Module):
         """One cached step: logits (B, vocab) float32 of the code after `position`.
 
         tokens (B,) are classes at position 0 and the codes generated last at every later position. A position after
-        the first may be an int64 tensor () on the device, so that one compiled step serves them all. `modulations` are
+        the first may be an int64 tensor (1,) on the device, so that the same step serves them all. `modulations` are
         those of the classes; a model whose class is only a prefix needs none.
         """
         modulations = modulations or [None] * (len(self.layers) + 1)

@@ -63,6 +63,11 @@ class VectorQuantizer(nn.Module):
     def _normalized(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.config.l2_normalized else x
 
+    def codes(self, latent: Tensor) -> Tensor:
+        """Codes (B, H * W) of latents (B, D, H, W) without waiting for the device: -1 for a latent that is not finite."""
+        z = self._normalized(latent.permute(0, 2, 3, 1).flatten(0, 2).float())
+        return nearest_code(z, self.codebook(), strict=False).view(len(latent), -1)
+
     def forward(self, latent: Tensor, *, entropy: Literal["global", "data_rank"] | None = None) -> QuantizerOutput:
         """Quantize latents (B, D, H, W). `entropy` also computes the entropy loss, which is zero otherwise, with the mean
         assignment of all data-parallel ranks or of this one.

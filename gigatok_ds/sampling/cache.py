@@ -1,8 +1,8 @@
 """Key/value caches of cached decoding: allocated once, owned by a sampler, never attached to the model.
 
 Both write the new token's key and value in place. They differ in what is attended to: `PrefixCache` slices the past,
-which spares a CPU the empty slots; `FixedCache` masks them, so that every step has the same shapes and addresses and
-one compiled step (on a GPU: one CUDA graph) serves all positions.
+which spares a CPU the empty slots; `FixedCache` closes them, so that every step has the same shapes and addresses and
+one CUDA graph, or one compiled step, serves all positions.
 """
 
 from __future__ import annotations
@@ -39,25 +39,37 @@ class PrefixCache:
         return F.scaled_dot_product_attention(query, keys, values)
 
 
-class FixedCache:
-    """The same with the position in an int64 tensor (1,) on the device, which all layers share."""
+class Slots:
+    """The position of the next token in an int64 tensor (1,) on the device, and which slots it may attend to: what all
+    layers' FixedCaches share."""
 
-    def __init__(self, slots: int, position: Tensor):
-        self.position = position
-        self.places = torch.arange(slots, device=position.device)
+    def __init__(self, count: int, like: Tensor):
+        # Rounded up: fused attention reads its bias in pieces of 16 bytes.
+        self.places = torch.arange(-(-count // 8) * 8, device=like.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=like.device)
+        self.open, self.closed = like.new_zeros(()), like.new_full((), float("-inf"))
+        self.bias = like.new_zeros(1, 1, 1, len(self.places))
+
+    def allow(self) -> None:
+        """Those up to the position, once for all layers of a step."""
+        torch.where(self.places <= self.position, self.open, self.closed, out=self.bias[0, 0, 0])
+
+
+class FixedCache:
+    """The same with fixed addresses: all slots are attended to, with a bias that closes those of the future."""
+
+    def __init__(self, slots: Slots, rows: int):
+        self.slots, self.rows = slots, rows
         self.keys = self.values = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Of the first len(query) rows. The first call, which must not be a compiled one, allocates."""
         if self.keys is None:
-            rows, heads, _, head_dim = key.shape
-            # Zeros, for whatever is masked is still multiplied by a probability of zero.
-            self.keys, self.values = (key.new_zeros(rows, heads, len(self.places), head_dim) for _ in range(2))
-            if key.is_cuda:
-                # A CUDA graph may then write to them where they lie instead of copying them in.
-                torch._dynamo.mark_static_address(self.keys)
-                torch._dynamo.mark_static_address(self.values)
+            _, heads, _, head_dim = key.shape
+            shape = self.rows, heads, len(self.slots.places), head_dim
+            # Zeros, for whatever is closed is still multiplied by a probability of zero.
+            self.keys, self.values = (key.new_zeros(shape) for _ in range(2))
         keys, values = self.keys[: len(query)], self.values[: len(query)]
-        keys.index_copy_(2, self.position, key)
-        values.index_copy_(2, self.position, value)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=(self.places <= self.position)[None])
+        keys.index_copy_(2, self.slots.position, key)
+        values.index_copy_(2, self.slots.position, value)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.slots.bias)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gigatok_ds.streams import numpy_stream
+
+
+class Choice(NamedTuple):
+    """How a code is chosen. top_k 0 and top_p 1 keep everything; top_k 1 is greedy and needs no numbers."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -31,18 +40,18 @@ def uniform_numbers(seed: int, images: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack([numpy_stream(seed, "sampling", image).random(count) for image in images]))
 
 
-def choose_codes(logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
+def choose_codes(logits: Tensor, uniform: Tensor, choice: Choice) -> Tensor:
     """Logits (B, vocab) and uniform numbers in [0, 1), float64 (B,), to codes (B,).
 
-    The code at which the cumulative distribution passes the number, in float64: each row is drawn by itself. top_k 0
-    and top_p 1 keep everything; top_k 1 is greedy and needs no numbers.
+    The code at which the cumulative distribution passes the number, in float64: each row is drawn by itself. Nothing
+    depends on a value that the host would have to read.
     """
-    if top_k == 1:
+    if choice.top_k == 1:
         return logits.argmax(-1)
-    logits = logits / max(temperature, 1e-5)
-    if top_k > 0:
-        logits = keep_top_k(logits, top_k)
-    if top_p < 1:
-        logits = keep_top_p(logits, top_p)
+    logits = logits / max(choice.temperature, 1e-5)
+    if choice.top_k > 0:
+        logits = keep_top_k(logits, choice.top_k)
+    if choice.top_p < 1:
+        logits = keep_top_p(logits, choice.top_p)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]

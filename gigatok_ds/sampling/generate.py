@@ -7,25 +7,27 @@ they may differ in the last bits between numbers of rows, so a sampler fills eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT, Modulations
-from gigatok_ds.sampling.cache import FixedCache, PrefixCache
-from gigatok_ds.sampling.choose import choose_codes, uniform_numbers
+from gigatok_ds.sampling.cache import PrefixCache
+from gigatok_ds.sampling.choose import Choice, choose_codes, uniform_numbers
 from gigatok_ds.sampling.guidance import guidance_scales, guide
 from gigatok_ds.sampling.packed import FEWEST_ROWS, can_pack, packed
+from gigatok_ds.sampling.static import StaticDecoder
 
 
 class Sampler:
     """Draws codes with one model, up to `batch_size` sequences at a time.
 
-    With `compile` a decoding step is compiled by torch.compile when first needed, which takes a minute; on a GPU it
-    becomes a CUDA graph; on a CPU it is slower than the plain one (benchmarks/sampling.py). `compile` moves logits in
-    the last bits: it is a setting, like the type of the weights.
+    On a GPU each step, the choice of the codes included, is a CUDA graph (see static.py), unless tensor ranks share the
+    layers. With `compile` the network's step is compiled by torch.compile when first needed, which takes a minute; on a
+    CPU it is slower than the plain one (benchmarks/sampling.py). `compile` moves logits in the last bits: it is a
+    setting, like the type of the weights.
     """
 
     def __init__(self, gpt: GPT, batch_size: int, *, compile: bool = False):
@@ -37,45 +39,54 @@ class Sampler:
         # Whether batches are filled up, so that codes may depend on batch_size in near-ties.
         self.fills = not packs
         self.fewest = batch_size if self.fills else FEWEST_ROWS
-        self.decoder = CompiledDecoder(gpt) if compile else EagerDecoder(packed(gpt) if packs else gpt)
+        whole = isinstance(gpt.output, nn.Linear)  # and not one of tensor ranks
+        if compile or (whole and self.device.type == "cuda"):
+            self.decoder = StaticDecoder(gpt, batch_size, compile=compile)
+        else:
+            self.decoder = EagerDecoder(packed(gpt) if packs else gpt)
 
     @torch.no_grad()
     def codes(self, classes: Tensor, images: Sequence[int], *, seed: int = 0, cfg_scale: float = 1.0,
               cfg_schedule: str = "constant", cfg_schedule_kwargs: dict | None = None, cfg_interval: int = -1,
               temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         """Codes (B, T) int64 of the images with these classes (B,) and numbers; `generate` says what settings mean."""
-        _check(self.gpt, classes, temperature, top_k, top_p)
+        choice = Choice(temperature, top_k, top_p)
+        _check(self.gpt, classes, choice)
         length, count, images = self.gpt.config.sequence_length, len(classes), list(images)
         assert count == len(images) <= self.batch_size
         scales = guidance_scales(length, cfg_scale, cfg_schedule, cfg_schedule_kwargs, cfg_interval)
         if count == 0:
             return torch.empty(0, length, dtype=torch.long, device=self.device)
         surplus = max(self.fewest - count, 0)
-        chosen = torch.cat([classes, classes[-1:].expand(surplus)]).to(self.device)
+        filled = torch.cat([classes, classes[-1:].expand(surplus)]).to(self.device)
         uniform = uniform_numbers(seed, images + images[-1:] * surplus, length).to(self.device)
-        nobody = torch.full_like(chosen, self.gpt.unconditional_class)
-        # After the last guided code the conditional half goes on alone.
-        guided = max((place + 1 for place, scale in enumerate(scales) if scale > 1), default=0)
         was_training = self.gpt.training
         self.gpt.eval()
         try:
-            codes = []
-            for position, scale in enumerate(scales):
-                other = nobody if position == 0 else chosen
-                logits = self.decoder.step(torch.cat([chosen, other]) if position < guided else chosen, position)
-                logits = guide(logits, scale) if scale > 1 else logits[: len(chosen)]
-                chosen = choose_codes(logits, uniform[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
-                codes.append(chosen)
+            return self.decoder.draw(filled, uniform, scales, choice)[:count]
         finally:
             self.gpt.train(was_training)
-        return torch.stack(codes, dim=1)[:count]
 
 
 class EagerDecoder:
-    """Steps of the model as it is, with caches of its own for each sequence."""
+    """Steps of the model as it is, with caches that grow."""
 
     def __init__(self, gpt: GPT):
         self.gpt = gpt
+
+    def draw(self, classes: Tensor, uniform: Tensor, scales: Sequence[float], choice: Choice) -> Tensor:
+        """As `StaticDecoder.draw`, of any number of sequences."""
+        chosen, nobody = classes, torch.full_like(classes, self.gpt.unconditional_class)
+        # After the last guided code the conditional half goes on alone.
+        guided = max((place + 1 for place, scale in enumerate(scales) if scale > 1), default=0)
+        codes = []
+        for position, scale in enumerate(scales):
+            other = nobody if position == 0 else chosen
+            logits = self.step(torch.cat([chosen, other]) if position < guided else chosen, position)
+            logits = guide(logits, scale) if scale > 1 else logits[: len(chosen)]
+            chosen = choose_codes(logits, uniform[:, position], choice)
+            codes.append(chosen)
+        return torch.stack(codes, dim=1)
 
     def step(self, tokens: Tensor, position: int) -> Tensor:
         """Logits (B, vocab) of the code after `position`. The first position starts anew; later ones may drop rows."""
@@ -87,48 +98,21 @@ class EagerDecoder:
         return self.gpt.decode_step(tokens, position, self.caches, _rows(self.modulations, len(tokens)))
 
 
-class CompiledDecoder:
-    """Steps of the same shapes at every position but the first, compiled once for each number of rows."""
-
-    def __init__(self, gpt: GPT):
-        self.gpt = gpt
-        self.position = torch.zeros(1, dtype=torch.long, device=gpt.norm.weight.device)
-        self.kept: dict[int, list[FixedCache]] = {}
-        self.compiled = _compiled(gpt)
-
-    def step(self, tokens: Tensor, position: int) -> Tensor:
-        """As `EagerDecoder.step`."""
-        self.position.fill_(position)
-        if position == 0:
-            slots = self.gpt.config.sequence_length
-            fresh = [FixedCache(slots, self.position) for _ in self.gpt.layers]
-            self.caches, self.modulations = self.kept.setdefault(len(tokens), fresh), self.gpt.modulations(tokens)
-            return self.gpt.decode_step(tokens, 0, self.caches, self.modulations)
-        return self.compiled(tokens, self.position[0], self.caches, _rows(self.modulations, len(tokens)))
-
-
 def _rows(modulations: Modulations, count: int) -> Modulations:
     """Those of the first sequences."""
     return [None if part is None else part[:count] for part in modulations]
 
 
-def _compiled(gpt: GPT) -> Callable[..., Tensor]:
-    if gpt.norm.weight.is_cuda:
-        return torch.compile(gpt.decode_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    # Freezing packs the weights for oneDNN.
-    return torch.compile(gpt.decode_step, fullgraph=True, dynamic=False, options={"freezing": True})
-
-
-def _check(gpt: GPT, classes: Tensor, temperature: float, top_k: int, top_p: float) -> None:
+def _check(gpt: GPT, classes: Tensor, choice: Choice) -> None:
     if classes.ndim != 1 or classes.is_floating_point():
         raise InputError(f"classes must be a one-dimensional integer tensor; got {tuple(classes.shape)} {classes.dtype}")
     gpt.check_classes(classes)
-    if temperature < 0:
-        raise InputError(f"temperature is {temperature}; it must not be negative")
-    if top_k < 0:
-        raise InputError(f"top_k is {top_k}; it must be 0 (off) or positive")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p}; it must be in (0, 1]")
+    if choice.temperature < 0:
+        raise InputError(f"temperature is {choice.temperature}; it must not be negative")
+    if choice.top_k < 0:
+        raise InputError(f"top_k is {choice.top_k}; it must be 0 (off) or positive")
+    if not 0 < choice.top_p <= 1:
+        raise InputError(f"top_p is {choice.top_p}; it must be in (0, 1]")
 
 
 def generate(gpt: GPT, classes: Tensor, *, images: Sequence[int] | None = None, seed: int = 0, compile: bool = False,

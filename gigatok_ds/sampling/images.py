@@ -18,6 +18,9 @@ from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.sampling.generate import Sampler
 
 
+DECODED = 32  # images at a time, on a GPU
+
+
 def check_pair(gpt: GPT, tokenizer: Tokenizer) -> None:
     """InputError unless the GPT speaks this tokenizer's codes."""
     ours = (gpt.config.vocab_size, gpt.config.sequence_length)
@@ -46,12 +49,15 @@ def decode_images(tokenizer: Tokenizer, codes: Tensor, batch_size: int) -> Tenso
     """Images (B, 3, S, S), float32 on the CPU, not clamped, of codes (B, T) with B at most `batch_size`.
 
     Sums depend on the shape in the last bits, so it is always the same: one image by one on a CPU, which is no slower,
-    elsewhere batches filled up to `batch_size`.
+    elsewhere batches filled up to `batch_size`, or to DECODED of them, since feature maps take more memory than codes.
     """
     if codes.device.type == "cpu":
         return torch.cat([tokenizer.decode(one).float() for one in codes.split(1)])
-    filled = torch.cat([codes, codes[-1:].expand(batch_size - len(codes), -1)])
-    return tokenizer.decode(filled)[: len(codes)].float().cpu()
+    size, images = min(batch_size, DECODED), []
+    for part in codes.split(size):
+        filled = torch.cat([part, part[-1:].expand(size - len(part), -1)])
+        images.append(tokenizer.decode(filled)[: len(part)].float())
+    return torch.cat(images).cpu()
 
 
 def sample_grid(gpt: GPT, tokenizer: Tokenizer, classes: list[int], out: Path | None, *, per_class: int,

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from gigatok_ds.checkpoint.standalone import DTYPES, checkpoint_hash, load_gpt_part, load_tokenizer
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import to_uint8
+from gigatok_ds.models.gpt import GPT
 from gigatok_ds.parallel.topology import Topology, single_process, start_process_group
+from gigatok_ds.sampling.batch_size import default_batch_size
 from gigatok_ds.sampling.collection import claim, collection_at
 from gigatok_ds.sampling.generate import Sampler
 from gigatok_ds.sampling.images import check_pair, decode_images, sample_grid
@@ -29,13 +31,13 @@ from gigatok_ds.streams import numpy_stream
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """The models and how to draw with them. `settings` goes to `Sampler.codes`; dtype is the GPT's, a name of DTYPES
-    (the tokenizer always decodes in float32)."""
+    (the tokenizer always decodes in float32); batch_size None is that of `default_batch_size`."""
 
     gpt: Path
     tokenizer: Path
     settings: dict
     seed: int = 0
-    batch_size: int = 32
+    batch_size: int | None = None
     dtype: str = "float32"
     compile: bool = False
 
@@ -47,6 +49,10 @@ class Job:
         tokenizer = load_tokenizer(self.tokenizer, device=str(topology.device))
         check_pair(gpt, tokenizer)
         return gpt, tokenizer
+
+    def size(self, gpt: GPT, topology: Topology) -> int:
+        """Images at a time, the same on all ranks."""
+        return topology.from_first(default_batch_size(gpt)) if self.batch_size is None else self.batch_size
 
 
 def join_ranks(device: str, tensor_size: int) -> Topology:
@@ -67,7 +73,7 @@ def draw_grid(job: Job, topology: Topology, classes: list[int], out: Path, *, pe
                          "ranks; --count shares its images")
     gpt, tokenizer = job.load(topology)
     sample_grid(gpt, tokenizer, classes, out if topology.is_first else None, per_class=per_class, seed=job.seed,
-                batch_size=job.batch_size, compile=job.compile, **job.settings)
+                batch_size=job.size(gpt, topology), compile=job.compile, **job.settings)
 
 
 def draw_many(job: Job, topology: Topology, out: Path, *, count: int, balanced: bool) -> int:
@@ -79,18 +85,18 @@ def draw_many(job: Job, topology: Topology, out: Path, *, count: int, balanced: 
         raise InputError(f"count is {count}; it must be at least 1")
     gpt, tokenizer = job.load(topology)
     labels = class_labels(count, gpt.config.num_classes, seed=job.seed, balanced=balanced)
-    sampler = Sampler(gpt, job.batch_size, compile=job.compile)
+    sampler = Sampler(gpt, job.size(gpt, topology), compile=job.compile)
     # Of no images: wrong settings are refused before anything is written.
     sampler.codes(torch.from_numpy(labels[:0]), [], **job.settings)
     collection = collection_at(out)
     missing = _on_first(topology, lambda: _claimed(collection, _record(job, sampler, topology, count, balanced), count))
-    batches = list(runs(missing, job.batch_size))[topology.data_rank :: topology.data_size]
+    batches = list(runs(missing, sampler.batch_size))[topology.data_rank :: topology.data_size]
     with tqdm(total=sum(map(len, batches)), desc="sample", unit="image", disable=not topology.is_first) as progress:
         for numbers in batches:
             own = torch.from_numpy(labels[numbers.start : numbers.stop])
             codes = sampler.codes(own, numbers, seed=job.seed, **job.settings)
             if topology.tensor_rank == 0:
-                collection.write(numbers.start, _pixels(decode_images(tokenizer, codes, job.batch_size)), own.numpy())
+                collection.write(numbers.start, _pixels(decode_images(tokenizer, codes, sampler.batch_size)), own.numpy())
             progress.update(len(numbers))
     topology.barrier()
     _on_first(topology, lambda: collection.finish(labels))
@@ -145,7 +151,7 @@ def _record(job: Job, sampler: Sampler, topology: Topology, count: int, balanced
         "device": topology.device.type,
         "tensor_ranks": topology.tensor_size,
         # Only where it moves the last bits of logits.
-        "batch_size": job.batch_size if sampler.fills else None,
+        "batch_size": sampler.batch_size if sampler.fills else None,
         "gpt": {"name": job.gpt.resolve().name, "sha256": checkpoint_hash(job.gpt)},
         "tokenizer": {"name": job.tokenizer.resolve().name, "sha256": checkpoint_hash(job.tokenizer)},
     }
