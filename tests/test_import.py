@@ -1,4 +1,4 @@
-"""Importing the package is cheap, and needs neither DeepSpeed nor Megatron."""
+"""Importing the package is cheap, and needs neither DeepSpeed nor Megatron nor Triton."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ def test_import_takes_less_than_a_second_beyond_torch_and_stays_light():
     code = (
         "import torch, sys, time; start = time.perf_counter(); import gigatok_ds; "
         "spent = time.perf_counter() - start; "
-        "heavy = [m for m in ('deepspeed', 'megatron', 'timm', 'webdataset', 'pydantic') if m in sys.modules]; "
+        "heavy = [m for m in ('deepspeed', 'megatron', 'timm', 'webdataset', 'pydantic', 'triton') if m in sys.modules]; "
         "print(spent < 1, heavy)"
     )
     assert run_python(code) == "True []"
@@ -22,7 +22,7 @@ def test_import_takes_less_than_a_second_beyond_torch_and_stays_light():
 def test_public_names_work_without_training_packages():
     code = (
         "import sys; sys.modules['deepspeed'] = sys.modules['megatron'] = None; "
-        "sys.modules['webdataset'] = sys.modules['pydantic'] = sys.modules['timm'] = None; "
+        "sys.modules['webdataset'] = sys.modules['pydantic'] = sys.modules['timm'] = sys.modules['triton'] = None; "
         "import gigatok_ds; print(gigatok_ds.load_tokenizer.__name__, gigatok_ds.load_gpt.__name__, "
         "gigatok_ds.generate.__name__)"
     )

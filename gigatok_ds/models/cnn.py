@@ -1,13 +1,7 @@
-"""The convolutional encoder (image to feature map) and decoder (feature map to image).
-
-On GPUs maps lie channels_last inside: convolutions are faster so. Weights stay as they are, since ZeRO keeps them
-flat; they are small beside the maps, and turned around in each convolution. CPUs gain nothing by it, and torch's
-group norm is less exact there.
-"""
+"""The convolutional encoder (image to feature map) and decoder (feature map to image)."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from gigatok_ds.config.model import CNNConfig
@@ -21,6 +15,7 @@ from gigatok_ds.models.cnn_blocks import (
     norm_silu,
 )
 from gigatok_ds.models.convolution import Conv3x3
+from gigatok_ds.models.layout import laid_out
 
 
 class Level(nn.Module):
@@ -43,11 +38,6 @@ class Level(nn.Module):
             if resampler is not None:
                 x = resampler(x)
         return x
-
-
-def laid_out(x: Tensor) -> Tensor:
-    """x (B, C, H, W) in the memory layout that convolutions of its device prefer."""
-    return x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
 
 
 def middle(channels: int, *, attention: bool, dropout: float) -> nn.Sequential:
