@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gigatok_ds.losses.perceptual import SETTING, PerceptualDistance
 from gigatok_ds.models.dino_discriminator import IMAGENET_MEAN, IMAGENET_STD
 from gigatok_ds.models.frozen_vit import FrozenViT, vit_file
+from gigatok_ds.models.layout import laid_out
 from gigatok_ds.models.pretrained import autocast, build_frozen
 from gigatok_ds.models.published import WeightFile
 
@@ -63,7 +64,7 @@ class ResNetLogits(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1000)."""
         images = F.interpolate(images.float(), size=(RESNET_SIZE, RESNET_SIZE), mode="bilinear", antialias=True)
-        return self.network(((images + 1) / 2 - self.mean) / self.std)
+        return self.network(laid_out(((images + 1) / 2 - self.mean) / self.std))
 
 
 def dinov2_file(weights: str | Path | None) -> WeightFile:

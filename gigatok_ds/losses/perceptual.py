@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.convolution import convolved
+from gigatok_ds.models.layout import laid_out
 from gigatok_ds.models.pretrained import autocast, build_frozen, fill_frozen, read_frozen_weights
 from gigatok_ds.models.published import WeightFile
 
@@ -74,7 +75,7 @@ class LPIPS(PerceptualDistance):
         return total
 
     def _stages(self, images: Tensor) -> Iterator[Tensor]:
-        x = self.scaling_layer(images.float())
+        x = laid_out(self.scaling_layer(images.float()))
         for index, layer in enumerate(self.features):
             # Layer by layer, because what the caller does between two stages is not in this precision.
             with autocast(images.device, self.precision):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigatok_ds.models.layout import laid_out
+
 
 class BinomialBlur(nn.Module):
     """Each channel of (B, C, H, W) convolved with a `taps` x `taps` binomial kernel of sum 1.
@@ -26,4 +28,6 @@ class BinomialBlur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
         kernel = self.kernel.to(x.dtype).expand(channels, -1, -1, -1)
-        return F.conv2d(F.pad(x, self.padding, mode="reflect"), kernel, stride=self.stride, groups=channels)
+        # Reflecting may give the default layout.
+        padded = laid_out(F.pad(x, self.padding, mode="reflect"))
+        return F.conv2d(padded, kernel, stride=self.stride, groups=channels)

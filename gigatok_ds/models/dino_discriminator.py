@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.lean_imports import timm_library
-from gigatok_ds.models.pretrained import build_frozen
+from gigatok_ds.models.pretrained import autocast, build_frozen
 from gigatok_ds.models.published import WeightFile
+from gigatok_ds.precision import NAMES
 from gigatok_ds.streams import SampleDraws
 
 BACKBONE_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
@@ -35,15 +36,15 @@ class DinoDiscriminator(nn.Module):
     """One head on each of five depths of a frozen backbone; gradients pass the backbone to the image.
 
     The backbone belongs to the recipe, not to the training state: it is neither in parameters() nor in
-    state_dict(), and it stays in float32 whatever the heads are cast to. Heads start from torch's own
-    generator: seed it before.
+    state_dict(), and its weights stay in float32 whatever the heads are cast to; it computes in the heads' type, by
+    autocast, as in the original. Heads start from torch's own generator: seed it before.
     """
 
     def __init__(self, backbone: nn.Module, *, augment: Augment | None = None):
         """backbone: a timm VisionTransformer for 224 x 224 images; augment: applied in every forward pass."""
         super().__init__()
         # A tuple, because torch registers only modules.
-        self._backbone = (backbone.eval().requires_grad_(False),)
+        self._backbone = (_Backbone(backbone),)
         self.augment = augment
         self.heads = nn.ModuleList(_head(backbone.embed_dim) for _ in range(1 + len(READOUT_BLOCKS)))
 
@@ -55,26 +56,42 @@ class DinoDiscriminator(nn.Module):
         """
         if self.augment is not None:
             images = self.augment(images, draws)
-        features = self.activations(fit_to_backbone(images.float(), draws))
         # The image losses stay in float32 while DeepSpeed may have cast the heads.
         dtype = next(self.parameters()).dtype
+        features = self.activations(fit_to_backbone(images.float(), draws), NAMES.get(dtype, "fp32"))
         logits = [head(feature.to(dtype)) for head, feature in zip(self.heads, features)]
         return torch.cat([value.flatten(1) for value in logits], dim=1)
 
-    def activations(self, images: Tensor) -> Iterator[Tensor]:
-        """The backbone's readouts of images (B, 3, 224, 224) in [-1, 1], each (B, C, 196).
+    def activations(self, images: Tensor, precision: str = "fp32") -> list[Tensor]:
+        """The backbone's readouts of images (B, 3, 224, 224) in [-1, 1], each (B, C, 196), computed in this precision.
 
         A readout is the patch tokens, to each of which the class token is added.
         """
         (backbone,) = self._backbone
-        if backbone.cls_token.device != images.device:
+        if backbone.scale.device != images.device:
             backbone.to(images.device)
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        patches = backbone.patch_embed(images * (0.5 / std) + (0.5 - mean) / std)
-        class_token = backbone.cls_token.expand(len(images), -1, -1)
-        tokens = torch.cat([class_token, patches], dim=1) + backbone.pos_embed
+        # All of them before a head sees one, because heads are not to be autocast.
+        with autocast(images.device, precision):
+            return list(backbone(images))
+
+
+class _Backbone(nn.Module):
+    """The frozen transformer, and what takes images from [-1, 1] to the scale that it knows."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("scale", 0.5 / std)
+        self.register_buffer("shift", (0.5 - mean) / std)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Iterator[Tensor]:
+        patches = self.network.patch_embed(images * self.scale + self.shift)
+        class_token = self.network.cls_token.expand(len(images), -1, -1)
+        tokens = torch.cat([class_token, patches], dim=1) + self.network.pos_embed
         yield _readout(tokens)
-        for index, block in enumerate(backbone.blocks[: READOUT_BLOCKS[-1] + 1]):
+        for index, block in enumerate(self.network.blocks[: READOUT_BLOCKS[-1] + 1]):
             tokens = block(tokens)
             if index in READOUT_BLOCKS:
                 yield _readout(tokens)

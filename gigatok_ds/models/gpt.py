@@ -29,7 +29,7 @@ class KeyValueCache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, times the weight."""
+    """x / rms(x) * weight in x's type, computed in float32 at least: on a GPU by one of torch's kernels."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -37,8 +37,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class CausalAttention(nn.Module):
@@ -219,7 +218,7 @@ class GPT(nn.Module):
         return x + self.positional_embedding[positions].reshape(-1, 1, x.shape[-1]).to(x.dtype)
 
     def _rotation(self, positions: slice | int | Tensor, device: torch.device) -> Tensor | None:
-        """Rows (T, 2, head_dim / 2) of the rotary table, for a slice of positions or a single one."""
+        """Rows (T, 2, head_dim) of the rotary table, for a slice of positions or a single one."""
         if self.config.positions != "rope_2d":
             return None
         if self.rotary is None or self.rotary.device != device:

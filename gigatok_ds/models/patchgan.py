@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigatok_ds.models.blur import BinomialBlur
+from gigatok_ds.models.layout import laid_out
 from gigatok_ds.parallel.reduce import RankMean
 from gigatok_ds.streams import SampleDraws
 
@@ -87,4 +88,4 @@ class PatchGAN(nn.Module):
         `draws` is there because discriminators that augment share this signature; nothing is drawn here.
         """
         # The image losses stay in float32 while DeepSpeed may have cast the network.
-        return self.main(images.to(self.main[0].weight.dtype))
+        return self.main(laid_out(images.to(self.main[0].weight.dtype)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gigatok_ds.models.blur import BinomialBlur
+from gigatok_ds.models.layout import laid_out
 from gigatok_ds.streams import SampleDraws
 
 SLOPE = 0.2  # of every leaky ReLU
@@ -45,7 +46,8 @@ class StyleGANDiscriminator(nn.Module):
         `draws` is there because discriminators that augment share this signature; nothing is drawn here.
         """
         # The image losses stay in float32 while DeepSpeed may have cast the network.
-        features = self.final_conv(self.blocks(images.to(self.blocks[0].weight.dtype)))
+        images = laid_out(images.to(self.blocks[0].weight.dtype))
+        features = self.final_conv(self.blocks(images))
         return self.final_linear(features.flatten(1))
 
 

@@ -158,6 +158,7 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # training's convolutions have the same shapes in every step
     return device
 
 
