@@ -1,6 +1,5 @@
 """Group norm's kernels in Triton: interpreted against float64, compiled for GPUs without one, counted without storage."""
 
-import contextlib
 import functools
 import os
 import re
@@ -11,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dispatch_modes import Counter
 from group_norm_cases import CASES
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses import FakeTensorMode
 
-from gigatok_ds.config.model import CNNConfig
 from gigatok_ds.kernels import group_norm
-from gigatok_ds.models.cnn import CNNDecoder, CNNEncoder
 from gigatok_ds.models.cnn_blocks import AdaptiveGroupNorm, ResidualBlock
 from gigatok_ds.models.group_norm import GroupNorm, GroupNormSiLU
 
@@ -157,22 +154,6 @@ def test_a_samples_chunks_do_not_depend_on_the_batch(monkeypatch):
         assert one[1][0] * 16 == many[1][0] and one[2][-1] == many[2][-1] and one[3] == many[3]
 
 
-class Counter(TorchDispatchMode):
-    """Operators that are more than views, and the bytes of what they read and write."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.bytes = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function._overloadpacket.__name__
-        if not function.is_view and name not in ("detach", "empty_like", "empty"):
-            self.names.append(name)
-            self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
-        return result
-
-
 def without_storage(*shape, dtype=torch.bfloat16):
     x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
     return x.requires_grad_()
@@ -213,34 +194,7 @@ def test_what_lies_between_two_kernels_is_small(monkeypatch):
     assert sum(parts) < 0.2 * torch.Size(shape).numel()
 
 
-class Layouts(TorchDispatchMode):
-    """Refuses a convolution of a map that lies in the default layout, or that gives one."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.convolution.default:
-            for map in (args[0], result):
-                assert map.is_contiguous(memory_format=torch.channels_last), map.shape
-        return result
-
-
-def test_networks_on_a_gpu_never_turn_their_maps_around():
-    from torch._subclasses import FakeTensorMode
-
-    config = CNNConfig(base_channels=32, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), residual_blocks=1,
-                       attention=True)
-    with FakeTensorMode(), torch.device("cuda"):
-        images = torch.empty(5, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-        encoder, decoder = CNNEncoder(config, 16), CNNDecoder(config, 16)
-        with Layouts(), Counter() as counter:
-            y = decoder(encoder(images))
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert ("native_group_norm" not in counter.names) == group_norm.has_triton()
-
-
 def test_without_triton_and_for_other_maps_torch_computes(monkeypatch):
-    from torch._subclasses import FakeTensorMode
-
     norm = GroupNormSiLU(4, 8)
     with FakeTensorMode(allow_non_fake_inputs=True):
         maps = torch.empty(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
