@@ -75,8 +75,9 @@ def shallow(recipe):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in RECIPES])
 def test_a_flash_kernel_takes_all_attention_of_a_recipe(name):
     recipe = shallow(load_recipe(name))
+    rehearsal = Rehearsal(recipe)
     with Calls() as calls:
-        Rehearsal(recipe).micro_batch(8, recipe.training.steps)
+        rehearsal.micro_batch(8, recipe.training.steps)
     if recipe.kind == "gpt":
         networks = LAYERS
     else:
@@ -87,6 +88,10 @@ def test_a_flash_kernel_takes_all_attention_of_a_recipe(name):
         networks = 2 * LAYERS * attentions + teacher + judged
     assert len(calls.seen) == networks
     assert [call.obstacles() for call in calls.seen] == [[]] * networks
+    # And no product of matrices is of a size that tensor cores would pad: all are multiples of 64.
+    sizes = {size for network in rehearsal.trained.values() for module in network.modules()
+             if isinstance(module, torch.nn.Linear) for size in module.weight.shape}
+    assert sizes and not any(size % 64 for size in sizes)
 
 
 def test_the_conditions_are_noticed():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gigatok_ds.cli import doctor as command
-from gigatok_ds.kernels import build, doctor, native, reference
+from gigatok_ds.kernels import build, doctor, group_norm, native, reference
 from gigatok_ds.kernels.ops import nearest_code
 
 COMPILER, NINJA = build.compiler, build.ninja
@@ -48,7 +48,7 @@ def test_the_command_reports_every_subject(capsys):
     command.add_arguments(parser)
     assert command.run(parser.parse_args([])) == 0
     printed = capsys.readouterr().out
-    for subject in ("quantizer kernels", "devices", "C++ compiler", "ninja", "CUDA toolkit", "deepspeed",
+    for subject in ("quantizer kernels", "group norm on GPUs", "devices", "C++ compiler", "ninja", "CUDA toolkit", "deepspeed",
                     "megatron-core", "NVIDIA apex"):
         assert sum(line.startswith(subject + "  ") for line in printed.splitlines()) == 1
     assert torch.__version__ in printed
@@ -203,6 +203,13 @@ def test_a_toolkit_is_where_its_headers_are(machine, monkeypatch):
     assert build.toolkit() != shim
     monkeypatch.setenv("CUDA_HOME", str(real))
     assert build.toolkit() == real
+
+
+@pytest.mark.parametrize("there, said", [(True, "Triton's kernels"), (False, "there is no Triton")])
+def test_what_normalises_maps_on_gpus_is_told(monkeypatch, there, said):
+    monkeypatch.setattr(group_norm, "HAS_TRITON", there)
+    found = finding("group norm on GPUs")
+    assert said in found.state and bool(found.advice) != there
 
 
 @pytest.mark.parametrize("content, extensions, expected", [

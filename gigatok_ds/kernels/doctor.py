@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gigatok_ds.kernels import build, native
+from gigatok_ds.kernels import build, group_norm, native
 
 _APEX_SYMBOLS = (("apex.normalization", "FusedLayerNorm"), ("apex.optimizers", "FusedAdam"))
 _APEX_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
@@ -37,7 +37,7 @@ def examine(*, build_now: bool = False) -> list[Finding]:
             build.provide(lambda line: print(line, file=sys.stderr, flush=True))
         except (build.Unavailable, build.Failed):
             pass  # the finding says so
-    return [kernels(), gpu(), *tools(), *packages(), apex()]
+    return [kernels(), norms(), gpu(), *tools(), *packages(), apex()]
 
 
 def report(findings: Iterable[Finding]) -> str:
@@ -71,6 +71,15 @@ def kernels() -> Finding:
     seconds = build.SECONDS[build.wants_cuda()]
     return finding(f"native, to be compiled when first used (once, about {seconds} s)",
                    "gigatok-ds doctor --build compiles the kernels now")
+
+
+def norms() -> Finding:
+    """What normalises maps on GPUs."""
+    subject = "group norm on GPUs"
+    if group_norm.HAS_TRITON:
+        return Finding(subject=subject, state="Triton's kernels, compiled when first used")
+    return Finding(subject=subject, state="torch's own: there is no Triton",
+                   advice="pip install triton (on a GPU): torch's group norm and SiLU move about three times as many bytes")
 
 
 def _cuda_advice(devices: tuple[str, ...]) -> str:

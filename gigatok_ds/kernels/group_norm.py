@@ -11,13 +11,14 @@ E[x^2] - E[x]^2, so that runs do not repeat and maps far from zero lose their va
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# torch brings it along for Linux. A constant, which compilers see through.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library("gigatok", "FRAGMENT")
 
 
@@ -28,18 +29,12 @@ def suits(x: Tensor) -> bool:
     """
     if x.dtype not in DTYPES or x.numel() == 0:
         return False
-    return x.device.type == "meta" or x.device.type == "cuda" and _layout(x) == torch.channels_last and has_triton()
+    return x.device.type == "meta" or x.device.type == "cuda" and _layout(x) == torch.channels_last and HAS_TRITON
 
 
 def _layout(x: Tensor) -> torch.memory_format:
     last = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether the package is installed, which torch brings along for Linux."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool) -> Tensor:
