@@ -44,11 +44,15 @@ def _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups,
 
 
 @triton.jit
-def _before_silu(gradient, normalized, weight, bias):
-    """The gradient at the input of SiLU, from that at its output."""
-    z = normalized * weight + bias
-    gate = tl.sigmoid(z)
-    return gradient * gate * (1.0 + z * (1.0 - gate))
+def _of_norm(gradient, x, place, here, center, scale, gain, offset, SILU: tl.constexpr):
+    """Of a tile: the normalised x, and the gradient at the norm's output, from that behind SiLU if there is one."""
+    normalized = (tl.load(x + place, mask=here, other=0.0).to(tl.float32) - center) * scale
+    own = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
+    if SILU:
+        z = normalized * gain + offset
+        gate = tl.sigmoid(z)
+        own = own * gate * (1.0 + z * (1.0 - gate))
+    return normalized, own
 
 
 @triton.jit
@@ -151,10 +155,7 @@ def _gradient_sums(gradient, x, weight, bias, mean, rstd, part_sums, positions, 
     for step in range(chunk):
         here = (rows < positions)[:, None] & inside[None, :]
         place = base + rows.to(tl.int64)[:, None] * channels + columns[None, :]
-        normalized = (tl.load(x + place, mask=here, other=0.0).to(tl.float32) - center) * scale
-        own = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
-        if SILU:
-            own = _before_silu(own, normalized, gain, offset)
+        normalized, own = _of_norm(gradient, x, place, here, center, scale, gain, offset, SILU)
         times += own * normalized
         plain += own
         rows += POSITIONS
@@ -203,10 +204,7 @@ def _input_gradient(gradient, x, result, weight, bias, mean, rstd, means, sample
     for step in range(chunk):
         here = (rows < positions)[:, None] & inside[None, :]
         place = base + rows.to(tl.int64)[:, None] * channels + columns[None, :]
-        normalized = (tl.load(x + place, mask=here, other=0.0).to(tl.float32) - center) * scale
-        own = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
-        if SILU:
-            own = _before_silu(own, normalized, gain, offset)
+        normalized, own = _of_norm(gradient, x, place, here, center, scale, gain, offset, SILU)
         own = scale * (gain * own - plain - normalized * times)
         tl.store(result + place, own.to(result.dtype.element_ty), mask=here)
         rows += POSITIONS
