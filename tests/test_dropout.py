@@ -1,15 +1,52 @@
 """Addressed dropout: right in number, the same wherever and in whatever parts it is computed."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 
-from gigatok_ds.parallel.dropout import Dropout, Part, dropout_at, keep_mask, name_dropouts
+from gigatok_ds.parallel.dropout import Dropout, Part, dropout_at, name_dropouts
+from gigatok_ds.parallel.dropout_mask import keep_mask, rule_of
 
 SAMPLES = torch.tensor([3, 2**33 + 1, 70, 71])
 
 
 def mask(probability=0.1, seed=5, samples=SAMPLES, tokens=64, features=96):
-    return keep_mask(probability, seed, samples, torch.arange(tokens), torch.arange(features))
+    return keep_mask(torch.tensor(rule_of(seed, probability), dtype=torch.int32), samples,
+                     torch.arange(tokens, dtype=torch.int32), torch.arange(features, dtype=torch.int32))
+
+
+def mixed(x):
+    """Of numbers without a sign, as written in 64 bits before this was pointwise code for compilers."""
+    for factor in (0x7FEB352D, 0x846CA68B):
+        x = (x ^ x >> np.uint64(16)) * np.uint64(factor) & np.uint64(0xFFFFFFFF)
+    return x ^ x >> np.uint64(15)
+
+
+def reference(probability, seed, samples, tokens, features):
+    """The same masks in NumPy."""
+    sample, token, feature = (numbers.numpy().astype(np.uint64) for numbers in (samples, tokens, features))
+    row = sample * np.uint64(0x9E3779B1) + (sample >> np.uint64(32)) * np.uint64(0x85EBCA77) + np.uint64(seed)
+    cell = mixed(mixed(row & np.uint64(0xFFFFFFFF)) + token[:, None] * np.uint64(0x85EBCA77) & np.uint64(0xFFFFFFFF))
+    value = mixed(cell[..., None] ^ mixed(feature * np.uint64(0xC2B2AE3D) & np.uint64(0xFFFFFFFF)))
+    # Compared after turning 2^31 to 0, as numbers with a sign are.
+    return torch.from_numpy(((value + np.uint64(2**31)) % np.uint64(2**32)).astype(np.int64) >= int(probability * 2**32))
+
+
+@pytest.mark.parametrize("seed", [5, 2**31 + 9, 2**32 - 1])
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_masks_are_those_of_the_formula(probability, seed):
+    samples = torch.cat([SAMPLES, torch.tensor([2**62 - 5, 2**31 + 7])])
+    tokens, features = torch.arange(64) + 3, torch.arange(96) + 2**20
+    rule = torch.tensor(rule_of(seed, probability), dtype=torch.int32)
+    kept = keep_mask(rule, samples, tokens.int(), features.int())
+    assert torch.equal(kept, reference(probability, seed, samples, tokens, features))
+
+
+def test_masks_are_those_of_runs_before():
+    """What is resumed goes on with the masks that it had."""
+    assert hashlib.sha256(mask(0.3).numpy().tobytes()).hexdigest() == "8b7e49698d48b824e40f6758feca8f7ba3619e04aa2b432f39ddd8c59b238cc9"
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])

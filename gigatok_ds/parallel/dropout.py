@@ -7,8 +7,8 @@ parallelism, for every micro batch size, and when activations are recomputed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,12 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigatok_ds.parallel.dropout_mask import addressed_dropout, dropped, rule_of
 from gigatok_ds.streams import stream_key
-
-_MASK = 0xFFFFFFFF
-# Odd constants of full length; multiplying by one and folding the high half down mixes 32 bits.
-_SAMPLE, _TOKEN, _FEATURE = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
-_MIX = (0x7FEB352D, 0x846CA68B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +31,8 @@ class Part:
 WHOLE = Part()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Address:
-    seed: int
-    samples: Tensor
-
-
-_address: _Address | None = None
+# Seed and samples; not thread-local: autograd runs backward passes on threads of its own.
+_address: tuple[int, Tensor] | None = None
 
 
 @contextlib.contextmanager
@@ -50,12 +41,19 @@ def dropout_at(seed: int, samples: Tensor) -> Iterator[None]:
 
     Backward passes belong inside, since they may recompute activations.
     """
-    global _address  # not thread-local: autograd runs backward passes on threads of its own
-    before, _address = _address, _Address(seed=seed, samples=samples)
+    before = _address
+    _go_to((seed, samples))
     try:
         yield
     finally:
-        _address = before
+        _go_to(before)
+
+
+def _go_to(address: tuple[int, Tensor] | None) -> None:
+    global _address
+    _address = address
+    if address:
+        _give_rules(*address)
 
 
 class Dropout(nn.Module):
@@ -64,27 +62,32 @@ class Dropout(nn.Module):
     Outside of `dropout_at` it is torch's own dropout, for those who train a whole model in a loop of their own.
     """
 
+    whole_samples = False
+
     def __init__(self, probability: float, *, tokens: Part = WHOLE, features: Part = WHOLE):
         super().__init__()
         self.probability, self.tokens, self.features = probability, tokens, features
+        self.drops = probability > 0  # compiled code asks for this, and is the same for every probability
         self.layer: int | None = None
+        # A tensor, so that layers differ in data only and share what is compiled; no buffer, which DeepSpeed would send around.
+        self.rule: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
+        if not (self.training and self.drops):
             return x
-        return self._drop(x)
-
-    def _drop(self, x: Tensor) -> Tensor:
         if _address is None:
             assert self.tokens == self.features == WHOLE, "dropout of a part needs dropout_at"
-            return F.dropout(x, self.probability)
-        assert self.layer is not None, "name_dropouts was not called on this model"
+            return self._drop_anywhere(x)
+        assert self.rule is not None, "name_dropouts was not called on this model before dropout_at"
+        # What is compiled holds the hash itself, which fuses into its neighbours.
+        written_out = x.device.type == "cpu" or torch.compiler.is_compiling()
         tokens, _, features = x.shape
-        seed = stream_key(_address.seed, "dropout", self.layer) & _MASK
-        kept = keep_mask(self.probability, seed, _address.samples.to(x.device),
-                         torch.arange(tokens, device=x.device) + self.tokens.rank * tokens,
-                         torch.arange(features, device=x.device) + self.features.rank * features)
-        return x * (kept.to(x.dtype) / (1 - self.probability))
+        return (dropped if written_out else addressed_dropout)(
+            x, _address[1].to(x.device), self.rule.to(x.device), self.tokens.rank * tokens, self.features.rank * features,
+            self.whole_samples)
+
+    def _drop_anywhere(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.probability)
 
     def extra_repr(self) -> str:
         return f"p={self.probability}"
@@ -96,18 +99,14 @@ class DropPath(Dropout):
     The others are scaled up, so that the expectation stays. Every rank decides alike.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return x
-        # One number per sample, wherever its tokens and features are.
-        return x * super().forward(x.new_ones(1, x.shape[1], 1))
+    whole_samples = True
+
+    def _drop_anywhere(self, x: Tensor) -> Tensor:
+        return x * F.dropout(x.new_ones(1, x.shape[1], 1), self.probability)
 
 
-@functools.cache
-def leave_out_of_graphs() -> None:
-    """What torch.compile makes in this process calls dropouts, and does not hold them: a layer's number and the seed would become
-    constants, and every layer would be compiled for itself."""
-    Dropout._drop = torch.compiler.disable(Dropout._drop)
+_named: weakref.WeakSet[Dropout] = weakref.WeakSet()
+_rules: dict[tuple, Tensor] = {}
 
 
 def name_dropouts(network: nn.Module) -> None:
@@ -116,31 +115,18 @@ def name_dropouts(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, Dropout):
             module.layer = next(numbers)
+            _named.add(module)
 
 
-def keep_mask(probability: float, seed: int, samples: Tensor, tokens: Tensor, features: Tensor) -> Tensor:
-    """Whether to keep each of (T, B, W) values: bool, True with 1 - probability.
-
-    samples (B,), tokens (T,) and features (W,) are int64 numbers of what lies along the axes.
-    """
-    row = _mixed(samples * _SAMPLE + (samples >> 32) * _TOKEN + seed)
-    cell = _mixed(row + tokens[:, None] * _TOKEN)
-    # From here on 32-bit numbers with a sign, whose products wrap around: half the memory traffic.
-    value = _signed(cell)[..., None] ^ _signed(_mixed(features * _FEATURE))
-    for factor in _MIX:
-        value = (value ^ (value >> 16 & 0xFFFF)) * (factor - (1 << 32) if factor >> 31 else factor)
-    value ^= value >> 15 & 0x1FFFF
-    return value >= int(probability * 2**32) - 2**31
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """A well-mixed 32-bit number, as int64, for each int64."""
-    x = x & _MASK
-    for factor in _MIX:
-        x = (x ^ (x >> 16)) * factor & _MASK
-    return x ^ (x >> 15)
-
-
-def _signed(x: Tensor) -> Tensor:
-    """32-bit numbers in int64 as int32 of the same bits."""
-    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
+def _give_rules(seed: int, samples: Tensor) -> None:
+    """Each numbered dropout gets its rule where the samples are. It is made once: a copy to a GPU makes the host wait."""
+    real = type(samples) is Tensor  # no stand-in of a tensor is kept
+    addresses = {module: (seed, module.layer, module.probability, samples.device) for module in _named}
+    missing = sorted({address for address in addresses.values() if not real or address not in _rules}, key=str)
+    rules = _rules if real else {}
+    if missing:
+        table = [rule_of(stream_key(seed, "dropout", layer), probability) for _, layer, probability, _ in missing]
+        # One tensor of 16 bytes for each: compiled code expects its inputs at multiples of them.
+        rules.update(zip(missing, samples.new_tensor(table, dtype=torch.int32).unbind()))
+    for module, address in addresses.items():
+        module.rule = rules[address]
