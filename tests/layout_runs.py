@@ -91,12 +91,20 @@ def use_stand_ins():
     frozen_weights.check_teacher = lambda config, model: None
 
 
-def train_on_a_rank(recipe, out, settings):
+def compile_quickly():
+    """In this process, torch.compile traces and differentiates as always, but what it finds is run as it is: no C++ is compiled."""
+    compiled = torch.compile
+    torch.compile = lambda *function, mode=None, **options: compiled(*function, backend="aot_eager", **options)
+
+
+def train_on_a_rank(recipe, out, settings, quickly=False):
     from gigatok_ds.parallel import cross_entropy
     from gigatok_ds.training.run import run_training
 
     cross_entropy.CHUNK_LOGITS = 10 * 64  # several chunks, and others on every layout
     use_stand_ins()
+    if quickly:
+        compile_quickly()
     run_training(recipe, out, settings)
 
 
@@ -117,13 +125,13 @@ class LayoutRuns:
             tensor.append(f"training.micro_batch_size={8 // layout.data // 2}")
         return load_recipe(self.folder / f"{kind}.yaml", [*OVERRIDES[kind], *self.data[kind], *tensor, *more])
 
-    def result(self, kind, layout, *more):
-        """(metrics of each step, full float32 weights of the trained network)."""
-        key = (kind, str(layout), *more)
+    def result(self, kind, layout, *more, quickly=False):
+        """(metrics of each step, full float32 weights of the trained network). quickly: see `compile_quickly`."""
+        key = (kind, str(layout), quickly, *more)
         if key not in self.finished:
             recipe = self.recipe(kind, layout, *more)
             out = self.folder / f"run-{len(self.finished)}"
-            run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, partitioning(layout.stage), timeout=900)
+            run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, partitioning(layout.stage), quickly, timeout=900)
             checkpoint = out / "checkpoints" / f"step-{STEPS:07d}" / PARTS[kind]
             self.finished[key] = read_metrics(out), read_weights(checkpoint)
         return self.finished[key]

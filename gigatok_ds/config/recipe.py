@@ -59,14 +59,15 @@ class TrainingConfig:
 
     `micro_batch_size` null puts the whole share of a data-parallel rank in one micro batch. `ema_decay` (the original's:
     0.9999; null: none) keeps a moving average of the trained model's weights, which is what is exported then. `compile`
-    compiles transformer layers and residual blocks by torch.compile, in that mode of it.
+    compiles transformer layers and residual blocks by torch.compile, in that mode of it; "auto" is its default mode on GPUs and
+    nothing on CPUs.
     """
 
     steps: int
     global_batch_size: int
     micro_batch_size: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    compile: Literal["none", "default", "max-autotune-no-cudagraphs"] = "none"
+    compile: Literal["auto", "none", "default", "max-autotune-no-cudagraphs"] = "auto"
     seed: int = 0
     ema_decay: float | None = None
     log_every: int = 100
@@ -203,7 +204,6 @@ class TokenizerRecipe:
 
     def __post_init__(self):
         model, tensor = self.model, self.parallel.tensor
-        _compiles_whole_layers(self.training, tensor)
         _validates_what_it_judges(self.training, self.checkpoint)
         for side, size in (("encoder", model.encoder_size), ("decoder", model.decoder_size)):
             _divides(tensor, f"the {side}'s attention heads", size.heads)
@@ -238,19 +238,12 @@ class GPTRecipe:
 
     def __post_init__(self):
         model, tensor = self.model, self.parallel.tensor
-        _compiles_whole_layers(self.training, tensor)
         _validates_what_it_judges(self.training, self.checkpoint)
         _divides(tensor, "the attention heads", model.transformer.heads)
         _divides(tensor, "the MLP's width", model.ffn_width)
         _divides(tensor, "model.vocab_size", model.vocab_size)
         if self.parallel.sequence:
             _divides(tensor, "model.sequence_length", model.sequence_length)
-
-
-def _compiles_whole_layers(training: TrainingConfig, tensor: int) -> None:
-    if training.compile != "none" and tensor > 1:
-        raise InputError(f"training.compile is {training.compile}, which works on whole layers only, but "
-                         f"parallel.tensor is {tensor}; set training.compile=none or parallel.tensor=1")
 
 
 def _validates_what_it_judges(training: TrainingConfig, checkpoint: CheckpointConfig) -> None:

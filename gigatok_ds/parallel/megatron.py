@@ -61,6 +61,9 @@ class DeepSpeedTopology:
 class _Declared:
     """Says how parameters are cut, to us and to DeepSpeed, and leaves no placeholders in state_dicts."""
 
+    # Nothing for compilers: products whose gradients are sent while others are computed, from within autograd's functions.
+    outside_graphs = True
+
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 

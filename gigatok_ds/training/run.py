@@ -77,6 +77,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     (training.injection). Raises InputError for anything the user can mend.
     """
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
+    from gigatok_ds.training.compile import left_eager
     from gigatok_ds.training.data_record import record_data
     from gigatok_ds.training.faults import watch_ranks
     from gigatok_ds.training.history import tell
@@ -89,6 +90,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
         with watch_ranks(topology, lambda text: tell(run_dir, "failed", reason=_last_line(text))) as end:
             settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
             if topology.is_first:
+                warnings += left_eager(recipe, topology.device, settings)
                 _prepare(recipe, run_dir, settings, warnings, branch)
                 tell(run_dir, "started", ranks=topology.world_size, command=sys.argv)
             topology.barrier()

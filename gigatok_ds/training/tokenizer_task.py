@@ -22,7 +22,7 @@ from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import stream_key
-from gigatok_ds.training.compile import compile_of
+from gigatok_ds.training.compile import called_twice, compile_of
 from gigatok_ds.training.engine import Engine
 from gigatok_ds.training.flops import TokenizerFlops
 from gigatok_ds.training.previews import preview_grid
@@ -45,7 +45,7 @@ class TokenizerTask:
         seed, parallel = recipe.training.seed, recipe.parallel
         self.generator = Engine(
             lambda: Tokenizer(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology, seed=seed,
-            compile=compile_of(recipe.training.compile, topology.device, settings),
+            compile=compile_of(recipe.training.compile, topology.device, settings, twice=called_twice(recipe)),
             recompute=partial(recompute_, every_block=parallel.recompute_every, cnn=parallel.recompute_cnn),
             ema_decay=recipe.training.ema_decay,
         )
