@@ -7,15 +7,17 @@ is read once in each direction, so that ZeRO-3 gathers it twice a step, not once
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_LOGITS = 2**24  # held at once, in float32: 64 MiB
+CHUNK_LOGITS = 2**24  # held at once; in float32: 64 MiB
 
 # Combines what the ranks that share a vocabulary found in their parts: of each row, log-sum-exp and the target's logit.
 Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -49,11 +51,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, join: Join | None) -> Tensor:
         totals, picked = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
         for rows in _chunks(x, weight):
-            logits = _logits(x[rows], weight)
-            columns, owned = _columns(targets[rows], weight)
-            picked[rows] = logits.gather(1, columns[:, None])[:, 0].where(owned, 0.0)
-            highest = logits.amax(1, keepdim=True)
-            totals[rows] = logits.sub_(highest).exp_().sum(1).log_() + highest[:, 0]
+            totals[rows], picked[rows] = totals_and_picked(x[rows] @ weight.t(), targets[rows])
         if join:
             totals, picked = join(totals, picked)
         ctx.save_for_backward(x, weight, targets, totals)
@@ -66,11 +64,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(weight.dtype, torch.float32)
         of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        gradient = gradient.contiguous()
         for rows in _chunks(x, weight):
-            columns, owned = _columns(targets[rows], weight)
-            of_logits = _logits(x[rows], weight).sub_(totals[rows, None]).exp_()
-            of_logits[torch.arange(len(columns), device=x.device), columns] -= owned.float()
-            of_logits = of_logits.mul_(gradient[rows, None]).to(x.dtype)
+            of_logits = x[rows] @ weight.t()
+            become_gradient_(of_logits, targets[rows], totals[rows], gradient[rows])
             if of_x is not None:
                 of_x[rows] = of_logits @ weight
             if of_weight is not None:
@@ -83,10 +80,6 @@ def _chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(x), rows))
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    return (x @ weight.t()).float()
-
-
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a b to `total`, which is float32 for half-precision a and b: rounding each chunk's would add up."""
     if a.dtype == total.dtype:
@@ -97,7 +90,56 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _columns(targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+# What is done to the logits (R, V) of a chunk, which is most of the memory's traffic: each an operation that reads them once.
+
+
+@torch.library.custom_op("gigatok::totals_and_picked", mutates_args=())
+def totals_and_picked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row its log-sum-exp and the logit of its target, or 0 for one outside of [0, V): float32 (R,)."""
+    if logits.is_cuda and (kernels := _kernels()):
+        return kernels.totals_and_picked(logits, targets)
+    wide = logits.float()
+    columns, owned = _columns(targets, wide)
+    picked = wide.gather(1, columns[:, None])[:, 0].where(owned, 0.0)
+    highest = wide.amax(1)
+    return (wide - highest[:, None]).exp_().sum(1).log_() + highest, picked
+
+
+@totals_and_picked.register_fake
+def _(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("gigatok::become_gradient_", mutates_args={"logits"})
+def become_gradient_(logits: Tensor, targets: Tensor, totals: Tensor, gradient: Tensor) -> None:
+    """Turn logits into (softmax minus one at the target) x gradient (R,), given the totals of `totals_and_picked`."""
+    if logits.is_cuda and (kernels := _kernels()):
+        return kernels.become_gradient_(logits, targets, totals, gradient)
+    wide = logits.float()  # the same memory if they are float32
+    columns, owned = _columns(targets, wide)
+    wide.sub_(totals[:, None]).exp_()
+    wide[torch.arange(len(columns), device=wide.device), columns] -= owned.float()
+    wide.mul_(gradient[:, None])
+    if wide.dtype != logits.dtype:
+        logits.copy_(wide)
+
+
+@become_gradient_.register_fake
+def _(logits: Tensor, targets: Tensor, totals: Tensor, gradient: Tensor) -> None:
+    return None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """Those of GPUs; None where torch came without Triton."""
+    try:
+        from gigatok_ds.parallel import cross_entropy_kernel
+    except ModuleNotFoundError:
+        return None
+    return cross_entropy_kernel
+
+
+def _columns(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Where in this part of the vocabulary each target is, and whether it is there at all."""
-    owned = (targets >= 0) & (targets < len(weight))
-    return targets.clamp(0, len(weight) - 1), owned
+    owned = (targets >= 0) & (targets < logits.shape[1])
+    return targets.clamp(0, logits.shape[1] - 1), owned

@@ -63,13 +63,9 @@ def dropped(x: Tensor, samples: Tensor, rule: Tensor, token: int, feature: int, 
 @torch.library.custom_op("gigatok::addressed_dropout", mutates_args=())
 def addressed_dropout(x: Tensor, samples: Tensor, rule: Tensor, token: int, feature: int, whole: bool) -> Tensor:
     """`dropped` as one operation; contiguous. All tensors lie on one device."""
+    if x.is_cuda and x.dtype != torch.float64 and (drop := _kernel()):
+        return drop(x.contiguous(), samples, rule, token, feature, whole)
     return dropped(x, samples, rule, token, feature, whole).contiguous()
-
-
-@addressed_dropout.register_kernel("cuda")
-def _(x: Tensor, samples: Tensor, rule: Tensor, token: int, feature: int, whole: bool) -> Tensor:
-    drop = _kernel() if x.dtype != torch.float64 else None
-    return (drop or dropped)(x.contiguous(), samples, rule, token, feature, whole)
 
 
 @addressed_dropout.register_fake
