@@ -1,4 +1,4 @@
-"""Compiled blocks train like eager ones, under ZeRO and with activations recomputed; who cannot compile is told so."""
+"""Compiled blocks train like eager ones, on every kind of layout; who cannot compile is told so."""
 
 import pytest
 import torch
@@ -7,11 +7,13 @@ from small_models import small_gpt, small_tokenizer
 
 from gigatok_ds import InputError
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.config.model import TransformerSize
 from gigatok_ds.models.attention import TransformerLayer
 from gigatok_ds.models.cnn_blocks import ResidualBlock
+from gigatok_ds.parallel.dropout import dropout_at, name_dropouts
 from gigatok_ds.training import compile as compiling
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOLERANCE = 1e-4
 
 
@@ -28,11 +30,14 @@ def recorded(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("stage, kinds", [(0, {TransformerLayer, ResidualBlock}), (3, {TransformerLayer})])
-def test_blocks_are_compiled_one_by_one_and_for_fixed_shapes(recorded, stage, kinds):
+@pytest.mark.parametrize("stage, twice, eager", [(0, "cnn_decoder", None), (3, None, None), (3, "cnn_decoder", "cnn_decoder")])
+def test_blocks_are_compiled_one_by_one_and_for_fixed_shapes(recorded, stage, twice, eager):
+    """All of them; at ZeRO-3 without those of the part that is called twice."""
     network = small_tokenizer()
-    blocks = compiling.compile_(network, "default", CPU, stage=stage)
-    assert {type(block) for block in blocks} == kinds
+    blocks = compiling.compile_(network, "default", CPU, stage=stage, twice=twice)
+    left = set(network.get_submodule(eager).modules()) if eager else set()
+    assert set(blocks) == {module for module in network.modules() if isinstance(module, TransformerLayer | ResidualBlock)} - left
+    assert {type(block) for block in blocks} == {TransformerLayer, ResidualBlock}
     assert [function.__self__ for function, _ in recorded] == blocks
     assert all(options == {"mode": "default", "dynamic": False} for _, options in recorded)
 
@@ -44,19 +49,92 @@ def test_without_a_compiler_there_is_one_clear_line(recorded, monkeypatch):
     assert not recorded
 
 
-def test_cut_layers_are_refused():
-    with pytest.raises(InputError, match="training.compile is default.*parallel.tensor is 2"):
-        load_recipe("GPT-B", ["training.compile=default", "parallel.tensor=2"])
+def test_auto_is_the_default_and_compiles_on_gpus_only(monkeypatch):
+    assert load_recipe("GPT-B", []).training.compile == load_recipe("VQ_SS256", []).training.compile == "auto"
+    monkeypatch.setattr(compiling, "missing", lambda device: None)
+    settings = {"zero_optimization": {"stage": 1}}
+    assert compiling.compile_of("auto", CPU, settings) is None
+    assert compiling.compile_of("auto", CUDA, settings).keywords["mode"] == "default"
+    assert compiling.compile_of("none", CUDA, settings) is None
+    monkeypatch.setattr(compiling, "missing", lambda device: "Triton for this GPU")
+    assert compiling.compile_of("auto", CUDA, settings) is None
 
 
+def test_what_stays_eager_is_told(monkeypatch):
+    """In a line, to whoever would expect it compiled: on CPUs nobody does."""
+    tokenizer, gpt = load_recipe("VQ_SS256", []), load_recipe("GPT-B", ["parallel.tensor=2"])
+    plain = load_recipe("VQ_SS256", ["loss.auxiliary=null"])
+    zero2, zero3 = ({"zero_optimization": {"stage": stage}} for stage in (2, 3))
+    monkeypatch.setattr(compiling, "missing", lambda device: None)
+    line, = compiling.left_eager(tokenizer, CUDA, zero3)
+    assert "CNN decoder" in line and "ZeRO" in line
+    for recipe, device, settings in ((tokenizer, CUDA, zero2), (tokenizer, CPU, zero3), (plain, CUDA, zero3), (gpt, CUDA, zero3)):
+        assert compiling.left_eager(recipe, device, settings) == []
+    monkeypatch.setattr(compiling, "missing", lambda device: "Triton for this GPU")
+    assert compiling.left_eager(gpt, CUDA, zero2) == ["training.compile is auto, but there is no Triton for this GPU: nothing is compiled"]
+
+
+def test_blocks_are_one_graph_that_all_layers_share():
+    """With dropout and paths that are dropped at a rate of each layer's own; over steps of other samples, too."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    network = small_gpt(size=TransformerSize(width=32, layers=5, heads=2), drop_path=0.4, qk_norm=True, sequence_length=9,
+                        positions="rope_2d").train()
+    name_dropouts(network)
+    codes = torch.arange(18).view(2, 9) % 64
+
+    def gradients(samples):
+        network.zero_grad()
+        with dropout_at(7, samples):
+            network(codes[:, :-1], torch.tensor([0, 1]), codes).mean().backward()
+        return [parameter.grad.clone() for parameter in network.parameters()]
+
+    eager = [gradients(torch.tensor([3, 4]) + step) for step in range(2)]
+    for block in network.layers:
+        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True, dynamic=False)
+    for step in range(2):
+        for found, expected in zip(gradients(torch.tensor([3, 4]) + step), eager[step], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert counter.frame_count == 2, "of the first layer, which has no path to drop, and of all others"
+
+
+# Quick ones trace and differentiate, which is where DeepSpeed, Megatron and recomputation could get in the way, and generate nothing.
+QUICK = [
+    ("gpt", Layout(tensor=2, stage=3, sequence=True, recompute=True)),
+    pytest.param("gpt", Layout(tensor=2, stage=1), marks=pytest.mark.slow),
+    pytest.param("gpt", Layout(tensor=2, data=2, stage=2, sequence=True), marks=pytest.mark.slow),
+    pytest.param("tokenizer", Layout(data=2, stage=2, recompute=True), marks=pytest.mark.slow),
+    pytest.param("tokenizer", Layout(tensor=2, stage=0, sequence=True), marks=pytest.mark.slow),
+    pytest.param("tokenizer", Layout(tensor=2, stage=3, recompute=True), marks=pytest.mark.slow),
+]
+
+
+def assert_like_eager(runs, kind, layout, *more, quickly):
+    compiled = runs.result(kind, layout, *more, "training.compile=default", quickly=quickly)
+    losses, norms, weights = largest_differences(compiled, runs.result(kind, layout, *more))
+    assert losses < TOLERANCE and norms < TOLERANCE and weights < TOLERANCE, (losses, norms, weights)
+
+
+@pytest.mark.parametrize("kind, layout", QUICK, ids=str)
+def test_traced_training_is_that_of_eager_blocks(runs, kind, layout):
+    """Ten steps, the tokenizer's with every loss on and the GPT's with dropout."""
+    assert_like_eager(runs, kind, layout, quickly=True)
+
+
+@pytest.mark.slow
+def test_zero_3_takes_residual_blocks_that_are_called_once(runs):
+    assert_like_eager(runs, "tokenizer", Layout(data=2, stage=3), "loss.auxiliary=null", quickly=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, layout", [
-    pytest.param("tokenizer", Layout(stage=1), marks=pytest.mark.slow),
-    pytest.param("tokenizer", Layout(stage=3, recompute=True), marks=pytest.mark.slow),
-    pytest.param("gpt", Layout(stage=1), marks=pytest.mark.slow),
-    pytest.param("gpt", Layout(stage=3), marks=pytest.mark.slow),
+    ("tokenizer", Layout(stage=1)),
+    ("tokenizer", Layout(stage=3, recompute=True)),
+    ("gpt", Layout(stage=1)),
+    ("gpt", Layout(stage=3)),
+    ("gpt", Layout(tensor=2, stage=3, sequence=True, recompute=True)),
 ], ids=str)
 def test_compiled_training_is_that_of_eager_blocks(runs, kind, layout):
-    """Ten steps, the tokenizer's with every loss on and the GPT's with dropout. Slow ones compile for minutes."""
-    compiled = runs.result(kind, layout, "training.compile=default")
-    losses, norms, weights = largest_differences(compiled, runs.result(kind, layout))
-    assert losses < TOLERANCE and norms < TOLERANCE and weights < TOLERANCE, (losses, norms, weights)
+    """With the code that Inductor generates, whose compilation takes minutes."""
+    assert_like_eager(runs, kind, layout, quickly=False)

@@ -84,7 +84,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a b to `total`, which is float32 for half-precision a and b: rounding each chunk's would add up."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif a.device.type != "cpu":
         total += torch.mm(a, b, out_dtype=total.dtype)
     else:  # the CPU's products have no other type than their factors
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
