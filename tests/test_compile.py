@@ -1,5 +1,7 @@
 """Compiled blocks train like eager ones, on every kind of layout; who cannot compile is told so."""
 
+import re
+
 import pytest
 import torch
 from layout_runs import Layout, LayoutRuns, largest_differences
@@ -10,7 +12,9 @@ from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.model import TransformerSize
 from gigatok_ds.models.attention import TransformerLayer
 from gigatok_ds.models.cnn_blocks import ResidualBlock
+from gigatok_ds.models.gpt import Block
 from gigatok_ds.parallel.dropout import dropout_at, name_dropouts
+from gigatok_ds.parallel.layers import PLAIN
 from gigatok_ds.training import compile as compiling
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -97,6 +101,23 @@ def test_blocks_are_one_graph_that_all_layers_share():
         for found, expected in zip(gradients(torch.tensor([3, 4]) + step), eager[step], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     assert counter.frame_count == 2, "of the first layer, which has no path to drop, and of all others"
+
+
+@pytest.mark.slow
+def test_a_compiled_gpt_block_is_few_kernels_beside_its_products():
+    """GPT-B's, with dropout, in bf16, by the code that Inductor generates for CPUs. As operations each it is 52 and 67."""
+    from torch._inductor.utils import run_and_get_code
+
+    block = Block(load_recipe("GPT-B", []).model, PLAIN, 0).train().bfloat16()
+    name_dropouts(block)
+    forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    x = torch.randn(64, 2, 768, dtype=torch.bfloat16, requires_grad=True)
+    with dropout_at(0, torch.arange(2)):
+        _, codes = run_and_get_code(lambda: forward(x).sum().backward())
+    fused, products = ([len(re.findall(pattern, code, re.MULTILINE)) for code in codes]
+                       for pattern in (r"^ +cpp_fused\w*\(", r"^ +extern_kernels\.mm\("))
+    assert products == [5, 10]
+    assert fused[0] <= 4 and fused[1] <= 7
 
 
 # Quick ones trace and differentiate, which is where DeepSpeed, Megatron and recomputation could get in the way, and generate nothing.
