@@ -57,6 +57,9 @@ BENCHMARKS = {
     "convolution": Benchmark(
         script="convolution.py", measures="3x3 convolutions by Winograd's transform, beside torch's own",
         quick="--repeats 1 --threads 1 --sides 64", minutes=0.5),
+    "optimizer": Benchmark(
+        script="optimizer.py", measures="an update of 64M parameters, beside torch's AdamW as it comes",
+        quick="--repeats 1 --threads 1 --millions 1", minutes=0.5, packages=("deepspeed",)),
     "zero-memory": Benchmark(
         script="zero_memory.py", measures="memory per rank of ZeRO 0 to 3, beside the theory",
         quick="--ranks 2 --stages 1", minutes=2, packages=("deepspeed", "megatron")),

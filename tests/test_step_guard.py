@@ -141,6 +141,8 @@ def test_a_spike_can_end_a_run(data, tmp_path):
 class Fake:
     """An engine of which only its gradients are known."""
 
+    decides_on_device = False
+
     def __init__(self, finite=True):
         self.finite, self.did = finite, []
 

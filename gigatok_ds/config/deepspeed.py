@@ -71,8 +71,10 @@ def zero_settings(stage: int, *, offload: bool = False) -> dict:
         raise InputError(f"{wanted} is not available; allowed are stages 0 to 3, and offload with stage 3")
     zero: dict = {"stage": stage}
     if stage >= 1:
-        # DeepSpeed's default of 5e8 elements would hold more than the state of the smaller models.
-        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": BUCKET}
+        # At stages 1 and 2 DeepSpeed lets the host wait for the whole device before it reduces a bucket beside the backward
+        # pass, and at its end; in order with it, nothing waits. Its default of 5e8 elements a bucket would hold more than the
+        # state of the smaller models.
+        zero |= {"overlap_comm": stage == 3, "contiguous_gradients": True, "reduce_bucket_size": BUCKET}
     if stage in (1, 2):
         zero |= {"allgather_bucket_size": BUCKET}
     if stage == 3:

@@ -67,7 +67,7 @@ class BatchLoader:
 
     def __init__(self, dataset: Dataset, batch_sampler: Iterable[list], *, workers: int = 0,
                  pin_memory: bool = False):
-        self.batch_sampler = batch_sampler
+        self.batch_sampler, self._pins = batch_sampler, pin_memory
         self._loader = DataLoader(
             _Checked(dataset), batch_sampler=batch_sampler, num_workers=workers,
             persistent_workers=workers > 0, pin_memory=pin_memory, collate_fn=_collate,
@@ -82,8 +82,12 @@ class BatchLoader:
                 # A fresh one: a frame that raises its own variable is a reference cycle, and worker processes
                 # that are left to the garbage collector take seconds to end.
                 raise InputError(str(batch))
-            yield {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-                   for name, value in batch.items()}
+            yield {name: self._tensor(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        """torch's loader pins tensors only."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self._pins else tensor
 
 
 class TrainingBatches(BatchLoader):

@@ -196,7 +196,7 @@ def scale_pixels(pixels: Tensor) -> Tensor:
     """Bytes (B, ...) as float32 in [-1, 1], the same numbers on every device."""
     floats = torch.empty(pixels.shape, device=pixels.device)
     # A tensor as divisor: CUDA multiplies by the rounded reciprocal of a plain number.
-    divisor = torch.tensor(255.0, device=pixels.device)
+    divisor = torch.full((), 255.0, device=pixels.device)
     one_by_one = pixels.device.type == "cpu"  # what is scaled stays in the cache
     for scaled, image in zip(floats, pixels) if one_by_one else [(floats, pixels)]:
         torch.div(image, divisor, out=scaled).sub_(0.5).mul_(2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gigatok_ds.streams import SampleDraws
+from gigatok_ds.transfer import to_device
 
 TRANSLATION = 0.125  # of the side, at most
 CUTOUT = 0.2  # of the side
@@ -20,7 +21,7 @@ def diff_augment(images: Tensor, draws: SampleDraws | None) -> Tensor:
 
     draws gives each image its random numbers; None takes them from torch's own generator.
     """
-    u = (draws.per_sample(7) if draws else torch.rand(7, len(images))).to(images.device)
+    u = to_device(draws.per_sample(7) if draws else torch.rand(7, len(images)), images.device)
     moved = translate(images.float(), u[0], u[1])
     return cut_out(recolour(moved, u[2], u[3], u[4]), u[5], u[6])
 

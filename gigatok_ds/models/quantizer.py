@@ -87,7 +87,7 @@ class VectorQuantizer(nn.Module):
             codes, entropy_loss = nearest_code(z, codebook, strict=strict), z.new_zeros(())
         code_vectors = codebook[codes.clamp_min(0)]
         # A latent without a code is NaN itself. A damaged code is nobody's nearest, so that only this tells of it.
-        damage = torch.where(codebook.detach().isfinite().all(), 0.0, torch.nan)
+        damage = codebook.new_zeros(()).masked_fill(~codebook.detach().isfinite().all(), torch.nan)
         losses = QuantizerLosses(
             codebook=F.mse_loss(code_vectors, z.detach()) + damage,
             commitment=F.mse_loss(z, code_vectors.detach()),

@@ -53,14 +53,3 @@ def _differing_replicas(network: nn.Module, topology: Topology, whole: Whole) ->
             sums.append(checksum(parameter))
     return [names[index] for index, _ in outsiders(torch.stack(sums), topology.tensor_group, topology.tensor_size)]
 
-
-def global_gradient_norm(network: nn.Module, topology: Topology) -> float:
-    """2-norm of all gradients, where they are whole and averaged over data ranks; replicas count once. Collective."""
-    squares = torch.zeros((), dtype=torch.float64, device=topology.device)
-    for parameter in network.parameters():
-        counts = topology.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
-        if counts and parameter.grad is not None:
-            squares += parameter.grad.double().square().sum()
-    if topology.tensor_size > 1:
-        dist.all_reduce(squares, group=topology.tensor_group)
-    return float(squares.sqrt())

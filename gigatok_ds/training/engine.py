@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +24,7 @@ from gigatok_ds.checkpoint.fragments import SavedEngine, Snapshot
 from gigatok_ds.config.recipe import OptimizerConfig
 from gigatok_ds.freed_memory import keep_freed_memory
 from gigatok_ds.models.initialisation import initialise_
-from gigatok_ds.parallel.consistency import check_spread, global_gradient_norm
+from gigatok_ds.parallel.consistency import check_spread
 from gigatok_ds.parallel.drift import Replicated
 from gigatok_ds.parallel.dropout import name_dropouts
 from gigatok_ds.parallel.partial import sum_partial_gradients
@@ -49,8 +50,13 @@ class Engine:
         """
         _prepare()
         settings = copy.deepcopy(settings)
-        settings["gradient_clipping"] = optimizer.max_grad_norm
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
+        self.decides_on_device = decides_on_device(settings)
+        self._max_norm = optimizer.max_grad_norm if _clips_by_itself(settings) else None
+        settings["gradient_clipping"] = optimizer.max_grad_norm if self._max_norm is None else 0.0
+        if self._max_norm is not None and self.stage > 0:
+            # DeepSpeed would read the norm on the host before it updates.
+            settings["zero_optimization"]["compute_grad_norm"] = settings["bf16"]["check_grad_overflow"] = False
         # With tensor ranks, zero.Init needs all of this to partition over the data group; it would not complain.
         with deepspeed.zero.Init(config_dict_or_path=settings, mpu=topology.mpu,
                                  data_parallel_group=topology.data_group if topology.mpu else None,
@@ -68,17 +74,15 @@ class Engine:
             recompute(network)
         if topology.mpu:
             sum_partial_gradients(network, topology.tensor_group)
-        adam = build_optimizer(network, optimizer)
-        self._engine, *_ = deepspeed.initialize(model=network, optimizer=adam, config=settings, mpu=topology.mpu)
-        self._topology = topology
-        # At stage 0 in fp32 DeepSpeed clips by the norm but does not tell it.
-        self._tells_norm = self.stage > 0 or settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
-        self._norm: float | None = None
+        self._adam = build_optimizer(network, optimizer)
+        self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._adam, config=settings, mpu=topology.mpu)
+        self._norm: Tensor | float | None = None
+        self._told_left_out = False  # whether DeepSpeed has counted the last update as left out
         check_spread(network, topology, deepspeed.zero.GatheredParameters)
         self._state = LiveState(self._engine, self.stage, topology, whole)
-        self._gradients = LiveGradients(self._engine, self.stage)
+        self._gradients = LiveGradients(self._engine, self.stage, topology)
         self._remembered: list[Tensor] = []
-        self.ema = None if ema_decay is None else ShardedEMA(ema_decay, self._state.fragments)
+        self.ema = None if ema_decay is None else ShardedEMA(ema_decay, self._state.places())
 
     @property
     def network(self) -> nn.Module:
@@ -91,16 +95,42 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> None:
-        """Count one micro batch; at the end of an accumulation, clip and update with this learning rate."""
+    def step(self, lr: float, left_out: Tensor | None = None) -> None:
+        """Count one micro batch; at the end of an accumulation, clip and update with this learning rate.
+
+        left_out: a float32 scalar on the device, 1 to leave the update out of weights, moments and average, 0 for an update;
+        where `decides_on_device`.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        updates = self._engine.is_gradient_accumulation_boundary()
-        if updates and not self._tells_norm:
-            self._norm = global_gradient_norm(self.network, self._topology)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        norm = self._gradients.norm() if self._max_norm is not None else None
+        if self._max_norm:
+            self._adam.grad_scale = ((norm + 1e-6) / self._max_norm).clamp(min=1.0)
+        self._adam.found_inf = left_out
+        skipped = self._engine.skipped_steps
         self._engine.step()
-        if updates and self.ema and self._engine.was_step_applied():
-            self.ema.update()
+        self._adam.found_inf = self._adam.grad_scale = None
+        self._told_left_out = self._engine.skipped_steps > skipped
+        if self._engine.was_step_applied():
+            self._note_norm(self._engine.get_global_grad_norm() if norm is None else norm, left_out)
+            if self.ema:
+                self.ema.update(left_out)
+
+    def _note_norm(self, norm: Tensor | float, left_out: Tensor | None) -> None:
+        """Of an update; one that is left out leaves the norm of the last one, or NaN."""
+        if left_out is not None:
+            norm, before = (value if isinstance(value, Tensor) else torch.full_like(left_out, math.nan if value is None else value)
+                            for value in (norm, self._norm))
+            norm = torch.where(left_out > 0, before, norm)
+        self._norm = norm
+
+    def count_left_out(self) -> None:
+        """The update that was left out on the device counts as such, unless DeepSpeed has found so by itself."""
+        if not self._told_left_out:
+            self._engine.skipped_steps += 1
 
     def gradients_finite(self) -> Tensor:
         """Whether this rank's part of the accumulated gradients is finite, as a boolean on the device."""
@@ -120,9 +150,10 @@ class Engine:
             kept.copy_(buffer)
 
     @torch.no_grad()
-    def restore_buffers(self) -> None:
+    def restore_buffers(self, where: Tensor | None = None) -> None:
+        """Take the buffers back to what `remember_buffers` kept; if `where`, a boolean on the device, says so."""
         for kept, buffer in zip(self._remembered, self.network.buffers(), strict=True):
-            buffer.copy_(kept)
+            buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
 
     def weights_finite(self) -> bool:
         """Whether this rank's part of the weights is finite."""
@@ -134,9 +165,9 @@ class Engine:
         return self._state.replicated(self.ema.fragments if self.ema else {})
 
     def gradient_norm(self) -> float | None:
-        """Global gradient norm of the last update before clipping; None before the first."""
-        norm = self._engine.get_global_grad_norm() if self._tells_norm else self._norm
-        return None if norm is None else float(norm)
+        """Global gradient norm of the last update before clipping; None before the first. Waits for the device."""
+        norm = math.nan if self._norm is None else float(self._norm)
+        return None if math.isnan(norm) else norm
 
     def snapshot(self) -> Snapshot:
         """This rank's part of everything that training changes, copied to host memory. Collective at stage 3."""
@@ -147,10 +178,29 @@ class Engine:
         self._state.restore(SavedEngine(folder), self.ema.fragments if self.ema else None)
 
 
+def decides_on_device(settings: dict) -> bool:
+    """Whether an update can be left out without the host: Adam's kernel hears of it where weights and moments are.
+
+    In fp16 DeepSpeed scales losses on the host; what is offloaded is updated there.
+    """
+    zero = settings.get("zero_optimization", {})
+    return not (settings["fp16"]["enabled"] or zero.get("offload_optimizer") or zero.get("zenflow"))
+
+
+def _clips_by_itself(settings: dict) -> bool:
+    """Whether the norm and its clipping are computed here. DeepSpeed's own reads the norm on the host; at stage 3, and at stage 0
+    in low precision, it does so in any case."""
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    return decides_on_device(settings) and stage < 3 and not (stage == 0 and settings["bf16"]["enabled"])
+
+
 def build_optimizer(network: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay or, as "adam", with the decay added to the gradient."""
+    """Adam with decoupled weight decay or, as "adam", with the decay added to the gradient.
+
+    One pass over memory for each tensor, without temporaries. Told by `found_inf` on the device, it leaves an update out.
+    """
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer.kind]
-    return kind(parameter_groups(network, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+    return kind(parameter_groups(network, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
 
 
 def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dict]:

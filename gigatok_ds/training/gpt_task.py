@@ -19,6 +19,7 @@ from gigatok_ds.training.code_sources import open_source
 from gigatok_ds.training.compile import compile_of
 from gigatok_ds.training.engine import Engine
 from gigatok_ds.training.flops import GPTFlops
+from gigatok_ds.transfer import to_device
 
 PROBE_SEQUENCES = 16
 
@@ -47,9 +48,9 @@ class GPTTask:
 
     def train_micro_batch(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         device = self.topology.device
-        codes, classes = batch["codes"].to(device), batch["labels"].to(device)
+        codes, classes = to_device(batch["codes"], device), to_device(batch["labels"], device)
         self.engine.network.train()
-        with dropout_at(self.recipe.training.seed, batch["position"].to(device, non_blocking=True)):
+        with dropout_at(self.recipe.training.seed, to_device(batch["position"], device)):
             classes = self._drop_classes(classes, batch["position"], step)
             loss = self.engine(codes[:, :-1], classes, codes).mean()
             self.engine.backward(loss)
@@ -64,7 +65,7 @@ class GPTTask:
         stream = torch_stream(training.seed, "class-dropout", step)
         draws = SampleDraws(stream, training.global_batch_size, positions % training.global_batch_size)
         dropped = draws.per_sample(1)[0] < self.recipe.model.class_dropout
-        return torch.where(dropped.to(classes.device), self.recipe.model.num_classes, classes)
+        return classes.masked_fill(to_device(dropped, classes.device), self.recipe.model.num_classes)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:

@@ -50,6 +50,10 @@ class LiveState:
         self._trained = {name: parameter for name, parameter in self._network.named_parameters() if parameter.requires_grad}
         self._places = self._find_places(share=True)
 
+    def places(self) -> dict[str, Place]:
+        """Where this data rank's part of each trained parameter is, at stage 0 an equal share of it."""
+        return self._places
+
     def fragments(self) -> dict[str, Fragment]:
         """This data rank's part of each trained parameter in float32: views of what the optimizer updates."""
         return {name: Fragment(place.start, place.view(place.holder)) for name, place in self._places.items()}
@@ -154,7 +158,8 @@ class LiveState:
         """Adam's state of a holder, which it would make at its first update."""
         state = self._adam().state[place.holder]
         if not state:
-            state |= {"step": torch.zeros(())} | {moment: torch.zeros_like(place.holder) for moment in MOMENTS}
+            state |= {"step": torch.zeros((), device=place.holder.device)}
+            state |= {moment: torch.zeros_like(place.holder) for moment in MOMENTS}
         return state
 
     def _whole(self):
@@ -175,8 +180,9 @@ class LiveState:
                       counters=self._counters())
 
     def _adam_steps(self) -> dict[str, int]:
-        states = {name: self._adam().state.get(place.holder) for name, place in self._places.items()}
-        return {name: int(state["step"]) if state else 0 for name, state in states.items()}
+        states = {name: state for name, place in self._places.items() if (state := self._adam().state.get(place.holder))}
+        counts = torch.stack([state["step"] for state in states.values()]).tolist() if states else []
+        return dict.fromkeys(self._places, 0) | dict(zip(states, map(int, counts)))
 
     def _scaler(self):
         """What adapts the scale of an fp16 loss; None where nothing does."""

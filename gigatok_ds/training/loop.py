@@ -82,7 +82,7 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
         monitor = Monitor(run_dir, enabled=topology.is_first, total_steps=recipe.training.steps, start_step=start,
                           description=recipe.name, wandb=wandb_of(recipe, run_dir, topology))
         watchdog = Watchdog(recipe.monitor.stall_seconds, run_dir, topology.rank, end)
-        with monitor, writer, watchdog, StopRequests(topology) as requests:
+        with monitor, writer, watchdog, StopRequests() as requests:
             _Steps(recipe, task, run_dir, topology, accumulation, guard, monitor, writer, watchdog, requests).run(start)
     probe = task.probe()
     if topology.is_first:
@@ -106,6 +106,8 @@ class _Steps:
     watchdog: Watchdog
     requests: StopRequests
     memory_told: bool = False
+    asked: str | None = None  # the signal that ranks have agreed to stop by
+    undecided: tuple[int, Window] | None = None  # a step whose verdict is not known yet, and what it logged
 
     def run(self, start: int) -> None:
         """Steps after `start`, to the recipe's last."""
@@ -113,17 +115,15 @@ class _Steps:
         batches = self.task.micro_batches(start)
         watch = Watch(self.recipe, self.task, self.run_dir, self.topology, self.monitor, start)
         window = Window()
+        pauses = (settings.log_every, settings.validate_every, checkpoint.every, self.recipe.faults.compare_every)
         for step in range(start + 1, settings.steps + 1):
             self.writer.check()
             self.watchdog.beat(step)
             last = step == settings.steps
             lr = lr_of_iteration(self.recipe.schedule, self.recipe.optimizer.lr, settings.steps, step - 1)
-            values, verdict = self._step(watch, batches, step, lr)
-            if verdict.kind == "accept":
-                window.merge(values)
-            elif not verdict.expected:
-                with watch.paused():
-                    self._leave_out(verdict, step)
+            self._step(watch, batches, step, lr, window)
+            if last or self.asked or not self.guard.on_device or any(step % every == 0 for every in pauses):
+                self._hear_verdict(watch, window)
             if step % settings.log_every == 0 or last:
                 self._log(watch, window, step, lr)
             self.watchdog.beat(step)
@@ -131,7 +131,7 @@ class _Steps:
             if step % settings.validate_every == 0 or last:
                 with watch.paused():
                     figures = self._validate(watch, step)
-            asked = None if last else self.requests.agreed()
+            asked = None if last else self.asked
             saves = step % checkpoint.every == 0 or last or asked
             if saves or step % self.recipe.faults.compare_every == 0:
                 with watch.paused():
@@ -142,8 +142,8 @@ class _Steps:
             if asked:
                 self._stop(asked, step)
 
-    def _step(self, watch: Watch, batches: Iterator[dict[str, Tensor]], step: int, lr: float) -> tuple[Window, Verdict]:
-        """All micro batches of a step, and its update unless it is left out."""
+    def _step(self, watch: Watch, batches: Iterator[dict[str, Tensor]], step: int, lr: float, window: Window) -> None:
+        """All micro batches of a step, and its update unless it is left out; `_hear_verdict` says which."""
         values, rates = Window(), self.task.learning_rates(step, lr)
         self.guard.begin()
         for micro in range(self.accumulation):
@@ -152,7 +152,23 @@ class _Steps:
             values.add(self.task.train_micro_batch(watch.next(batches), step))
             if micro < self.accumulation - 1:
                 self.guard.count(rates)
-        return values, self.guard.finish(rates, values.means())
+        # By now the device has this step to work on, so that hearing about the one before keeps it waiting for nothing.
+        self._hear_verdict(watch, window)
+        self.guard.decide(rates, values.means(), self.requests.received)
+        self.undecided = step, values
+
+    def _hear_verdict(self, watch: Watch, window: Window) -> None:
+        """What has become of the undecided step, if there is one."""
+        if self.undecided is None:
+            return
+        (step, values), self.undecided = self.undecided, None
+        verdict = self.guard.verdict()
+        self.asked = self.asked or verdict.asked
+        if verdict.kind == "accept":
+            window.merge(values)
+        elif not verdict.expected:
+            with watch.paused():
+                self._leave_out(verdict, step)
 
     def _leave_out(self, verdict: Verdict, step: int) -> None:
         """Say that a step does not count and, if its verdict is more than that, go back or end the run."""

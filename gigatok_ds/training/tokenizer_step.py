@@ -15,6 +15,7 @@ from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, torch_stream
 from gigatok_ds.training.monitor import NOT_FINITE
 from gigatok_ds.training.term_gradients import TermGradients
+from gigatok_ds.transfer import to_device
 
 # Gradients of a mean over many logits would underflow on their way through a discriminator in fp16.
 FP16_IMAGE_SCALE = 4096.0
@@ -46,8 +47,8 @@ class TokenizerStep:
 
         positions (B,): the images' places in the course of training.
         """
-        images = images.to(self.topology.device, non_blocking=True)
-        numbers = self.topology.gather_images(positions.to(images.device, non_blocking=True))
+        images = to_device(images, self.topology.device)
+        numbers = self.topology.gather_images(to_device(positions, images.device))
         with dropout_at(self.recipe.training.seed, numbers):
             output, logged = self._generator_pass(images, positions, step)
         if self.discriminator and self.recipe.loss.discriminator_active(step):
