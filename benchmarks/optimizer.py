@@ -41,7 +41,8 @@ class Allocations(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((arguments, options)) if isinstance(tensor, Tensor)}
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((arguments, options))
+                 if isinstance(tensor, Tensor)}
         result = function(*arguments, **(options or {}))
         self.bytes += sum(tensor.nbytes for tensor in tree_leaves(result)
                           if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given)

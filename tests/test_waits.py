@@ -42,9 +42,11 @@ class Waits(TorchDispatchMode):
         masks = arguments[1] if name.startswith(("aten.index.", "aten.index_put")) else ()
         if any(mask is not None and mask.dtype in (torch.bool, torch.uint8) for mask in masks):
             self._note(name)
-        crosses = len({tensor.device.type for tensor in [*tensors, *(r for r in tree_leaves(result) if isinstance(r, torch.Tensor))]
-                       if tensor.dim() or name.startswith(("aten._to_copy", "aten.copy_"))}) > 1
-        if crosses and not any(frame.name == "to_device" for frame in traceback.extract_stack(limit=8)):
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        # Operations take a number of the host as a part of their launch; a copy brings it.
+        places = {tensor.device.type for tensor in [*tensors, *results]
+                  if tensor.dim() or name.startswith(("aten._to_copy", "aten.copy_"))}
+        if len(places) > 1 and not any(frame.name == "to_device" for frame in traceback.extract_stack(limit=8)):
             self._note(name)
         return result
 
@@ -59,14 +61,16 @@ def test_what_waits_is_noticed():
         transfer.to_device(torch.ones(3), META)
         tensor + 1.0
         assert not waits.found
-        for wrong in (lambda: torch.ones(3).to(META), lambda: tensor.copy_(torch.ones(3)), lambda: tensor.to("cpu")):
+        for wrong in (lambda: torch.ones(3).to(META), lambda: tensor.copy_(torch.ones(3))):
             before = len(waits.found)
             wrong()
             assert len(waits.found) == before + 1
+    with pytest.raises(NotImplementedError):
+        tensor.to("cpu")
     numbers = torch.arange(3.0)
     with Waits() as waits:
-        for wrong in (lambda: numbers[0].item(), lambda: numbers.nonzero(), lambda: numbers[numbers > 1], lambda: bool(numbers[0]),
-                      lambda: numbers.tolist()):
+        for wrong in (lambda: numbers[0].item(), lambda: numbers.nonzero(), lambda: numbers[numbers > 1],
+                      lambda: bool(numbers[0]), lambda: numbers.tolist()):
             before = len(waits.found)
             wrong()
             assert len(waits.found) > before
@@ -79,11 +83,12 @@ def test_only_pinned_memory_travels_without_waiting(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: (device, non_blocking))
     tensor, gpu = torch.ones(3), torch.device("cuda", 0)
     assert transfer.to_device(tensor, gpu) == (gpu, True) and pinned == [tensor]
-    users = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
-             if any(isinstance(node, ast.keyword) and node.arg == "non_blocking" for node in ast.walk(ast.parse(path.read_text())))}
+    users = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if any(
+        isinstance(node, ast.keyword) and node.arg == "non_blocking" for node in ast.walk(ast.parse(path.read_text())))}
     assert users == {"transfer.py",
                      "data/prefetch.py",  # batches of the data loader, which pins them
                      "training/code_sources.py",  # images that prefetch has brought already
+                     "sampling/extract.py",  # no step of training
                      "training/step_guard.py", "training/host_copies.py"}  # into pinned memory
 
 
@@ -142,7 +147,7 @@ def small_network():
 
 
 def step_of(stage, precision):
-    """What waits in two steps of an engine and a guard, and what both left: the second one's gradients are not finite."""
+    """What waits in each step of an engine and a guard, and what both left; the last step's gradients are not finite."""
     from deepspeed.accelerator import get_accelerator
 
     from gigatok_ds.config.faults import FaultConfig
@@ -163,7 +168,7 @@ def step_of(stage, precision):
         accelerator.resolves_data_dependency, accelerator.synchronize = lambda: False, lambda *_: synchronized.append(1)
     inputs = torch.randn(4, 8, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     found, states = [], []
-    for factor in (1.0, 1.0, float("nan")):
+    for factor in (1.0, 1.0, 1.0, float("nan")):
         with Waits() as waits:
             guard.begin()
             engine.network.seen += 1
@@ -180,16 +185,17 @@ def step_of(stage, precision):
 
 @pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16"), (0, "bf16")])
 def test_an_update_waits_only_where_deepspeed_does(stage, precision):
-    """At stage 3 DeepSpeed reads the gradient norm before it updates, at stage 0 in bf16 it looks at each gradient."""
+    """At stage 3 DeepSpeed reads the gradient norm before it updates, at stage 0 in bf16 it looks at each gradient. By default it
+    would also wait for the whole device at each forward pass and update, to measure how fast it is."""
     (found, synchronized, states), = run_ranks(step_of, 1, stage, precision)
     assert synchronized == 0
-    if stage == 3:
-        assert [len(waits) for waits in found] == [1, 1, 1] and all("stage3.py" in str(waits) for waits in found)
+    if stage == 3:  # at first it compares what ranks do, too
+        assert [len(waits) for waits in found[2:]] == [1, 1] and all("stage3.py" in str(waits) for waits in found)
     elif (stage, precision) == (0, "bf16"):
         assert all("unfused_optimizer.py" in str(waits) or "utils.py" in str(waits) for waits in found)
     else:
-        assert found == [[], [], []]
-    (_, *_), (kind, norm, seen, values, steps), (last_kind, *last) = states
-    assert (kind, last_kind) == ("accept", "skip")
-    assert last[0] == norm and torch.equal(last[1], seen) and last[3] == steps and set(steps.values()) == {2}
+        assert found == [[], [], [], []]
+    (*_, other_values, _), (kind, norm, seen, values, steps), (last_kind, *last) = states[1:]
+    assert (kind, last_kind) == ("accept", "skip") and not torch.equal(values[0], other_values[0])
+    assert last[0] == norm and torch.equal(last[1], seen) and last[3] == steps
     assert all(torch.equal(one, other) for one, other in zip(values, last[2], strict=True))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -71,17 +71,19 @@ class Layout:
 
 @dataclass(kw_only=True)
 class Snapshot:
-    """What one rank writes down of a network: copies in host memory, by kind and parameter name."""
+    """What one rank writes down of a network: copies in host memory, by kind and parameter name, once `arrived` returns."""
 
     tensor_rank: int
     data_rank: int
     layout: Layout
     fragments: dict[str, dict[str, Fragment]]
     whole: dict[str, Tensor] = field(default_factory=dict)
+    arrived: Callable[[], None] = lambda: None
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write this rank's files below `folder`, and return the SHA-256 of each by its name."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.arrived()
         place = f"tensor-{self.tensor_rank:03d}"
         parts = {f"{kind}/{name}": part for kind, by_name in self.fragments.items() for name, part in by_name.items()}
         starts = json.dumps({key: part.start for key, part in parts.items()})

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.config.deepspeed import zero_settings
     from gigatok_ds.config.load import load_recipe
+    from gigatok_ds.parallel.cuda_queues import order_kernels
     from gigatok_ds.training.run import check_run, run_training
 
     faults = []
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     recipe, stage = load_recipe(args.recipe, [*args.overrides, *tensor]), args.zero
     if args.auto:
         recipe, stage = _recommended(recipe, [*args.overrides, *tensor])
+    order_kernels(recipe.parallel.tensor)
     check_run(recipe, args.out, args.branch_from)
     run_training(recipe, args.out, args.deepspeed or zero_settings(stage), args.branch_from, faults)
     return 0

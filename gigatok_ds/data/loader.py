@@ -205,16 +205,18 @@ class _FloatImages(BatchLoader):
 
 
 def evaluation_batches(index: ShardIndex, size: int, batch_size: int, data_rank: int = 0, data_size: int = 1,
-                       *, images: int | None = None, workers: int = 0, pin_memory: bool = False) -> BatchLoader:
+                       *, images: int | None = None, as_bytes: bool = False, workers: int = 0,
+                       pin_memory: bool = False) -> BatchLoader:
     """Center-cropped images in the order of the index; `len` is the number of batches, equal on all ranks.
 
     `images` takes so many of them, evenly spaced, since data is often sorted by class; None takes all. Batch b of rank
     r holds the taken images (b * data_size + r) * batch_size onwards. Yields `images` float32
-    (batch_size, 3, size, size) in [-1, 1], `labels` and `sample` int64 (batch_size,), and `valid` bool
-    (batch_size,), False for the copies of the last one that fill up the end. Raises InputError for an
-    undecodable image: leaving it out would falsify the result.
+    (batch_size, 3, size, size) in [-1, 1] or, with `as_bytes`, uint8, which `on_device` makes floats of; `labels` and
+    `sample` int64 (batch_size,); and `valid` bool (batch_size,), False for the copies of the last one that fill up the
+    end, behind all others. Raises InputError for an undecodable image: leaving it out would falsify the result.
     """
     images, per_round = len(index) if images is None else images, batch_size * data_size
     starts = range(data_rank * batch_size, -(-images // per_round) * per_round, per_round)
     positions = [list(range(start, start + batch_size)) for start in starts]
-    return _FloatImages(_EvaluationImages(index, size, images), positions, workers=workers, pin_memory=pin_memory)
+    kind = BatchLoader if as_bytes else _FloatImages
+    return kind(_EvaluationImages(index, size, images), positions, workers=workers, pin_memory=pin_memory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel import flight_recorder
+from gigatok_ds.parallel.cuda_queues import order_kernels
 from gigatok_ds.parallel.layers import PLAIN, Layers, PlainLayers
 from gigatok_ds.parallel.reduce import RankMean
 
@@ -123,28 +125,30 @@ def check_layout(world_size: int, local_size: int, tensor_size: int) -> None:
                          "must lie within one host; choose a size that divides the ranks of a host")
 
 
-def start_process_group(*, tensor_size: int = 1, sequence_parallel: bool = False) -> Topology:
+def start_process_group(*, tensor_size: int = 1, sequence_parallel: bool = False,
+                        timeout: timedelta | None = None) -> Topology:
     """Join the process group that the launcher describes in the environment, or start one of a single process.
 
-    NCCL on GPUs, gloo on CPUs. Raises InputError when `tensor_size` does not fit the ranks.
+    NCCL on GPUs, gloo on CPUs; collectives may take `timeout` (None: torch's default). Raises InputError when `tensor_size` does
+    not fit the ranks.
     """
     launched = all(name in os.environ for name in _LAUNCHED)
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     # DeepSpeed's launcher and torchrun call it differently.
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     check_layout(world_size, local_size, tensor_size)
+    order_kernels(tensor_size)
     device = _device(int(os.environ["LOCAL_RANK"]) if launched else 0)
-    if tensor_size > 1:
-        # Megatron overlaps communication with computation relying on the order of kernels in one queue.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         flight_recorder.switch_on()
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # With its device NCCL connects at once, and not in the middle of the first step.
+        options = {"timeout": timeout, "device_id": device if device.type == "cuda" else None}
         if launched:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, **options)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it even in a single process
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
     rank = dist.get_rank()
     if tensor_size > 1:
         return _tensor_parallel(rank, world_size, device, sequence_parallel, tensor_size)

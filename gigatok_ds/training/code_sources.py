@@ -162,7 +162,8 @@ class TokenizedImages:
         """Of the center crops; encoded once, by all ranks together."""
         if self._encoded is None:
             batches = evaluation_batches(self.held_out, self.tokenizer.config.image_size, VALIDATION_BATCH,
-                                         self.topology.rank, self.topology.world_size, workers=self.recipe.data.workers)
+                                         self.topology.rank, self.topology.world_size, workers=self.recipe.data.workers,
+                                         pin_memory=self.topology.device.type == "cuda")
             rounds = [[self.topology.gather_data(part).cpu() for part in self._encode(batch)] for batch in batches]
             # What fills up the last round comes last.
             codes, labels = (torch.cat(parts)[: len(self.held_out)].numpy() for parts in zip(*rounds))

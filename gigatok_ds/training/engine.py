@@ -54,6 +54,8 @@ class Engine:
         self.decides_on_device = decides_on_device(settings)
         self._max_norm = optimizer.max_grad_norm if _clips_by_itself(settings) else None
         settings["gradient_clipping"] = optimizer.max_grad_norm if self._max_norm is None else 0.0
+        # DeepSpeed's stopwatch waits for the whole device twice a step.
+        settings["timers"] = {"throughput": {"enabled": False}} | settings.get("timers", {})
         if self._max_norm is not None and self.stage > 0:
             # DeepSpeed would read the norm on the host before it updates.
             settings["zero_optimization"]["compute_grad_norm"] = settings["bf16"]["check_grad_overflow"] = False
@@ -106,6 +108,7 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return
+        self._state.before_change()
         norm = self._gradients.norm() if self._max_norm is not None else None
         if self._max_norm:
             self._adam.grad_scale = ((norm + 1e-6) / self._max_norm).clamp(min=1.0)
@@ -122,8 +125,8 @@ class Engine:
     def _note_norm(self, norm: Tensor | float, left_out: Tensor | None) -> None:
         """Of an update; one that is left out leaves the norm of the last one, or NaN."""
         if left_out is not None:
-            norm, before = (value if isinstance(value, Tensor) else torch.full_like(left_out, math.nan if value is None else value)
-                            for value in (norm, self._norm))
+            norm, before = (value if isinstance(value, Tensor)
+                            else torch.full_like(left_out, math.nan if value is None else value) for value in (norm, self._norm))
             norm = torch.where(left_out > 0, before, norm)
         self._norm = norm
 

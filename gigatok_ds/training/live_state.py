@@ -18,6 +18,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.drift import Replicated
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.training.host_copies import HostCopies
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _ENGINE_STATE = ("global_steps", "global_samples", "skipped_steps")
@@ -49,6 +50,7 @@ class LiveState:
         self._network: nn.Module = engine.module
         self._trained = {name: parameter for name, parameter in self._network.named_parameters() if parameter.requires_grad}
         self._places = self._find_places(share=True)
+        self._copies = HostCopies(topology.device)
 
     def places(self) -> dict[str, Place]:
         """Where this data rank's part of each trained parameter is, at stage 0 an equal share of it."""
@@ -59,21 +61,37 @@ class LiveState:
         return {name: Fragment(place.start, place.view(place.holder)) for name, place in self._places.items()}
 
     def snapshot(self, ema: Mapping[str, Fragment] | None) -> Snapshot:
-        """Copies in host memory of this rank's part of everything. Collective at stage 3."""
-        kinds = {WEIGHTS: {name: _copied(fragment) for name, fragment in self.fragments().items()}}
+        """Copies in host memory of this rank's part of everything; `before_change` has to be called before its next change.
+        Collective at stage 3, where what no rank holds alone is gathered one parameter at a time."""
+        kinds = {WEIGHTS: self.fragments()}
         for moment in MOMENTS:
-            kinds[moment] = {name: _copied(self._moment(place, moment)) for name, place in self._places.items()}
+            kinds[moment] = {name: self._moment(place, moment) for name, place in self._places.items()}
         if ema is not None:
-            kinds[EMA] = {name: _copied(fragment) for name, fragment in ema.items()}
-        whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in self._whole()}
+            kinds[EMA] = dict(ema)
+        buffers, gathered = {}, {}
+        for name, value in self._whole():
+            if hasattr(value, "ds_id"):
+                gathered[name] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                buffers[f"whole/{name}"] = value.detach()
+        parts = {f"{kind}/{name}": part.values for kind, by_name in kinds.items() for name, part in by_name.items()}
+        copies, arrived = self._copies.take(parts, buffers)
+        fragments = {kind: {name: Fragment(part.start, copies[f"{kind}/{name}"]) for name, part in by_name.items()}
+                     for kind, by_name in kinds.items()}
+        whole = {name.partition("/")[2]: copies[name] for name in buffers} | gathered
         return Snapshot(tensor_rank=self._topology.tensor_rank, data_rank=self._topology.data_rank,
-                        layout=self._layout(list(kinds), whole), fragments=kinds, whole=whole)
+                        layout=self._layout(list(kinds), whole), fragments=fragments, whole=whole, arrived=arrived)
+
+    def before_change(self) -> None:
+        """Keep the next change of weights, moments and average from overtaking the copies of a snapshot."""
+        self._copies.guard()
 
     @torch.no_grad()
     def restore(self, saved: SavedEngine, ema: Mapping[str, Fragment] | None) -> None:
         """Put back what snapshots of any layout hold. Collective. Raises InputError when the network is another one."""
         rank = {"tensor_rank": self._topology.tensor_rank, "tensor_size": self._topology.tensor_size}
         self._check(saved)
+        self.before_change()
         for name, place in self._find_places(share=False).items():
             stop = place.start + place.size
             for kind in (WEIGHTS, *MOMENTS):
@@ -231,10 +249,6 @@ class LiveState:
             for half, full in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])):
                 for low, values in zip(half, full):
                     low.data.copy_(values.data)
-
-
-def _copied(fragment: Fragment) -> Fragment:
-    return Fragment(fragment.start, fragment.values.to("cpu", copy=True))
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

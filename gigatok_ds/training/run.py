@@ -14,6 +14,7 @@ from gigatok_ds.config.load import differing_keys, load_recipe, save_resolved
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
+from gigatok_ds.parallel.cuda_queues import order_kernels
 from gigatok_ds.training.branch import check_branch, record_branch
 from gigatok_ds.training.wandb_log import check_wandb
 
@@ -76,6 +77,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. `faults` happen on purpose
     (training.injection). Raises InputError for anything the user can mend.
     """
+    from gigatok_ds.parallel.timeouts import collective_timeout, outlast_watchdog
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.training.compile import left_eager
     from gigatok_ds.training.data_record import record_data
@@ -83,9 +85,11 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     from gigatok_ds.training.history import tell
     from gigatok_ds.training.loop import train
 
+    order_kernels(recipe.parallel.tensor)
     branch = check_run(recipe, run_dir, branch_from)
     parallel = recipe.parallel
-    topology = start_process_group(tensor_size=parallel.tensor, sequence_parallel=parallel.sequence)
+    topology = start_process_group(tensor_size=parallel.tensor, sequence_parallel=parallel.sequence,
+                                   timeout=collective_timeout(recipe.monitor.stall_seconds))
     try:
         with watch_ranks(topology, lambda text: tell(run_dir, "failed", reason=_last_line(text))) as end:
             settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
@@ -95,6 +99,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                 tell(run_dir, "started", ranks=topology.world_size, command=sys.argv)
             topology.barrier()
             task = _task(recipe)(recipe, topology, settings)
+            outlast_watchdog(recipe.monitor.stall_seconds)
             if faults:
                 from gigatok_ds.training.injection import inject
 

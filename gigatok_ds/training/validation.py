@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import evaluation_batches
+from gigatok_ds.data.prefetch import on_device
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.code_metrics import entropy_of_counts, usage_of_counts
 from gigatok_ds.evaluation.distribution import FeatureStatistics, frechet_distance
@@ -52,22 +54,29 @@ class TokenizerValidation:
         sums = torch.zeros(len(names), dtype=torch.float64, device=topology.device)
         codebook_size = self.recipe.model.quantizer.codebook_size
         counts = torch.zeros(codebook_size + 1, dtype=torch.int64, device=topology.device)
-        for batch in evaluation_batches(self.index, self.recipe.model.image_size, self.batch_size, topology.rank,
-                                        topology.world_size, images=self.images):
-            pixels, valid = batch["images"].to(topology.device), batch["valid"].to(topology.device)
+        for batch in self._batches():
+            pixels, count = batch["images"], int(batch["valid"].sum())
             output = network(pixels)
-            if not valid.any():
+            if not count:
                 continue
-            images, restored = pixels[valid], output.reconstruction.float()[valid]
+            images, restored = pixels[:count], output.reconstruction.float()[:count]
             distances = [psnr(images, restored), *([self._lpips_of(images, restored)] if self.lpips else [])]
             sums += torch.stack([values.double().sum() for values in distances])
-            codes = topology.own_images(output.codes)[valid]
+            codes = topology.own_images(output.codes)[:count]
             counts += torch.bincount(codes.flatten() + 1, minlength=len(counts))  # -1, no code, counts as the first
             if fid:
                 fid.add(images, restored)
         means = topology.sum_over_ranks(sums) / self.images
         figures = dict(zip(names, means.tolist())) | _codebook_figures(topology.sum_over_ranks(counts))
         return figures | fid.figure() if fid else figures
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """This rank's images, decoded by processes of their own as those of training are, the next ones on their way already."""
+        device = self.topology.device
+        batches = evaluation_batches(self.index, self.recipe.model.image_size, self.batch_size, self.topology.rank,
+                                     self.topology.world_size, images=self.images, as_bytes=True,
+                                     workers=self.recipe.data.workers, pin_memory=device.type == "cuda")
+        return on_device(batches, ("images",), device)
 
     def _fid_is_due(self, step: int) -> bool:
         every = self.recipe.validation.fid_every
