@@ -66,7 +66,11 @@ def test_each_report_is_of_its_own_steps():
     ("NVIDIA H200 NVL", "bf16", False, 835.5),
     ("NVIDIA B200", "bf16", False, 2250.0),
     ("NVIDIA GB200", "bf16", False, 2500.0),
-    ("NVIDIA GeForce RTX 4090", "bf16", False, None),
+    ("NVIDIA GeForce RTX 4090", "bf16", False, 165.2),
+    ("NVIDIA RTX 6000 Ada Generation", "fp32", True, 182.1),
+    ("AMD Instinct MI300X", "bf16", False, 1307.4),
+    ("NVIDIA GB300", "bf16", False, 2500.0),
+    ("Tesla T4", "fp16", False, None),
 ])
 def test_peaks_are_found_by_name(name, precision, tf32, peak):
     assert peak_tflops(name, precision, tf32=tf32) == peak

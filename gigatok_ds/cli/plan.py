@@ -20,13 +20,16 @@ HELP = "what a recipe takes on a cluster: memory, time, the best layout"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from gigatok_ds.planning.devices import DEVICES, SPEC_HELP
+
     parser.add_argument("recipe", help="name of a recipe (see: gigatok-ds recipes) or path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings, e.g. training.global_batch_size=512")
     parser.add_argument("--cluster", required=True, metavar="HOSTSxGPUSxDEVICE",
-                        help="such as 8x8xH100; devices: A100-40GB, A100-80GB, H100, H200, B200")
+                        help=f"such as 8x8xH100; devices: {', '.join(DEVICES)}, and that of --gpu-spec")
+    parser.add_argument("--gpu-spec", metavar="SPEC", help=SPEC_HELP)
     parser.add_argument("--memory-gb", type=float, metavar="N", help="memory of a GPU, 10^9 bytes (default: its data sheet's)")
     parser.add_argument("--network-gbps", type=float, metavar="N",
-                        help="bits per second between hosts, 10^9 for each GPU (default: 200 for A100, 400 for others)")
+                        help="bits per second between hosts, 10^9 for each GPU (default: its reference system's)")
     parser.add_argument("--calibrate", type=Path, action="append", default=[], metavar="RUN",
                         help="scale step times by those of this run directory, from the same kind of GPU (several: their mean)")
     parser.add_argument("--zero", type=int, choices=range(4), help="plan this ZeRO stage instead of the best one")
@@ -39,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.config.load import load_recipe
     from gigatok_ds.files import write_atomically
     from gigatok_ds.planning.cluster import parse_cluster
+    from gigatok_ds.planning.devices import parse_gpu_spec
     from gigatok_ds.planning.planner import Planner
     from gigatok_ds.planning.report import figures, text
     from gigatok_ds.planning.speed import Assumptions
 
     recipe = load_recipe(args.recipe, args.overrides)
-    cluster = parse_cluster(args.cluster, memory_gb=args.memory_gb, network_gbps=args.network_gbps)
+    described = None if args.gpu_spec is None else parse_gpu_spec(args.gpu_spec)
+    cluster = parse_cluster(args.cluster, memory_gb=args.memory_gb, network_gbps=args.network_gbps, described=described)
     assumptions = Assumptions()
     if args.calibrate:
         from gigatok_ds.planning.calibration import calibrated

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def laid_out(x: Tensor) -> Tensor:
     """x (B, C, H, W) in the memory layout that convolutions of its device prefer."""
-    return x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
+    return x.contiguous(memory_format=torch.contiguous_format if x.device.type == "cpu" else torch.channels_last)
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from gigatok_ds.config.recipe import Recipe
-from gigatok_ds.planning.cluster import Cluster, device_named, this_cpu
+from gigatok_ds.planning.cluster import Cluster
+from gigatok_ds.planning.devices import device_named, this_cpu
 from gigatok_ds.planning.planner import Plan, Planner
 from gigatok_ds.planning.speed import Assumptions
 

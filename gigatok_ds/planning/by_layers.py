@@ -39,21 +39,21 @@ def _minus(later: MicroBatch, earlier: MicroBatch) -> MicroBatch:
     return MicroBatch(*(after - before for after, before in zip(later, earlier)))
 
 
-def rehearse(recipe: Recipe, samples: int, step: int) -> MicroBatch:
-    """What `Rehearsal(recipe).micro_batch(samples, step)` gives.
+def rehearse(recipe: Recipe, samples: int, step: int, *, compiled: bool = False) -> MicroBatch:
+    """What `Rehearsal(recipe, compiled=compiled).micro_batch(samples, step)` gives.
 
     The most that is alive is so while all layers keep their bytes, whatever else is alive at that moment.
     """
     depths = depths_of(recipe)
     fewest = {side: min(layers, _fewest(recipe, side)) for side, layers in depths.items()}
     if fewest == depths or recipe.parallel.recompute_every > 1:  # then neighbouring layers are not alike
-        return Rehearsal(recipe).micro_batch(samples, step)
-    rehearsal = Rehearsal(with_depths(recipe, fewest))
+        return Rehearsal(recipe, compiled=compiled).micro_batch(samples, step)
+    rehearsal = Rehearsal(with_depths(recipe, fewest), compiled=compiled)
     layers = {side: _OneLayer(of_side, rehearsal) for side, of_side in _layers(rehearsal).items()}
-    total = rehearsal.micro_batch(samples, step)
+    total = rehearsal.run(samples, step)
     for side, layer in layers.items():
         total = MicroBatch(*(value + (depths[side] - fewest[side]) * more for value, more in zip(total, layer.added())))
-    return total
+    return rehearsal.as_compiled(total, samples)
 
 
 def _layers(rehearsal: Rehearsal) -> dict[str, Iterable[nn.Module]]:
@@ -81,6 +81,4 @@ def with_depths(recipe: Recipe, depths: Mapping[str, int]) -> Recipe:
 def _fewest(recipe: Recipe, side: str) -> int:
     """The layer before the last is read. The first one may differ, and a semantic head needs its layer."""
     head = getattr(recipe.model, "semantic_head", None)
-    if side == "size":
-        return 3 if recipe.model.drop_path else 2
-    return max(2, head.depth) if side == "decoder" and head else 2
+    return max(3, head.depth) if side == "decoder" and head else 3

@@ -50,7 +50,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a layout takes of each rank. `model_flops` are of one step, all ranks together."""
+    """What a layout takes of each rank."""
 
     layout: Layout
     accumulation: int
@@ -60,7 +60,6 @@ class Plan:
     traffic: Traffic
     time: StepTime
     micro: MicroBatch
-    model_flops: int
 
     @property
     def fits(self) -> bool:
@@ -89,27 +88,35 @@ class Planner:
         return round(per_sample * self.recipe.training.global_batch_size)
 
     @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled; on CPUs they are counted as if they were not."""
+        return self.recipe.training.compile != "none" and self.cluster.device.is_gpu
+
+    @property
     def usable(self) -> float:
         """Bytes of a GPU that training can fill."""
         return self.cluster.device.memory * self.assumptions.memory - self.assumptions.reserved
 
-    def plan(self, layout: Layout) -> Plan:
-        """What `layout` takes. Raises InputError for one that the recipe or the cluster cannot have."""
+    def plan(self, layout: Layout, found: MicroBatch | None = None) -> Plan:
+        """What `layout` takes, or would if all its micro batches took what was `found` of one. Raises InputError for a layout that the
+        recipe or the cluster cannot have."""
         recipe, data = layout.applied_to(self.recipe), self._data_ranks(layout.tensor)
         settings, _ = resolve_deepspeed(zero_settings(layout.stage), recipe, data_parallel_size=data)
         zero, accumulation = settings["zero_optimization"], settings["gradient_accumulation_steps"]
-        by_step = self._micro_batches(layout)
+        last = longest(self.phases).step
+        by_step = {last: found} if found else self._micro_batches(layout)
         networks = self._shapes_of(recipe, layout.tensor, layout.sequence)
         elements = networks.elements
-        micro = by_step[longest(self.phases).step]
+        micro = by_step[last]
         traffic = traffic_of(micro, cluster=self.cluster, tensor=layout.tensor, accumulation=accumulation, zero=zero,
                              half=recipe.training.precision != "fp32", elements=elements)
         time = step_time(micro, traffic, cluster=self.cluster, accumulation=accumulation, precision=recipe.training.precision,
-                         own_elements=elements / (data if layout.stage else 1), assumptions=self.assumptions)
-        memory = memory_of(recipe, networks, max(found.kept for found in by_step.values()), zero=zero, data_ranks=data,
+                         stage=layout.stage, elements=elements, own_elements=elements / (data if layout.stage else 1),
+                         average=recipe.training.ema_decay is not None, assumptions=self.assumptions)
+        memory = memory_of(recipe, networks, max(each.kept for each in by_step.values()), zero=zero, data_ranks=data,
                            fused_update=True)
         return Plan(layout=layout, accumulation=accumulation, data_ranks=data, memory=memory, usable=self.usable,
-                    traffic=traffic, time=time, micro=micro, model_flops=self.model_flops)
+                    traffic=traffic, time=time, micro=micro)
 
     def recommended(self) -> Plan:
         """The fastest layout that fits. Of those within 3 % of it, the plainest.
@@ -216,7 +223,7 @@ class Planner:
         key = (layout.tensor, layout.sequence, layout.recompute)
         if key not in self._rehearsed:
             recipe = replace(layout, micro=samples).applied_to(self.recipe)
-            self._rehearsed[key] = {step: micro_batch(recipe, samples, step) for step in self.steps}
+            self._rehearsed[key] = {step: micro_batch(recipe, samples, step, compiled=self.compiled) for step in self.steps}
         return {step: found.of_samples(layout.micro / samples) for step, found in self._rehearsed[key].items()}
 
     @property

@@ -18,18 +18,18 @@ from pathlib import Path
 from gigatok_ds.config.load import load_recipe, recipe_names, recipe_to_dict
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.files import write_atomically
-from gigatok_ds.planning.rehearsed import MicroBatch, Shapes
+from gigatok_ds.planning.rehearsed import MicroBatch, Shapes, from_list
 
 FILE = Path(__file__).with_suffix(".json")
 
 
-def micro_batch(recipe: Recipe, samples: int, step: int) -> MicroBatch:
+def micro_batch(recipe: Recipe, samples: int, step: int, *, compiled: bool) -> MicroBatch:
     """What `rehearse` gives: looked up, or else rehearsed."""
-    if known := _known().get(_key(recipe, samples, step)):
-        return MicroBatch(*known)
+    if known := _known().get(_key(recipe, samples, step, compiled)):
+        return from_list(known)
     from gigatok_ds.planning.by_layers import rehearse
 
-    return rehearse(recipe, samples, step)
+    return rehearse(recipe, samples, step, compiled=compiled)
 
 
 def shapes(recipe: Recipe) -> Shapes:
@@ -71,7 +71,8 @@ def rehearsals(name: str) -> Iterator[tuple[str, list | dict]]:
         layout = Layout(tensor=1, sequence=False, stage=1, micro=REHEARSED, recompute=recompute)
         for step in planner.steps:
             spread = layout.applied_to(recipe)
-            yield _key(spread, REHEARSED, step), list(rehearse(spread, REHEARSED, step))
+            found = rehearse(spread, REHEARSED, step, compiled=planner.compiled)
+            yield _key(spread, REHEARSED, step, planner.compiled), found.as_list()
 
 
 def main() -> None:

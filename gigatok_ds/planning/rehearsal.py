@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,11 @@ from gigatok_ds.parallel.partial import is_partial
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.planning.local_layers import LocalLayers, Traffic
-from gigatok_ds.planning.meter import Meter
+from gigatok_ds.planning.compiled import Block, passes_of, signature_of
+from gigatok_ds.planning.floor import Floor
+from gigatok_ds.planning.meter import BlockPass, Meter
 from gigatok_ds.planning.rehearsed import MicroBatch, Shapes
+from gigatok_ds.planning.work import Work
 from gigatok_ds.precision import PRECISIONS
 from gigatok_ds.training.tokenizer_step import TokenizerStep
 
@@ -48,13 +52,9 @@ def without_files(loss: TokenizerLossConfig) -> TokenizerLossConfig:
 
 def build_trained(recipe: Recipe, layers: Layers) -> dict[str, nn.Module]:
     """The networks that are trained, on the current device: of a tokenizer's recipe, `generator` and `discriminator`."""
-    every = recipe.parallel.recompute_every
     if isinstance(recipe, GPTRecipe):
-        network = GPT(recipe.model, layers)
-        recompute_(network, every_block=every)
-        return {"gpt": network}
+        return {"gpt": GPT(recipe.model, layers)}
     tokenizer = Tokenizer(recipe.model, layers)
-    recompute_(tokenizer, every_block=every, cnn=recipe.parallel.recompute_cnn)
     adversarial = without_files(recipe.loss).adversarial
     if not adversarial:
         return {"generator": tokenizer}
@@ -100,20 +100,45 @@ def _bytes_of(network: nn.Module) -> int:
 
 
 class Rehearsal:
-    """The networks of a recipe's training, as one tensor rank has them, without storage."""
+    """The networks of a recipe's training, as one tensor rank has them, without storage.
 
-    def __init__(self, recipe: Recipe):
+    compiled: what `training.compile` compiles on a GPU counts as it is compiled (planning.compiled). floor: is fed with what runs.
+    """
+
+    def __init__(self, recipe: Recipe, *, compiled: bool = False, floor: Floor | None = None):
         self.recipe = recipe
         self.layers = layers_of(recipe)
         self.traffic = getattr(self.layers, "traffic", Traffic(1))
-        self.meter = Meter()
+        self.meter = Meter(floor)
         with META:
             trained = build_trained(recipe, self.layers)
         self.objective = objective_of(recipe)
+        self.blocks: dict[Hashable, Block] = {}
+        for name, network in trained.items():
+            if compiled and name != "discriminator":
+                self._compile(network)
+            if name != "discriminator":
+                recompute_(network, every_block=recipe.parallel.recompute_every,
+                           cnn=getattr(recipe.parallel, "recompute_cnn", False))
         self.trained = {name: _trained(network, PRECISIONS[recipe.training.precision]) for name, network in trained.items()}
         if recipe.parallel.tensor > 1:
             self._count_partial_gradients()
         self.engines = {name: _Bare(network, self.meter) for name, network in self.trained.items()}
+
+    def _compile(self, network: nn.Module) -> None:
+        """Where training.compile compiles: inside of what recomputes."""
+        for block in network.modules():
+            if getattr(block, "recompute_unit", None):
+                block.forward = functools.partial(self._run_block, block, block.forward)
+
+    def _run_block(self, block: nn.Module, forward, *arguments, **options):
+        signature = signature_of(block, arguments, options)
+        if signature not in self.blocks:
+            like = [value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+                    for value in arguments]
+            self.blocks[signature] = Block(block, forward, tuple(like), options)
+        with self.meter.inside(signature):
+            return forward(*arguments, **options)
 
     def _count_partial_gradients(self) -> None:
         """What is sent to sum what tensor ranks know of a parameter's gradient by their part of the data only."""
@@ -124,6 +149,10 @@ class Rehearsal:
 
     def micro_batch(self, samples: int, step: int) -> MicroBatch:
         """A micro batch of so many samples of a data rank, in the 1-based `step`. Once only."""
+        return self.as_compiled(self.run(samples, step), samples)
+
+    def run(self, samples: int, step: int) -> MicroBatch:
+        """As `micro_batch`, with compiled blocks still to be counted by `as_compiled`."""
         with self.meter:
             for network in [*self.trained.values(), *filter(None, [self.objective])]:
                 self.meter.ignore([*network.parameters(), *network.buffers()])
@@ -136,7 +165,19 @@ class Rehearsal:
     def so_far(self) -> MicroBatch:
         """What has been counted until now; kept is what is alive now."""
         meter = self.meter
-        return MicroBatch(kept=meter.alive, flops=meter.flops, model=meter.model, kernels=meter.kernels, sent=self.traffic.total)
+        return MicroBatch(kept=meter.alive, flops=meter.flops, model=meter.model, sent=self.traffic.total, work=Work(meter.calls))
+
+    def as_compiled(self, found: MicroBatch, samples: int) -> MicroBatch:
+        """With the kernels that compiled blocks run."""
+        total, sent = Work(), self.traffic.sent.copy()
+        for call, count in found.work.calls.items():
+            if isinstance(call, BlockPass):
+                with dropout_at(0, torch.zeros(samples, dtype=torch.int64, device=META)):
+                    total += count * passes_of(call.signature, self.blocks[call.signature])[call.backward]
+            else:
+                total += Work({call: count})
+        self.traffic.sent = sent  # of what was traced again
+        return found._replace(work=total)
 
     def _tokenizer(self, samples: int, step: int) -> None:
         tensor, size = self.recipe.parallel.tensor, self.recipe.model.image_size

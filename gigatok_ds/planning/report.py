@@ -27,15 +27,22 @@ def figures(planner: Planner, plan: Plan, choices: list[Plan]) -> dict:
         "recompute": [{"recompute": choice.layout.recompute, "activations": choice.memory.activations,
                        "peak": choice.memory.peak, "fits": choice.fits, "step_seconds": choice.time.seconds}
                       for choice in choices],
-        "flops": {"model": plan.model_flops, "hardware": hardware(plan, cluster.ranks)},
+        "flops": {"model": planner.model_flops, "hardware": hardware(plan, cluster.ranks)},
         "sent_per_gpu": dataclasses.asdict(plan.traffic),
         "step": {**{name: value for name, value in dataclasses.asdict(time).items() if name != "factor"},
-                 "seconds": time.seconds, "mfu": plan.model_flops / time.seconds / peak,
+                 "by_group": _by_group(planner, plan), "seconds": time.seconds, "mfu": planner.model_flops / time.seconds / peak,
                  "hfu": hardware(plan, cluster.ranks) / time.seconds / peak,
                  "samples_per_second": recipe.training.global_batch_size / time.seconds},
         "run": {"steps": recipe.training.steps, "days": hours / 24, "gpu_hours": hours * cluster.ranks},
         "assumptions": [f"all {recipe.training.steps:,} steps are like those {_most(planner)}", *planner.assumptions.lines()],
     }
+
+
+def _by_group(planner: Planner, plan: Plan) -> dict[str, float]:
+    """Seconds of a step's computing, the longest first."""
+    shares = plan.micro.work.shared(lambda operation: operation.group, planner.assumptions.rates(planner.cluster.device))
+    found = {group: plan.accumulation * share.seconds for group, share in shares.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def hardware(plan: Plan, ranks: int) -> float:
@@ -72,9 +79,10 @@ def text(found: dict, recipe: Recipe) -> str:
         f"  FLOPs: model {found['flops']['model']:.4e}, hardware {found['flops']['hardware']:.4e}",
         "  sent per GPU, GB: " + ", ".join(f"{name.replace('_', ' ')} {value / GB:.3f}"
                                            for name, value in found["sent_per_gpu"].items()),
-        f"  {step['seconds']:.3f} s: computing {step['computing']:.3f}"
-        f"{' (bound by starting kernels)' if step['launch_bound'] else ''}, tensor traffic {step['tensor_traffic']:.3f}, "
-        f"update {step['update']:.3f}, data traffic that shows {step['exposed_data_traffic']:.3f}",
+        f"  {step['seconds']:.3f} s: computing {step['computing']:.3f}, of which kernels wait to be started {step['starting']:.3f}, "
+        f"tensor traffic {step['tensor_traffic']:.3f}, update {step['update']:.3f}, data traffic that shows "
+        f"{step['exposed_data_traffic']:.3f}",
+        "  computing by kind: " + ", ".join(f"{group} {seconds:.3f}" for group, seconds in step["by_group"].items()),
         f"  MFU {step['mfu']:.1%}, HFU {step['hfu']:.1%}, {step['samples_per_second']:,.0f} {what} per second",
         "",
         f"{run['steps']:,} steps: {run['days']:.2f} days, {run['gpu_hours']:,.0f} GPU-hours",

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gigatok_ds.planning.cluster import Cluster
+from gigatok_ds.planning.cluster import Cluster, Device
 from gigatok_ds.planning.rehearsed import MicroBatch
+from gigatok_ds.planning.update import bucket_bytes, update_bytes
+from gigatok_ds.planning.work import Rates
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """What no data sheet says. `measured` scales step times by what calibration runs took: 1 without any."""
 
-    compute: float = 0.40  # of a GPU's peak, in matrix products and convolutions
-    kernel_seconds: float = 7e-6  # to start a kernel; a GPU waits where its kernels are shorter
+    compute: float = 0.70  # of a GPU's peak, in matrix products, convolutions and attention
+    bandwidth: float = 0.85  # of its memory's
+    kernel_seconds: float = 4e-6  # to start a kernel; a GPU waits where its kernels are shorter
     links: float = 0.70  # of a link's bandwidth
     overlap: float = 0.70  # of the data ranks' traffic that is hidden behind the backward pass
     memory: float = 0.94  # of a GPU's memory, since the allocator leaves gaps
@@ -23,14 +26,19 @@ class Assumptions:
 
     def lines(self) -> list[str]:
         return [
-            f"matrix products and convolutions run at {self.compute:.0%} of the GPU's dense peak",
-            f"a kernel takes at least {self.kernel_seconds * 1e6:g} microseconds to start",
+            f"matrix products, convolutions and attention run at {self.compute:.0%} of the GPU's dense peak",
+            f"kernels move their bytes at {self.bandwidth:.0%} of its memory's bandwidth",
+            f"a kernel takes at least {self.kernel_seconds * 1e6:g} microseconds to start, and longest of the three",
             f"links give {self.links:.0%} of their bandwidth, collectives are rings",
             f"{self.overlap:.0%} of the traffic between data ranks hides behind the backward pass",
             f"{self.memory:.0%} of the GPU's memory less {self.reserved / 1e9:g} GB can be filled",
             "data is never waited for; validation and checkpoints are not counted",
             *([f"step times are multiplied by {self.measured:.3f}, as measured by --calibrate"] if self.measured != 1 else []),
         ]
+
+    def rates(self, device: Device) -> Rates:
+        return Rates(products={kind: self.compute * peak for kind, peak in device.peaks.items()},
+                     bandwidth=self.bandwidth * device.memory_bandwidth, launch=self.kernel_seconds if device.is_gpu else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +52,31 @@ class Traffic:
     data_inside: float
     data_between: float
 
+    @property
+    def total(self) -> float:
+        return self.tensor + self.data_inside + self.data_between
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one optimizer step, and what they are made of."""
+    """Seconds of one optimizer step, and what they are made of. starting: of those of computing, what kernels that are shorter than
+    it takes to start them wait for."""
 
     computing: float
+    starting: float
     tensor_traffic: float
     update: float
     exposed_data_traffic: float
-    launch_bound: bool
     factor: float = 1.0
 
     @property
     def seconds(self) -> float:
         return self.factor * (self.computing + self.tensor_traffic + self.update + self.exposed_data_traffic)
+
+    @property
+    def launch_bound(self) -> bool:
+        """Whether larger micro batches would be noticeably faster."""
+        return self.starting > 0.03 * self.computing
 
 
 def traffic_of(micro: MicroBatch, *, cluster: Cluster, tensor: int, accumulation: int, zero: Mapping, half: bool,
@@ -76,19 +94,20 @@ def traffic_of(micro: MicroBatch, *, cluster: Cluster, tensor: int, accumulation
     return Traffic(tensor=accumulation * micro.sent, data_inside=sent if in_host > 1 else 0.0, data_between=sent / in_host)
 
 
-def step_time(micro: MicroBatch, traffic: Traffic, *, cluster: Cluster, accumulation: int, precision: str, own_elements: float,
-              assumptions: Assumptions) -> StepTime:
-    """own_elements: parameters that this rank's optimizer updates."""
-    device = cluster.device
-    computed = micro.flops / (device.peak(precision) * assumptions.compute)
-    started = micro.kernels * assumptions.kernel_seconds
+def step_time(micro: MicroBatch, traffic: Traffic, *, cluster: Cluster, accumulation: int, precision: str, stage: int,
+              elements: float, own_elements: float, average: bool, assumptions: Assumptions) -> StepTime:
+    """stage: of ZeRO. elements: trained parameters of a tensor rank; own_elements: those that this rank's optimizer updates, of
+    which it keeps an average if `average`."""
+    device, how = cluster.device, {"half": precision != "fp32", "partitioned": stage > 0}
+    rates = assumptions.rates(device)
     data_seconds = max(traffic.data_inside / (device.link * assumptions.links),
                        traffic.data_between / (device.network * assumptions.links))
+    moved = own_elements * sum(update_bytes(**how, average=average).values()) + accumulation * elements * bucket_bytes(**how)
     return StepTime(
-        computing=accumulation * max(computed, started),
+        computing=accumulation * micro.work.seconds(rates),
+        starting=accumulation * micro.work.starting(rates),
         tensor_traffic=traffic.tensor / (device.link * assumptions.links),
-        update=28 * own_elements / device.memory_bandwidth,  # reads and writes of float32 weights, moments and gradients
+        update=moved / rates.bandwidth,
         exposed_data_traffic=(1 - assumptions.overlap) * data_seconds,
-        launch_bound=started > computed,
         factor=assumptions.measured,
     )
