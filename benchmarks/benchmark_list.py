@@ -69,6 +69,9 @@ BENCHMARKS = {
     "cuda-resources": Benchmark(
         script="cuda_resources.py", measures="registers and spills of the CUDA kernels (needs nvcc, no GPU)",
         quick="--arch 90", minutes=2),
+    "gpu-roofline": Benchmark(
+        script="gpu_roofline.py", measures="model FLOP utilisation on an H100, predicted by counting (needs no GPU)",
+        options="--all", quick="GPT-B", minutes=8),
     # None of these has been run yet: no GPU.
     "quantizer-gpu": Benchmark(
         script="quantizer.py", measures="the same on a GPU, torch.compile among the references",

@@ -1,4 +1,4 @@
-"""How a training step would use a GPU, by counting what the training's own code computes and moves. No GPU is needed, and none is used.
+"""How a training step would use a GPU, by counting what the training's own code computes and moves. No GPU is needed or used.
 
     python benchmarks/gpu_roofline.py VQ_SS256                       # where the time goes, phase by phase
     python benchmarks/gpu_roofline.py GPT-XXL --micro 64 --gpu B200 --tensor 2 model.residual_dropout=0
@@ -128,7 +128,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, metavar="N", help="the phase of this step only")
     parser.add_argument("--captured", action="store_true", help="starting kernels takes no time, as from a CUDA graph")
     figures.add_option(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.all and arguments.recipe and "=" in arguments.recipe:
         arguments.overrides, arguments.recipe = [arguments.recipe, *arguments.overrides], None
     if arguments.all == (arguments.recipe is not None):

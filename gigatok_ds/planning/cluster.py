@@ -41,7 +41,8 @@ def parse_cluster(text: str, *, memory_gb: float | None = None, network_gbps: fl
     hosts, per_host, name = int(match[1] or 1), int(match[2]), match[3]
     known = DEVICES | {"CPU": this_cpu(per_host or 1)} | ({described.name: described} if described else {})
     if name not in known:
-        raise InputError(f"--cluster is {text!r}, but {name!r} is not known; known are {', '.join(known)}, and what --gpu-spec describes")
+        raise InputError(f"--cluster is {text!r}, but {name!r} is not known; known are {', '.join(known)}, and what --gpu-spec "
+                         "describes")
     if not (hosts and per_host):
         raise InputError(f"--cluster is {text!r}; it needs at least one host and one GPU")
     device = known[name]

@@ -1,7 +1,7 @@
 """What a compiled block runs on a GPU: the kernels that torch's Inductor would make of it, without making them and without a GPU.
 
-A block is traced forward and backward, cut in two where the compiler would cut it (min-cut), lowered for a GPU that is only claimed to
-be there, and scheduled: Inductor's own scheduler says what is fused with what, and which bytes each kernel reads and writes
+A block is traced forward and backward, cut in two where the compiler would cut it (min-cut), lowered for a GPU that is only claimed
+to be there, and scheduled: Inductor's own scheduler says what is fused with what, and which bytes each kernel reads and writes
 (`BaseSchedulerNode.get_read_write_buffer_accesses`: every tensor at most once). No code is generated.
 
 What is left out: graph breaks, which would only add kernels, and patterns that Inductor replaces before it cuts the graph.
@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.planning.meter import as_on_a_gpu
-from gigatok_ds.planning.operators import FORMULAS, group_of, kind_of, name_of
+from gigatok_ds.planning.operators import FORMULAS, group_of, is_free, kind_of, name_of
 from gigatok_ds.planning.sources import Place, Sources
 from gigatok_ds.planning.work import Operation, Work
 
@@ -37,8 +37,17 @@ class Passes(NamedTuple):
     backward: Work
 
 
+class Looks(NamedTuple):
+    """What the compiler asks of a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
 class Block(NamedTuple):
-    """A block's module, what its forward pass is without a compiler, and arguments in which tensors say shape, type and layout."""
+    """A block's module, what its forward pass is without a compiler, and its arguments, with `Looks` instead of tensors."""
 
     module: nn.Module
     forward: Callable
@@ -49,16 +58,26 @@ class Block(NamedTuple):
 _COUNTED: dict[Hashable, Passes] = {}
 
 
-def signature_of(module: nn.Module, arguments: tuple, options: dict) -> Hashable:
+def block_of(module: nn.Module, forward: Callable, arguments: tuple, options: dict) -> Block:
+    """Keeps no tensor of the arguments."""
+    return Block(module, forward, *pytree.tree_map(_looks, (arguments, options)))
+
+
+def signature_of(block: Block) -> Hashable:
     """Equal for blocks of which the compiler makes the same."""
-    held = [(name, *_looks(tensor)) for name, tensor in [*module.named_parameters(), *module.named_buffers()]]
-    leaves, tree = pytree.tree_flatten((arguments, options))
-    return (repr(module), module.training, tuple(held), str(tree),
-            tuple(_looks(leaf) if isinstance(leaf, Tensor) else (type(leaf), str(leaf)) for leaf in leaves))
+    held = [(name, _looks(tensor)) for name, tensor in _held(block).items()]
+    leaves, tree = pytree.tree_flatten((block.arguments, block.options), is_leaf=_is_looks)
+    return repr(block.module), block.module.training, tuple(held), str(tree), tuple(map(str, leaves))
 
 
-def _looks(tensor: Tensor) -> tuple:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad
+def _held(block: Block) -> dict[str, Tensor]:
+    return dict([*block.module.named_parameters(), *block.module.named_buffers()])
+
+
+def _looks(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    return Looks(tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
 
 
 def passes_of(signature: Hashable, block: Block) -> Passes:
@@ -91,8 +110,8 @@ def _count(block: Block) -> Passes:
         return graph.forward
 
     with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _with_places():
-        held = {name: _like(tensor) for name, tensor in [*block.module.named_parameters(), *block.module.named_buffers()]}
-        arguments, options = pytree.tree_map(_like, (block.arguments, block.options))
+        held = {name: _like(_looks(tensor)) for name, tensor in _held(block).items()}
+        arguments, options = pytree.tree_map(_like, (block.arguments, block.options), is_leaf=_is_looks)
         bare = _Bare(block)
 
         def run(held: dict, arguments: tuple, options: dict):
@@ -114,11 +133,15 @@ class _Bare(nn.Module):
         return self._forward(*arguments, **options)
 
 
+def _is_looks(value: object) -> bool:
+    return isinstance(value, Looks)
+
+
 def _like(value: object) -> object:
-    """A tensor without storage of the same shape, type and layout."""
-    if not isinstance(value, Tensor):
+    """A tensor without storage that looks so."""
+    if not isinstance(value, Looks):
         return value
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    made = torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta")
     return made.requires_grad_(value.requires_grad)
 
 
@@ -208,6 +231,8 @@ def _operation(node) -> Operation | None:
     places = [origin.meta[_PLACE] for origin in origins if _PLACE in origin.meta and origin.meta[_PLACE].source]
     # What a library or a kernel of its own computes, or what is generated for all of these.
     called = _called(node, origins)
+    if called is not None and is_free(called.target):
+        return None
     if called is not None:
         values = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in called.args]
         formula, of_call = FORMULAS.get(called.target._overloadpacket), called.meta.get(_PLACE)

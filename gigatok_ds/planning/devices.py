@@ -45,8 +45,8 @@ def _device(name: str, gib: float, memory_tb: float, link_gb: float, network_gb:
                   network=network_gb * GB, peaks=peaks, cuda_name=cuda_name)
 
 
-# Data sheets: memory bandwidth; NVLink or Infinity Fabric (half of what is stated for both directions), PCIe 4 or 5 x16 where there is
-# neither; 200, 400 or 800 Gbit/s per GPU between hosts, 100 for workstations.
+# Data sheets: memory bandwidth; NVLink or Infinity Fabric (half of what is stated for both directions), PCIe 4 or 5 x16 where there
+# is neither; 200, 400 or 800 Gbit/s per GPU between hosts, 100 for workstations.
 DEVICES = {device.name: device for device in (
     _device("A100-40GB", 39.4, 1.555, 300, 25, "A100"),
     _device("A100-80GB", 79.2, 2.039, 300, 25, "A100"),

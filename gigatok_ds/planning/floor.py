@@ -1,9 +1,9 @@
 """The least that a step can take: every tensor that must cross memory crosses it once.
 
-Matrix products, convolutions, attention and the quantizer read their inputs and write their results, each at its stated rates. All that is
-between two of them is taken for one perfect kernel, of all operations that need equally many products before them: it reads each tensor
-from outside once, and writes once what is read outside of it. What the backward pass needs of such a kernel's inside is either
-written and read, or made again from what the kernel read, whichever moves less. Nothing takes time to start.
+Matrix products, convolutions, attention and the quantizer read their inputs and write their results, each at its stated rates. All
+that is between two of them is taken for one perfect kernel, of all operations that need equally many products before them: it reads
+each tensor from outside once, and writes once what is read outside of it. What the backward pass needs of such a kernel's inside is
+either written and read, or made again from what the kernel read, whichever moves less. Nothing takes time to start.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ CROSSINGS: dict[str, tuple[int, ...]] = {
 _PICKING = {"embedding", "index", "index_select", "gather", "slice_scatter"}
 # Nothing of what they change is read.
 _FILLING = {"fill_", "zero_", "copy_", "normal_", "uniform_"}
-# No kernel starts: they name memory, or ask about a tensor.
+# No kernel starts: they name memory, or ask about a tensor; or it is told as communication (planning.local_layers).
 _FREE = {"detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "empty", "empty_like", "new_empty", "empty_strided",
-         "new_empty_strided", "is_pinned", "set_", "resize_"}
+         "new_empty_strided", "is_pinned", "set_", "resize_", "exchanged"}
 _COPYING = {"clone", "_to_copy", "copy_", "contiguous", "cat", "stack", "repeat", "constant_pad_nd", "slice_backward",
             "select_backward", "split_with_sizes_copy", "fill_", "zero_", "zeros", "zeros_like", "ones", "ones_like", "full",
             "full_like", "new_zeros", "new_ones", "new_full", "arange", "scalar_tensor", "roll", "flip"}

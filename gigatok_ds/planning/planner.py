@@ -98,8 +98,8 @@ class Planner:
         return self.cluster.device.memory * self.assumptions.memory - self.assumptions.reserved
 
     def plan(self, layout: Layout, found: MicroBatch | None = None) -> Plan:
-        """What `layout` takes, or would if all its micro batches took what was `found` of one. Raises InputError for a layout that the
-        recipe or the cluster cannot have."""
+        """What `layout` takes, or would if all its micro batches took what was `found` of one. Raises InputError for a layout that
+        the recipe or the cluster cannot have."""
         recipe, data = layout.applied_to(self.recipe), self._data_ranks(layout.tensor)
         settings, _ = resolve_deepspeed(zero_settings(layout.stage), recipe, data_parallel_size=data)
         zero, accumulation = settings["zero_optimization"], settings["gradient_accumulation_steps"]

@@ -24,7 +24,7 @@ from gigatok_ds.parallel.partial import is_partial
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.planning.local_layers import LocalLayers, Traffic
-from gigatok_ds.planning.compiled import Block, passes_of, signature_of
+from gigatok_ds.planning.compiled import Block, block_of, passes_of, signature_of
 from gigatok_ds.planning.floor import Floor
 from gigatok_ds.planning.meter import BlockPass, Meter
 from gigatok_ds.planning.rehearsed import MicroBatch, Shapes
@@ -132,11 +132,9 @@ class Rehearsal:
                 block.forward = functools.partial(self._run_block, block, block.forward)
 
     def _run_block(self, block: nn.Module, forward, *arguments, **options):
-        signature = signature_of(block, arguments, options)
-        if signature not in self.blocks:
-            like = [value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-                    for value in arguments]
-            self.blocks[signature] = Block(block, forward, tuple(like), options)
+        described = block_of(block, forward, arguments, options)
+        signature = signature_of(described)
+        self.blocks.setdefault(signature, described)
         with self.meter.inside(signature):
             return forward(*arguments, **options)
 

@@ -16,7 +16,7 @@ _CARRIERS = ("planning/", "training/remembered_calls.py", "parallel/recompute.py
 # Code whose operations are named after it, whatever they are: file, and how the name of the class or function begins.
 _CONTEXTS = (
     ("models/quantizer.py", "VectorQuantizer", "quantizer"),
-    ("losses/perceptual.py", "PerceptualDistance", "frozen networks"),
+    ("losses/perceptual.py", "", "frozen networks"),
     ("losses/feature_distance.py", "", "frozen networks"),
     ("losses/semantic.py", "Teacher", "frozen networks"),
     ("models/dino_discriminator.py", "DinoDiscriminator.activations", "frozen networks"),
