@@ -9,7 +9,7 @@ from PIL import Image
 from test_transforms import encode, picture
 
 from gigatok_ds.data import fast
-from gigatok_ds.data.transforms import decode_image, resize_short_side, training_transform
+from gigatok_ds.data.transforms import decode_image, halved, resize_short_side, training_transform
 from gigatok_ds.errors import InputError
 
 SIZE = 64
@@ -46,8 +46,8 @@ def test_large_images_are_decoded_at_a_fraction(monkeypatch):
     sizes = []
     whole = fast._decode
 
-    def spy(data, short_side):
-        pixels = whole(data, short_side)
+    def spy(data, size, short_side):
+        pixels = whole(data, size, short_side)
         sizes.append((pixels.shape[:2], short_side))
         return pixels
 
@@ -58,6 +58,23 @@ def test_large_images_are_decoded_at_a_fraction(monkeypatch):
         assert width <= 350 and short_side <= min(height, width)
         assert psnr(exact, close) > 32
         assert psnr(exact, close.roll(1, 2)) < psnr(exact, close)  # and not displaced by a pixel
+
+
+@pytest.mark.parametrize("size", [256, *(pytest.param(size, marks=pytest.mark.slow) for size in (192, 128)), 64])
+def test_images_of_every_size_stay_where_they_are_at_every_scale(size):
+    """libjpeg's scaled image has ceil(side * k / 8) columns, which may stand for more than the image."""
+    exact, close = (training_transform(size, (1.0, 1.0), False, decoding) for decoding in ("exact", "fast"))
+    whole, found = photograph(600, 600), {}
+    for side in range(512, 601):
+        data = encode(whole.crop((0, 0, side, side)), "JPEG", quality=92)
+        found[side] = psnr(*(way.decode(data, "x", np.random.default_rng(0)) for way in (exact, close)))
+    multiples = min(value for side, value in found.items() if side % 8 == 0)
+    assert multiples > 43 and min(found.values()) > multiples - 3, min(found, key=found.get)
+
+
+def test_large_images_of_other_formats_are_halved_as_in_the_exact_way():
+    for size in ((700, 520), (701, 521), (1031, 640)):
+        assert psnr(*both(encode(photograph(*size), "PNG"))) > 55
 
 
 @pytest.mark.parametrize("kind, mode, options", [
@@ -106,7 +123,7 @@ def test_only_what_the_window_needs_is_resized(size):
         pixels = np.array(image)
         found = fast._window(pixels, image.size, crop._replace(mirrored=False), SIZE).int()
         whole = torch.nn.functional.interpolate(
-            torch.from_numpy(pixels).permute(2, 0, 1)[None], mode="bicubic", antialias=True,
+            torch.from_numpy(np.array(halved(image, crop.short_side))).permute(2, 0, 1)[None], mode="bicubic", antialias=True,
             size=resize_short_side(image, crop.short_side).size[::-1])[0].int()
         expected = whole[:, crop.top : crop.top + SIZE, crop.left : crop.left + SIZE]
         assert (found - expected).abs().max() <= 2

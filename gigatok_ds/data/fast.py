@@ -1,7 +1,8 @@
 """The fast way from a JPEG to a training crop: the same window, with small differences in its pixels.
 
-libjpeg-turbo decodes images that are at least twice too large at a fraction of their size, and torch's kernel for bytes
-resizes them. docs/data.md has the differences.
+libjpeg-turbo decodes images that are at least twice too large at 1/2, 1/4 or 1/8 of their size where both sides can be
+divided by as much, which takes the place of as many halvings, and torch's kernel for bytes resizes what is left of them.
+docs/data.md has the differences.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from gigatok_ds.data.transforms import (
@@ -19,10 +21,12 @@ from gigatok_ds.data.transforms import (
     TrainingTransform,
     check_shape,
     decode_image,
+    halved,
     resized_size,
 )
 
 _METADATA, _START_OF_SCAN = 0xE1, 0xDA  # JPEG markers: APP1 and SOS
+_SMALLEST = 8  # the decoder's smallest fraction is one of this
 _UP = 1 + 1e-9
 
 
@@ -34,7 +38,7 @@ class FastTransform(TrainingTransform):
         size = _size_of_plain_jpeg(data)
         if size is not None:
             crop = self.draw(size, rng)
-            pixels = _decode(data, crop.short_side)
+            pixels = _decode(data, size, crop.short_side)
             if pixels is not None:
                 return _window(pixels, size, crop, self.size)
         image = decode_image(data, name)
@@ -67,16 +71,26 @@ def _has_metadata(data: bytes) -> bool:
     return True
 
 
-def _decode(data: bytes, short_side: int) -> np.ndarray | None:
-    """RGB bytes (H, W, 3), at 1/2 or less where that leaves `short_side` pixels; None if the data is damaged."""
+def _decode(data: bytes, size: tuple[int, int], short_side: int) -> np.ndarray | None:
+    """RGB bytes (H, W, 3) of an image of `size` (width, height), halved as often as the decoder can; None if it is damaged.
+
+    Only whole pixels: of a side that does not divide, the decoder's last pixel stands for more than the image, and an odd
+    side is halved (`resize_short_side`) by other pairs behind its middle than before it.
+    """
+    (width, height), times = size, 1
+    while 2 * times <= _SMALLEST and min(size) >= 2 * times * short_side and width % (2 * times) == height % (2 * times) == 0:
+        times *= 2
     try:
-        return simplejpeg.decode_jpeg(data, min_height=short_side, min_width=short_side, min_factor=2)
+        return simplejpeg.decode_jpeg(data, min_height=height // times, min_width=width // times)
     except ValueError:
         return None
 
 
 def _window(pixels: np.ndarray, image_size: tuple[int, int], crop: Crop, size: int) -> Tensor:
+    """The crop of an image of `image_size` (width, height), of which `pixels` (H, W, 3) may have been halved already."""
     width, height = resized_size(image_size, crop.short_side)
+    if min(pixels.shape[:2]) >= 2 * crop.short_side:
+        pixels = np.array(halved(Image.fromarray(pixels), crop.short_side))
     rows, columns = pixels.shape[:2]
     part = pixels[: _needed(rows, height, crop.top + size), : _needed(columns, width, crop.left + size)]
     # Rounded up, so that a whole side becomes as long as it should.

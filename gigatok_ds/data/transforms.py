@@ -83,11 +83,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
     """Bicubic resize to the given short side, after halving large images with a box filter."""
-    image = _halved(image, short_side)
+    image = halved(image, short_side)
     return image.resize(_scaled_size(image.size, short_side), Image.Resampling.BICUBIC)
 
 
-def _halved(image: Image.Image, short_side: int) -> Image.Image:
+def halved(image: Image.Image, short_side: int) -> Image.Image:
+    """The image with its sides halved, rounded down, by a box filter as often as leaves `short_side` of the shorter one."""
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     return image
@@ -111,7 +112,7 @@ def resized_window(image: Image.Image, short_side: int, left: int, top: int, siz
     Pillow resizes each row by itself and then each column, so neither the rows that no pixel of the window is made of
     nor the columns beside it are needed. (With tall images version 13 begins with the columns.)
     """
-    image = _halved(image, short_side)
+    image = halved(image, short_side)
     width, height = _scaled_size(image.size, short_side)
     if image.height > 1.5 * image.width:
         return _window(image.resize((width, height), Image.Resampling.BICUBIC), left, top, size)
