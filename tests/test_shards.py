@@ -219,7 +219,7 @@ def test_plain_tars_are_indexed_once(tmp_path, monkeypatch):
     directory = plain_tar(tmp_path / "in/x.tar", [(folder, b""), *members])
     plain_tar(tmp_path / "in/y.tar", [("long" * 40 + ".jpg", encoded(2)), ("long" * 40 + ".cls", b"1")])
     index = ShardIndex.open(directory)
-    assert [index.key(i) for i in range(3)] == ["a", "sub_b", "long" * 40]
+    assert [index.key(i) for i in range(3)] == ["a", "sub/b", "long" * 40]
     assert index.labels.tolist() == [2, 0, 1] and index.classes == []
     assert [index.read(i) for i in range(3)] == [encoded(0, "PNG"), encoded(1), encoded(2)]
     monkeypatch.setattr(index_module, "scan_tar", None)
@@ -274,7 +274,8 @@ THREE_SAMPLES = [(f"{key}.{kind}", data) for key in "abc" for kind, data in (("c
     ([("a.jpg", IMAGE), ("a.cls", b"1.5")], "label of sample 'a'"),
     ([("a.jpg", IMAGE), ("a.cls", b"9" * 30)], "label of sample 'a'"),
     ([("a.jpg", IMAGE), ("a.png", IMAGE), ("a.cls", b"1")], "'a' occurs twice"),
-    ([("x/a.jpg", IMAGE), ("x_a.jpg", IMAGE)], "'x_a' occurs twice"),
+    ([("x/a.jpg", IMAGE), ("./x/a.jpg", IMAGE)], "'x/a' occurs twice"),
+    ([("a.jpg", b""), ("a.cls", b"1")], "'a' has no data: its file is empty"),
     ([("notes.txt", b"")], "no samples"),
 ])
 def test_a_bad_tar_is_refused(tmp_path, members, message):

@@ -117,7 +117,8 @@ def cut(path):
 @pytest.mark.parametrize("make, labels, message", [
     (lambda p: p / "nothing", None, "does not exist"),
     (val_tar, None, "give --labels"),
-    (folder, text_labels, "is a directory, leave it out"),
+    (folder, text_labels, "no line for n00000001/n00000001_5.JPEG"),
+    (class_tars, text_labels, "leave it out"),
     (train_tar, text_labels, "has classes, leave it out"),
     (val_tar, lambda p: p / "nothing.txt", "nothing.txt does not exist"),
     (val_tar, lambda p: devkit(p, (30, 10)), "the classes of 2 images; there are 3"),

@@ -2,7 +2,8 @@
 
   gigatok-ds check-shards shards/train
 
-The hash of every tar, its samples and labels are compared with the index, and every image is decoded as in training.
+Of the members of the tars it is told how many are samples, their labels, and left out for which reason. The hash of every
+tar, its samples and labels are compared with the index, and every image is decoded as in training.
 Of a URL (docs/data.md, "Remote shards") the copies in the cache are checked, fetched first where there are none yet.
 Exit code 1: something is damaged or has changed; each problem is one line.
 """

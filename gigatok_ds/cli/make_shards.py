@@ -4,15 +4,17 @@
   gigatok-ds make-shards ILSVRC2012_img_train.tar --out shards/train --prefix imagenet-train
   gigatok-ds make-shards ILSVRC2012_img_val.tar --labels ILSVRC2012_devkit_t12.tar.gz --out shards/val
 
-SOURCE is a directory with one sub-directory per class (or images of a single class), one of ImageNet's tars, which is
-not unpacked, a directory of its nNNNNNNNN.tar files, or a directory of shards, which are packed anew. Image files are
-stored as they are, unless --resize shrinks them. The same images and settings give the same bytes. Interrupted, the
+SOURCE is a directory with one sub-directory per class, one of ImageNet's tars, which is not unpacked, a directory of its
+nNNNNNNNN.tar files, or a directory of shards, which are packed anew. Images without classes, in a tar or a directory, get
+them from --labels. Class names that are whole numbers are the labels. Image files are stored as they are, unless --resize
+shrinks them. The same images and settings give the same bytes. Interrupted, the
 same command goes on where it was; until all is written, it lies in OUT.partial.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 HELP = "images (folders, ImageNet's tars, other shards) -> WebDataset tar shards with an index"
 
@@ -22,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="OUT", help="directory to create; may exist if it is empty")
     parser.add_argument("--prefix", default="images", help="shards are named PREFIX-000000.tar, ... (default: images)")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: 1000")
-    parser.add_argument("--labels", metavar="FILE", help="classes of a tar of images without: ImageNet's devkit "
-                        "(ILSVRC2012_devkit_t12.tar.gz), or a text file with a line NAME CLASS for each image")
+    parser.add_argument("--labels", metavar="FILE", help="classes of a tar or directory of images without: ImageNet's "
+                        "devkit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's LOC_val_solution.csv, or a text file with a line "
+                        "NAME CLASS for each image")
     parser.add_argument("--resize", type=int, metavar="N",
                         help="shrink larger images to a shorter side of N pixels and store them as JPEG")
     parser.add_argument("--quality", type=int, metavar="Q", help="of these JPEG files (default: 95)")
@@ -38,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.data.packing import Packing, pack
     from gigatok_ds.data.sources import open_source
+    from gigatok_ds.data.tar_scan import in_words
     from gigatok_ds.data.workers import worker_count
     from gigatok_ds.errors import InputError
 
@@ -52,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
     size = sum(shard.size for shard in written.shards)
     print(f"wrote {written.count} images of {len(source.classes) or 'unnamed'} classes in {len(written.shards)} shards "
           f"({size / 1e6:.1f} MB) to {written.directory}")
+    for note in source.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    if source.left_out:
+        print(f"left out {source.left_out.total()} other files: {in_words(source.left_out)}")
     if written.count < len(source.images):
         print(f"left out {len(source.images) - written.count} undecodable images, listed in skipped.json")
     return 0

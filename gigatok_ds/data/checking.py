@@ -13,7 +13,7 @@ from tqdm import tqdm
 from gigatok_ds.data.index import Shard, describe_shard
 from gigatok_ds.data.remote import open_shards
 from gigatok_ds.data.shard_files import ShardFiles
-from gigatok_ds.data.tar_scan import Entry, scan_tar
+from gigatok_ds.data.tar_scan import Entry, in_words, scan_tar
 from gigatok_ds.data.transforms import decode_image, open_image
 from gigatok_ds.data.workers import in_processes
 from gigatok_ds.errors import InputError
@@ -31,6 +31,7 @@ class ShardReport:
     per_class: Counter = field(default_factory=Counter)
     short_sides: Counter = field(default_factory=Counter)
     formats: Counter = field(default_factory=Counter)
+    members: Counter = field(default_factory=Counter)  # of the tars: the data of samples, their labels, others by reason
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -38,13 +39,14 @@ class ShardReport:
         return self.per_class.total()
 
     def add(self, part: ShardReport) -> None:
-        for name in ("shards", "size", "per_class", "short_sides", "formats", "problems"):
+        for name in ("shards", "size", "per_class", "short_sides", "formats", "members", "problems"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
 
     def lines(self) -> Iterator[str]:
         """The summary for a person, without the problems."""
         counts = self.per_class
         yield f"{self.samples} images of {len(counts)} classes in {self.shards} shards, {self.size / 1e6:.1f} MB"
+        yield f"{self.members.total()} members of tars: {in_words(self.members)}"
         few, many = min(counts, key=counts.get), max(counts, key=counts.get)
         yield (f"labels {min(counts)} to {max(counts)}; {counts[few]} images ({self._class_name(few)}) to "
                f"{counts[many]} ({self._class_name(many)}) in a class")
@@ -88,7 +90,7 @@ def _check_shard(tars: ShardFiles, shard: Shard, entries: list[Entry], decode: b
 
 
 def _compare(path: Path, shard: Shard, entries: list[Entry], report: ShardReport) -> None:
-    found = scan_tar(path, problems=report.problems)
+    found = scan_tar(path, problems=report.problems, tally=report.members)
     if describe_shard(path, found) != shard or found != entries:
         raise InputError(f"{path} is not what was indexed: its bytes have changed")
 

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
 from gigatok_ds.errors import InputError
 
+MAX_NUMBER = 99_999  # of a class that is named by a number
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
-    """Images in a fixed order: `labels[i]` is the position of the class of `paths[i]` in `classes`."""
+    """Images in a fixed order: `labels[i]` is the position of the class of `paths[i]` in `classes`.
+
+    `flat` says that there are no directories of classes. `left_out` counts all other files, by reason.
+    """
 
     paths: list[Path]
     labels: list[int]
     classes: list[str]
+    flat: bool = False
+    left_out: Counter = field(default_factory=Counter)
 
 
 def scan_image_folder(root: str | Path) -> ImageFolder:
-    """List the images under `root`: one class per sub-directory, numbered by sorted name.
+    """List the images under `root`: one class per sub-directory, numbered as `class_order` says.
 
     A directory that holds images and no sub-directories is one class with the directory's name. Images are
     looked for at any depth inside a class and ordered by path; hidden files and directories are left out, and
@@ -31,13 +39,12 @@ def scan_image_folder(root: str | Path) -> ImageFolder:
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"image directory {root} does not exist or is not a directory")
-    children = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    directories = [path for path in children if path.is_dir()]
-    loose = [path for path in children if is_image(path.name) and path.is_file()]
+    left_out: Counter = Counter()
+    directories, loose = _children(root, left_out)
     if directories and loose:
         raise InputError(f"{root} holds both images ({loose[0].name}) and directories "
                          f"({directories[0].name}); keep images alone (one class) or one directory per class")
-    members = {path.name: _images_below(path) for path in directories}
+    members = {path.name: images_below(path, left_out) for path in directories}
     if loose:
         members = {root.resolve().name: loose}
     if not any(members.values()):
@@ -47,10 +54,31 @@ def scan_image_folder(root: str | Path) -> ImageFolder:
     if empty:
         raise InputError(f"class directory {root / empty[0]} holds no images ({len(empty)} such of "
                          f"{len(members)}); add images or remove it")
-    classes = sorted(members)
-    return ImageFolder(paths=[path for name in classes for path in members[name]],
-                       labels=[label for label, name in enumerate(classes) for _ in members[name]],
-                       classes=classes)
+    classes, number = ([*members], dict.fromkeys(members, 0)) if loose else class_order(members, str(root))
+    names = sorted(members, key=number.__getitem__)
+    return ImageFolder(paths=[path for name in names for path in members[name]],
+                       labels=[number[name] for name in names for _ in members[name]],
+                       classes=classes, flat=bool(loose), left_out=left_out)
+
+
+def class_order(names, source: str) -> tuple[list[str], dict[str, int]]:
+    """(the class names by number, the number of each name): in the order of the names.
+
+    Where all names are whole numbers, the number is the class; numbers without a name are named by themselves. Raises
+    InputError, naming `source`, when two names are the same number, or one is above MAX_NUMBER.
+    """
+    names = sorted(set(names))
+    if not all(name.isascii() and name.isdecimal() for name in names):
+        return names, {name: number for number, name in enumerate(names)}
+    number = {name: int(name) for name in names}
+    named = {value: name for name, value in reversed(number.items())}
+    if len(named) < len(names):
+        twice = next(name for name in names if named[number[name]] != name)
+        raise InputError(f"{source}: the classes {named[number[twice]]} and {twice} are the same number; rename one of them")
+    if (most := max(named)) > MAX_NUMBER:
+        raise InputError(f"{source}: all classes are whole numbers, which would be their labels, but {most} is more than "
+                         f"{MAX_NUMBER}; give the classes names that do not only hold digits")
+    return [named.get(value, str(value)) for value in range(most + 1)], number
 
 
 def is_image(name: str) -> bool:
@@ -58,9 +86,40 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "." in name
 
 
-def _images_below(directory: Path) -> list[Path]:
-    found = []
-    for folder, subfolders, names in os.walk(directory):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if is_image(name)]
+def why_no_image(name: str) -> str:
+    """What a file that is left out, of this name (without directories), is called where it is counted."""
+    if name.startswith("."):
+        return "hidden files"
+    return f".{name.rpartition('.')[2].lower()} files" if "." in name else "files without extension"
+
+
+def images_below(directory: Path, left_out: Counter) -> list[Path]:
+    """The images at any depth, in the order of their paths; what else there is, is counted by reason."""
+    found, waiting = [], [directory]
+    while waiting:
+        directories, images = _children(waiting.pop(), left_out, links=False)
+        found += images
+        waiting += directories
     return sorted(found)
+
+
+def _children(directory: Path, left_out: Counter, links: bool = True) -> tuple[list[Path], list[Path]]:
+    """(directories, images) in a directory. Only regular files, and links to them, are images; `links` to directories may be
+    directories."""
+    directories, images = [], []
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=links):
+            if entry.name.startswith("."):
+                left_out["hidden directories"] += 1
+            else:
+                directories.append(Path(entry.path))
+        elif entry.is_file():
+            if is_image(entry.name):
+                images.append(Path(entry.path))
+            else:
+                left_out[why_no_image(entry.name)] += 1
+        elif entry.is_symlink():
+            left_out["links to directories" if entry.is_dir() else "broken links"] += 1
+        else:
+            left_out["special files"] += 1
+    return directories, images

@@ -15,7 +15,7 @@ import logging
 import os
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles
-from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar
+from gigatok_ds.data.tar_members import is_compressed_tar, is_tar
+from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, LABELS, SAMPLES, Entry, in_words, is_key, left_out, scan_tar
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256, write_atomically
 
@@ -106,11 +107,14 @@ class Contents(NamedTuple):
 def scan_shards(files: ShardFiles, names: list[str], extensions: tuple[str, ...],
                 max_bad_fraction: float = 0.0) -> Contents:
     """Read the tars of these names, in this order. Raises what `scan_tar`, `build_table` and `check_problems` raise."""
-    shards, entries, problems = [], [], []
+    shards, entries, problems, tally = [], [], [], Counter()
     for name in tqdm(names, desc=f"indexing {files.location}", unit="shard", disable=None):
         with files.held(name) as path:
-            entries.append(scan_tar(path, extensions, problems if max_bad_fraction else None))
+            entries.append(scan_tar(path, extensions, problems if max_bad_fraction else None, tally))
             shards.append(describe_shard(path, entries[-1]))
+    if rest := left_out(tally):
+        logger.warning("%s: of %d members of %d tars, %d are the data of samples and %d their labels; left out: %s", files.location,
+                       tally.total(), len(names), tally[SAMPLES], tally[LABELS], in_words(rest))
     try:
         contents = Contents(shards, [], build_table(shards, entries), problems)
     except InputError as error:
@@ -149,7 +153,11 @@ class ShardIndex:
         directory = Path(directory)
         if not directory.is_dir():
             raise InputError(f"shard directory {directory} does not exist or is not a directory")
-        names = sorted(path.name for path in directory.glob("*.tar") if not path.name.startswith("."))
+        there = sorted(os.listdir(directory))
+        names = [name for name in there if is_tar(name)]
+        if packed := [name for name in there if is_compressed_tar(name)]:
+            raise InputError(f"{directory / packed[0]} is compressed ({len(packed)} such files there); decompress it, or move "
+                             "it away")
         if not names:
             raise InputError(f"{directory} holds no shards: looked for uncompressed *.tar files")
         if not (directory / INDEX_FILE).is_file():
@@ -202,11 +210,14 @@ class ShardIndex:
         return int(self.labels[i])
 
     def key(self, i: int) -> str:
-        """The key of sample `i`: unique, and safe as a file name (else InputError)."""
-        key = self._table["key"][i].decode(errors="replace")
-        if not is_safe_key(key):
-            raise InputError(f"{self.location}/{TABLE_FILE}: key {key!r} is not a safe name; {REBUILD}")
-        return key
+        """The key of sample `i`: unique, and the name of no file outside a directory (else InputError)."""
+        stored = self._table["key"][i]
+        try:
+            if is_key(key := stored.decode()):
+                return key
+        except UnicodeDecodeError:
+            pass
+        raise InputError(f"{self.location}/{TABLE_FILE}: key {stored!r} is not a safe name; {REBUILD}")
 
     def place(self, i: int) -> tuple[str, int, int]:
         """(tar's file name, offset, size) of the data of sample `i`."""
@@ -319,7 +330,7 @@ def load_index(directory: Path) -> Contents:
 
 def _check_table(count: int, shards: list[Shard], table: dict[str, np.ndarray]) -> None:
     for shard in shards:
-        if shard.name != os.path.basename(shard.name) or not shard.name.endswith(".tar") or shard.name.startswith("."):
+        if shard.name != os.path.basename(shard.name) or not is_tar(shard.name):
             raise InputError(f"shard name {shard.name!r} leads outside the directory")
     stored = sum(shard.samples for shard in shards)
     if {len(column) for column in table.values()} != {count} or count != stored:

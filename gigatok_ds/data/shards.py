@@ -14,7 +14,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from gigatok_ds.data.index import Contents, Shard, build_table, describe_shard, write_index
-from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, is_safe_key, scan_tar
+from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, is_key, is_safe_key, scan_tar
 from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside
@@ -71,7 +71,7 @@ def write_tars(records: Iterable[Record], directory: Path, *, prefix: str, sampl
     """Write records as `prefix-000000.tar`, ... with their index into `directory` and return the shards.
 
     Each tar is read back once to be indexed, so the index describes what is on the disk. Raises InputError
-    when a key is unsafe, too long or repeated, and when there are no records.
+    when a key leads outside or is repeated, and when there are no records.
     """
     if not is_safe_key(prefix):
         raise InputError(f"shard prefix {prefix!r} may hold only letters, digits and _ + = @ -")
@@ -93,7 +93,7 @@ def write_tars(records: Iterable[Record], directory: Path, *, prefix: str, sampl
 def write_tar(records: Iterable[Record], file: BinaryIO, seen: set[str]) -> None:
     """Write records as one tar into an open file and add their keys to `seen`.
 
-    Raises InputError when a key is unsafe, too long or in `seen` already.
+    Raises InputError when a key leads outside or is in `seen` already.
     """
     from webdataset import TarWriter
 
@@ -104,9 +104,8 @@ def write_tar(records: Iterable[Record], file: BinaryIO, seen: set[str]) -> None
 
 
 def _check_key(key: str, seen: set[str]) -> None:
-    if not is_safe_key(key) or len(key.encode()) > MAX_KEY_BYTES:
-        raise InputError(f"sample key {key!r} may hold only letters, digits and _ + = @ -, "
-                         f"at most {MAX_KEY_BYTES} bytes")
+    if not is_key(key):
+        raise InputError(f"sample key {key!r} is not the name of a file without a dot, below its directory")
     if key in seen:
         raise InputError(f"sample key {key!r} occurs twice; keys must be unique")
     seen.add(key)
@@ -134,6 +133,9 @@ def _checked(samples: Iterator[Sample], pool: ThreadPoolExecutor, num_classes: i
 
 def _image_record(sample: Sample, num_classes: int) -> Record:
     name = sample.source or sample.key
+    if not is_safe_key(sample.key) or len(sample.key.encode()) > MAX_KEY_BYTES:
+        raise InputError(f"sample key {sample.key!r} may hold only letters, digits and _ + = @ -, at most {MAX_KEY_BYTES} "
+                         "bytes")
     extension = sample.extension.lower()
     if extension not in IMAGE_EXTENSIONS:
         raise InputError(f"{name}: image extension {extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")

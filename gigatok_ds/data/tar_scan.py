@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tarfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from gigatok_ds.data.tar_members import FILE, Member, tar_members
 from gigatok_ds.errors import InputError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 NO_LABEL = -1
+SAMPLES, LABELS = "samples", "labels of samples"  # what a tally of members counts beside those left out, by reason
+DOTTED = "images with two dots in their names (a key ends at the first)"
 
-_BLOCK = 512  # of the tar format
-_UNSAFE = re.compile(r"[^\w+=@-]")  # a key ends at the first dot, and must be usable as a file name
+_UNSAFE = re.compile(r"[^\w+=@-]")
 
 
 class Entry(NamedTuple):
@@ -28,7 +31,7 @@ class Entry(NamedTuple):
 
 
 def safe_key(text: str) -> str:
-    """`text` with everything that a key may not hold (slashes, dots, spaces, ...) replaced by underscores."""
+    """`text` with everything that may trouble a file name (slashes, dots, spaces, ...) replaced by underscores."""
     return _UNSAFE.sub("_", text)
 
 
@@ -37,56 +40,73 @@ def is_safe_key(key: str) -> bool:
     return bool(key) and not _UNSAFE.search(key)
 
 
-def scan_tar(path: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
-             problems: list[str] | None = None) -> list[Entry]:
+def is_key(key: str) -> bool:
+    """Whether `key` may be one: a relative path that does not lead out, without a dot in its last part."""
+    *folders, base = key.split("/")
+    return bool(base) and "." not in base and "\0" not in key and not {"", ".", ".."} & set(folders)
+
+
+def scan_tar(path: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS, problems: list[str] | None = None,
+             tally: Counter | None = None) -> list[Entry]:
     """The samples of a WebDataset tar, in its order: members KEY.cls and KEY.x with one x of `extensions`.
 
-    Directories in a member's name become part of the key; other members are ignored. Raises InputError,
-    naming shard and sample, when the tar is compressed, cut off or damaged, holds links or names that lead
-    outside, or when a sample lacks its data or its label, has one of them twice, or its label is not an
-    integer.
+    A key is a member's name, directories and all, up to the first dot of its last part. Raises InputError, naming shard
+    and sample, when the tar is compressed, cut off or damaged, holds links out of it or names that lead outside, or when a
+    sample lacks its data or its label, has one of them twice, its data is empty, or its label is not an integer.
 
     With a list of `problems` those of samples that lack their data (then they have no bytes) or their label (NO_LABEL)
-    are added to it instead.
+    are added to it instead. Every member is counted in `tally`: as the data of a sample, its label, or by the reason why
+    it is left out.
     """
-    scan = _Scan(path, extensions, problems)
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                scan.add(tar, member)
-        with open(path, "rb") as file:
-            check_end(file, scan.end, str(path))
-    except tarfile.TarError as error:
-        raise InputError(f"{path} is not a whole uncompressed tar ({error}); write it again") from None
+    scan = _Scan(path, extensions, problems, Counter() if tally is None else tally)
+    with open(path, "rb") as file:
+        for member in tar_members(path):
+            scan.add(file, member)
     return scan.entries()
 
 
 class _Scan:
-    def __init__(self, path: Path, extensions: tuple[str, ...], problems: list[str] | None):
-        self.path, self.extensions, self.problems = path, extensions, problems
+    def __init__(self, path: Path, extensions: tuple[str, ...], problems: list[str] | None, tally: Counter):
+        self.path, self.extensions, self.problems, self.tally = path, extensions, problems, tally
         self.payloads: dict[str, tuple[int, int, int]] = {}
         self.labels: dict[str, int] = {}
-        self.end = 0
+        self.empty: set[str] = set()
 
     def report(self, problem: str) -> None:
         if self.problems is None:
             raise InputError(problem)
         self.problems.append(problem)
 
-    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        self.end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+    def add(self, file: BinaryIO, member: Member) -> None:
         key, extension = _split_name(self.path, member.name)
-        if member.isdir() or not key or extension not in (*self.extensions, "cls"):
-            return
-        if not member.isreg() or member.issparse():
-            raise InputError(f"{self.path}: {member.name!r} is not a plain file; links are not followed")
-        if key in (self.labels if extension == "cls" else self.payloads):
+        if not key or extension not in (*self.extensions, "cls"):
+            self.tally[self.why_not(member, key, extension)] += 1
+        elif member.kind == "directories":
+            self.tally[member.kind] += 1
+        elif member.kind != FILE:
+            raise InputError(f"{self.path}: {member.name!r} is not a plain file, nor a link to one before it; other links "
+                             "are not followed")
+        elif key in (self.labels if extension == "cls" else self.payloads) or (extension != "cls" and key in self.empty):
             raise InputError(f"{self.path}: sample {key!r} occurs twice; keys must be unique")
-        data = tar.extractfile(member).read()
-        if extension == "cls":
-            self.labels[key] = self.parse_label(key, data)
+        elif extension == "cls":
+            self.labels[key] = self.parse_label(key, _read(file, member))
+            self.tally[LABELS] += 1
+        elif not member.size:
+            self.empty.add(key)
+            self.tally["empty files"] += 1
         else:
-            self.payloads[key] = (member.offset_data, member.size, zlib.crc32(data))
+            self.payloads[key] = (member.offset, member.size, zlib.crc32(_read(file, member)))
+            self.tally[SAMPLES] += 1
+
+    def why_not(self, member: Member, key: str, extension: str) -> str:
+        """The reason why a member is neither data nor label."""
+        if member.kind != FILE:
+            return member.kind
+        if not key:
+            return "hidden files"
+        if extension.rpartition(".")[2] in self.extensions:  # WebDataset's rule makes it another member of a sample
+            return DOTTED
+        return f".{extension.rpartition('.')[2]} files" if extension else "files without extension"
 
     def parse_label(self, key: str, data: bytes) -> int:
         if re.fullmatch(rb"-?[0-9]{1,9}", data.strip()):
@@ -95,29 +115,40 @@ class _Scan:
         return NO_LABEL
 
     def entries(self) -> list[Entry]:
-        for key in sorted(self.labels.keys() ^ self.payloads.keys()):
-            lacking = "label (KEY.cls)" if key in self.payloads else f"data (KEY.{' or KEY.'.join(self.extensions)})"
+        for key in sorted(self.labels.keys() ^ self.payloads.keys() | self.empty):
+            lacking = "label (KEY.cls)" if key in self.payloads else (
+                "data: its file is empty" if key in self.empty else f"data (KEY.{' or KEY.'.join(self.extensions)})")
             self.report(f"{self.path}: sample {key!r} has no {lacking}")
-        found = self.payloads | {key: (0, 0, 0) for key in self.labels if key not in self.payloads}
+        lacking = [key for key in dict.fromkeys((*self.labels, *sorted(self.empty))) if key not in self.payloads]
+        found = self.payloads | dict.fromkeys(lacking, (0, 0, 0))
         return [Entry(key, offset, size, self.labels.get(key, NO_LABEL), crc32)
                 for key, (offset, size, crc32) in found.items()]
+
+
+def _read(file: BinaryIO, member: Member) -> bytes:
+    data = os.pread(file.fileno(), member.size, member.offset)
+    if len(data) != member.size:
+        raise InputError(f"{file.name} is cut off in {member.name!r}; copy it again or write it anew")
+    return data
 
 
 def _split_name(path: Path, name: str) -> tuple[str, str]:
     """(key, extension in lower case) of a member: its name is cut at the first dot of its last part."""
     *folders, base = name.split("/")
-    if name.startswith("/") or ".." in (*folders, base):
+    if name.startswith("/") or ".." in (*folders, base) or "\0" in name:
         raise InputError(f"{path}: member name {name!r} leads outside its directory; such tars are refused")
     stem, _, extension = base.partition(".")
     parts = [part for part in folders if part not in ("", ".")]
-    return stem and safe_key("/".join([*parts, stem])), extension.lower()
+    # Bytes that are no UTF-8 are written out.
+    key = "/".join([*parts, stem]).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return stem and key, extension.lower()
 
 
-def check_end(tar: BinaryIO, end: int, name: str) -> None:
-    """InputError, naming the tar, unless it ends where its last member does.
+def left_out(tally: Counter) -> Counter:
+    """Of a tally of members, those that are neither data nor labels of samples, by reason."""
+    return Counter({reason: count for reason, count in tally.items() if reason not in (SAMPLES, LABELS)})
 
-    tarfile takes a damaged header after the first member for the end of the archive, without a word.
-    """
-    tar.seek(end)
-    if tar.read(_BLOCK) != bytes(_BLOCK):
-        raise InputError(f"{name} is cut off or damaged at byte {end}; copy or write it again")
+
+def in_words(counts: Counter) -> str:
+    """Counts by what is counted, in one line, the most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
