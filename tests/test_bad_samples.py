@@ -92,31 +92,28 @@ def test_too_many_end_the_run_in_one_line(index, workers, caplog):
     assert len(list(batches(index, workers=workers, max_bad_fraction=0.5, stop_step=9))) == 9
 
 
+def labelled(tmp_path, labels):
+    members = [member for sample, label in zip(samples(len(labels)), labels, strict=True) for member in (
+        (f"{sample.key}.jpg", sample.image_bytes), (f"{sample.key}.cls", str(label).encode()))]
+    return ShardIndex.open(plain_tar(tmp_path / "shards" / "x.tar", members))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_labels_that_the_model_does_not_have_are_replaced(tmp_path, workers):
-    members = [member for number, sample in enumerate(samples(20)) for member in (
-        (f"{sample.key}.jpg", sample.image_bytes), (f"{sample.key}.cls", str(7 if number in (3, 4) else 1).encode()))]
-    index = ShardIndex.open(plain_tar(tmp_path / "shards" / "x.tar", members))
-    index.check_labels(7, max_bad_fraction=0.1)
-    with pytest.raises(InputError, match=r"'s0003' has label 7; a model with num_classes 7 allows 0 to 6 \(2 such"):
-        index.check_labels(7, max_bad_fraction=0.09)
-    loader = batches(index, num_classes=7, workers=workers, stop_step=4)
-    read = list(loader)
-    assert torch.cat([batch["replaced"] for batch in read]).nonzero().flatten().tolist() == [3, 4]
-    assert torch.cat([batch["labels"] for batch in read]).tolist() == [1] * 20
-    assert list(loader.bad_samples.reasons) == [3, 4] and "'s0003'" in loader.bad_samples.reasons[3]
+def test_a_label_that_the_model_does_not_have_ends_the_run_whatever_may_be_bad(tmp_path, workers):
+    index = labelled(tmp_path, [7 if number in (3, 4) else 0 for number in range(20)])
+    for refused in (lambda: index.check_labels(7, max_bad_fraction=1.0),
+                    lambda: batches(index, num_classes=7, workers=workers, max_bad_fraction=1.0)):
+        with pytest.raises(InputError, match=r"'s0003' has label 7; a model with num_classes 7 allows 0 to 6 \(2 such samples\)"
+                                             ": labels go up to 7; set model.num_classes to at least 8"):
+            refused()
 
 
-def test_a_whole_class_that_the_model_does_not_have_is_skipped(tmp_path):
-    members = [member for number, sample in enumerate(samples(60)) for member in (
-        (f"{sample.key}.jpg", sample.image_bytes),
-        (f"{sample.key}.cls", str(7 if 10 <= number < 40 else number % 3).encode()))]
-    index = ShardIndex.open(plain_tar(tmp_path / "shards" / "x.tar", members))
-    loader = batches(index, num_classes=7, stop_step=12, max_bad_fraction=0.5)
-    read = list(loader)
-    replaced = torch.cat([batch["replaced"] for batch in read])
-    assert replaced.nonzero().flatten().tolist() == list(range(10, 40)) and loader.bad_samples.replaced == 30
-    assert torch.cat([batch["labels"] for batch in read])[10:40].tolist() == [40 % 3] * 30
+def test_labels_that_are_counted_from_one_are_told(tmp_path):
+    """One of 1,000 balanced classes is just as many as may be bad."""
+    index = labelled(tmp_path, range(1, 1001))
+    with pytest.raises(InputError, match="labels 1 to 1000 are counted from 1, and must be from 0"):
+        batches(index, num_classes=1000, max_bad_fraction=0.001)
+    index.check_labels(1001)
 
 
 def test_data_without_any_label_is_refused(tmp_path):

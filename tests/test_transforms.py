@@ -3,6 +3,7 @@
 import io
 import math
 import random
+import struct
 import warnings
 import zlib
 
@@ -43,6 +44,27 @@ def encode(image, kind, **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+EXIF_ODDITIES = {  # tags beside Orientation, of types that they should not have: (tag, type, count, value)
+    "Software as a fraction": (0x131, 5, 1, None), "Make as a double": (0x10F, 12, 1, None),
+    "a description beyond the end": (0x10E, 2, 4000, b"\xa0\xbb\x0d\0"), "XResolution as text": (0x11A, 2, 4, b"72\0\0"),
+    "an unknown type": (0x131, 99, 1, None), "a directory that is not there": (0x8769, 4, 1, b"\x3f\x42\x0f\0"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("odd", EXIF_ODDITIES.values(), ids=EXIF_ODDITIES)
+def test_odd_tags_beside_the_orientation_change_nothing(odd, orientation):
+    entries = [odd, (0x112, 3, 1, struct.pack("<HH", orientation, 0))]
+    behind = struct.pack("<I", 8 + 2 + 12 * len(entries) + 4)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(
+        struct.pack("<HHI", *entry[:3]) + (entry[3] or behind) for entry in sorted(entries)) + struct.pack("<I", 0) + bytes(16)
+    plain = Image.Exif()
+    plain[0x112] = orientation
+    found, expected = (decode_image(encode(picture(40, 20), "JPEG", exif=data), "x") for data in (exif, plain))
+    assert found.size == ((20, 40) if orientation > 4 else (40, 20)) and found.tobytes() == expected.tobytes()
 
 
 def assert_close(image, reference, tolerance):

@@ -94,6 +94,7 @@ def loss(args: argparse.Namespace, topology: Topology) -> Results:
     else:
         tokenizer = load_tokenizer(args.tokenizer, device=str(topology.device))
         images = CroppedImages(args.data, tokenizer.config.image_size)
+        images.check_classes()
         batches = codes_of_images(tokenizer, images, topology, args.batch_size, workers=args.workers)
         origin = {"tokenizer_sha256": checkpoint_hash(args.tokenizer), "data_sha256": images.identity()}
     figures = validation_loss(gpt, batches, topology)
@@ -114,6 +115,7 @@ def probe(args: argparse.Namespace, topology: Topology) -> Results:
         features, name = GPTFeatures(tokenizer, gpt, depth=args.depth, dropout=not args.no_dropout), args.gpt.resolve().name
         identity["gpt_sha256"] = checkpoint_hash(args.gpt)
     train, test = open_shards(args.train), CroppedImages(args.val, tokenizer.config.image_size)
+    test.number_as(train.classes, args.train)
     identity["train_sha256"] = train.identity()
     settings = ProbeSettings(
         classes=len(train.classes) or int(train.labels.max()) + 1, epochs=args.epochs, warmup_epochs=args.warmup_epochs,

@@ -4,6 +4,7 @@ GPT.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -149,6 +150,11 @@ class CodeDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def number_as(self, classes: list[str], source: str | Path) -> CodeDataset:
+        """The same with the labels that `ShardIndex.number_as` gives."""
+        self.index.number_as(classes, source)
+        return dataclasses.replace(self, labels=self.index.labels)
 
     def check_labels(self, num_classes: int) -> None:
         """Raise InputError, naming the first such sample, when a label is not in 0 ... num_classes - 1."""

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from gigatok_ds.data.freshness import check_fresh
 from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles
 from gigatok_ds.data.tar_members import is_compressed_tar, is_tar
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, LABELS, SAMPLES, Entry, in_words, is_key, left_out, scan_tar
@@ -134,7 +135,7 @@ class ShardIndex:
     def __init__(self, tars: ShardFiles, contents: Contents):
         self.tars = tars
         self.shards = contents.shards
-        self.classes = contents.classes
+        self.classes = self._named = contents.classes
         self.labels = contents.table["label"]
         self._table = contents.table
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
@@ -142,13 +143,13 @@ class ShardIndex:
 
     @classmethod
     def open(cls, directory: str | Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS, *,
-             max_bad_fraction: float = 0.0) -> ShardIndex:
+             max_bad_fraction: float = 0.0, compare: bool = True) -> ShardIndex:
         """Open a directory of tars, indexing it first when it has no index; `remote.open_shards` opens URLs, too.
 
         A new index is also written into the directory if that is writable. Raises InputError when the
         directory holds no tars, when its index is damaged, or when a shard is missing, new or of another size
-        than indexed; and what `scan_tar` raises. It tolerates as many of its problems as `max_bad_fraction` of the
-        samples.
+        than indexed; or, with `compare`, has other labels (`check_fresh`); and what `scan_tar` raises. It tolerates as
+        many of its problems as `max_bad_fraction` of the samples.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -173,6 +174,8 @@ class ShardIndex:
         index = cls(LocalFiles(directory), contents)
         for shard in contents.shards:
             index._check_size(shard, directory / shard.name)
+        if compare:
+            check_fresh(directory, directory / INDEX_FILE, [shard.name for shard in contents.shards], contents.table)
         return index
 
     @classmethod
@@ -197,7 +200,7 @@ class ShardIndex:
 
     def identity(self) -> str:
         """SHA-256, in hexadecimal, over the shards' hashes, in their order, and the class names."""
-        content = [self.classes, [[shard.sha256, shard.samples] for shard in self.shards]]
+        content = [self._named, [[shard.sha256, shard.samples] for shard in self.shards]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -252,13 +255,31 @@ class ShardIndex:
                 os.posix_fadvise(file, offset, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def check_labels(self, num_classes: int, max_bad_fraction: float = 0.0) -> None:
-        """Raise InputError, naming the first such sample, when more labels are not in 0 ... num_classes - 1."""
-        wrong = np.flatnonzero(~self.has_label(num_classes))
-        if len(wrong) > max_bad_fraction * len(self):
-            try:
-                self.check_label(int(wrong[0]), num_classes)
-            except InputError as error:
-                raise InputError(f"{error} ({len(wrong)} such samples)") from None
+        """Raise InputError, naming the first such sample, for labels that are not below `num_classes`.
+
+        And when more than that fraction of the samples have none, or a negative one.
+        """
+        for wrong, cause in ((np.flatnonzero(self.labels >= num_classes), self._likely_cause(num_classes)),
+                             (np.flatnonzero(self.labels < 0), "")):
+            if len(wrong) > (0 if cause else max_bad_fraction * len(self)):
+                try:
+                    self.check_label(int(wrong[0]), num_classes)
+                except InputError as error:
+                    raise InputError(f"{error} ({len(wrong)} such samples){cause}") from None
+
+    def _likely_cause(self, num_classes: int) -> str:
+        low, high = int(self.labels[self.labels >= 0].min(initial=num_classes)), int(self.labels.max())
+        if low == 1 and high == num_classes:
+            return f": labels 1 to {high} are counted from 1, and must be from 0; subtract 1 from each, and index again"
+        return f": labels go up to {high}; set model.num_classes to at least {high + 1}, or give the data it is for"
+
+    def number_as(self, classes: list[str], source: str | Path) -> None:
+        """Give labels the numbers that the same class names have in `classes`, those of `source`.
+
+        Nothing happens where one of both does not name its classes. Raises InputError for a name that is not in them.
+        """
+        self.labels = renumbered(self.labels, self.classes, classes, self.location, source)
+        self.classes = classes if self.classes and classes else self.classes
 
     def has_label(self, num_classes: int | None) -> np.ndarray:
         """Of which samples the label is 0 or more, and below `num_classes` if that is given: bool (N,)."""
@@ -326,6 +347,22 @@ def load_index(directory: Path) -> Contents:
     except (ValueError, KeyError, TypeError, FileNotFoundError, zipfile.BadZipFile) as error:
         raise InputError(str(error)) from None
     return Contents(shards, classes, table, problems)
+
+
+def renumbered(labels: np.ndarray, names: list[str], classes: list[str], location: str | Path,
+               source: str | Path) -> np.ndarray:
+    """Labels (N,), positions in `names`, as positions of the same names in `classes`; see `ShardIndex.number_as`."""
+    if not names or not classes or names == classes:
+        return labels
+    used = sorted({int(label) for label in np.unique(labels) if 0 <= label < len(names)})
+    unknown = [names[label] for label in used if names[label] not in classes]
+    if unknown:
+        raise InputError(f"{location} has a class {unknown[0]!r} ({len(unknown)} such) that {source} does not have; give data "
+                         "of the same classes")
+    number = {name: position for position, name in enumerate(classes)}
+    position = np.arange(max(len(names), int(labels.max()) + 1), dtype=labels.dtype)
+    position[used] = [number[names[label]] for label in used]
+    return np.where(labels >= 0, position[labels], labels)
 
 
 def _check_table(count: int, shards: list[Shard], table: dict[str, np.ndarray]) -> None:

@@ -132,6 +132,8 @@ class _AugmentedImages(Dataset):
                  read_ahead: bool):
         self.index, self.transform, self.seed, self.num_classes = index, transform, seed, num_classes
         self.read_ahead = read_ahead
+        if num_classes is not None:
+            index.check_labels(num_classes, max_bad_fraction=1.0)
         self.labelled = np.flatnonzero(index.has_label(num_classes))
         if not len(self.labelled):
             index.check_labels(num_classes or int(index.labels.max()) + 1)
@@ -167,10 +169,10 @@ class ImageBatches(TrainingBatches):
 
     Yields `images` float32 (B, 3, S, S) in [-1, 1] or, with `as_bytes`, uint8 of that shape, which `on_device` makes
     floats of; `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,), and `replaced` bool (B,): samples whose
-    place the next one in the data has taken, because they cannot be decoded, have no label, or one that is not below
-    `num_classes`. `max_bad_fraction` of the rank's samples may be so. With `shuffle_shards` each tar is read ahead as a
-    whole. The other keyword arguments are those of TrainingBatches. Raises InputError when too many samples are bad,
-    and when a shard has changed since it was indexed.
+    place the next one in the data has taken, because they cannot be decoded or have no label. `max_bad_fraction` of the
+    rank's samples may be so. With `shuffle_shards` each tar is read ahead as a whole. The other keyword arguments are those
+    of TrainingBatches. Raises InputError when too many samples are bad, when one has a label that is not below
+    `num_classes`, and when a shard has changed since it was indexed.
     """
 
     def __init__(self, index: ShardIndex, transform: TrainingTransform, *, seed: int, num_classes: int | None = None,

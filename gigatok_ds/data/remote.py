@@ -47,15 +47,15 @@ logger = logging.getLogger(__name__)
 
 
 def open_shards(location: str | Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
-                cache: ShardCache | None = None, *, max_bad_fraction: float = 0.0) -> ShardIndex:
+                cache: ShardCache | None = None, *, max_bad_fraction: float = 0.0, compare: bool = True) -> ShardIndex:
     """The samples of a directory, or of any other location; see above. `cache` is for the latter (None: the default).
 
     The index beside remote tars is used if there is one; otherwise all of them are fetched once and indexed, by one
-    process of this host, and the index stays in the cache. Raises InputError when the location cannot be read, or its
+    process of this host, and the index stays in the cache. `compare` is that of `ShardIndex.open`. Raises InputError when the location cannot be read, or its
     tars are not those that were indexed, and what `ShardIndex.open` raises.
     """
     if not is_remote(location):
-        return ShardIndex.open(location, extensions, max_bad_fraction=max_bad_fraction)
+        return ShardIndex.open(location, extensions, max_bad_fraction=max_bad_fraction, compare=compare)
     tars = RemoteTars.at(location, cache)
     with locked(tars.directory / "index.lock"):
         contents = _index(tars, extensions, max_bad_fraction)

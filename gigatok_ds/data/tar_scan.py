@@ -6,6 +6,7 @@ import os
 import re
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -63,6 +64,16 @@ def scan_tar(path: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS, problem
         for member in tar_members(path):
             scan.add(file, member)
     return scan.entries()
+
+
+def stored_labels(path: Path) -> Iterator[tuple[str, int]]:
+    """(key, label) of each member KEY.cls of a tar, in its order, without reading the rest. Raises what `scan_tar` raises."""
+    scan = _Scan(path, (), [], Counter())
+    with open(path, "rb") as file:
+        for member in tar_members(path):
+            key, extension = _split_name(path, member.name)
+            if key and extension == "cls" and member.kind == FILE:
+                yield key, scan.parse_label(key, _read(file, member))
 
 
 class _Scan:

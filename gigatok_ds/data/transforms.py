@@ -19,6 +19,10 @@ MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own threshold for a decompre
 MAX_ASPECT_RATIO = 256  # a thinner image would grow to a huge one when its short side is enlarged
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _UNREADABLE = (SyntaxError, ValueError, TypeError, OSError, struct.error)  # metadata, which then says nothing
+_WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I"}  # EXIF's types, for struct
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 def open_image(data: bytes) -> Image.Image:
@@ -54,21 +58,37 @@ def check_shape(width: int, height: int, name: str) -> None:
                          f"{MAX_ASPECT_RATIO}, crop or remove it")
 
 
-def _is_upright(image: Image.Image) -> bool:
-    """Whether its EXIF data, if it has readable ones, does not ask for it to be turned or mirrored."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
-    except _UNREADABLE:
-        return True
-
-
 def _upright(image: Image.Image) -> Image.Image:
-    if _is_upright(image):
-        return image
-    try:
-        return ImageOps.exif_transpose(image)
+    method = _TURNS.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> object:
+    """What its metadata say of how it is to be turned, whatever else is in them; 1 if nothing."""
+    exif = image.info.get("exif")
+    tagged = _orientation_tag(exif.removeprefix(b"Exif\0\0")) if isinstance(exif, bytes) else None
+    if tagged is not None:
+        return tagged
+    try:  # metadata of other kinds, such as XMP
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except _UNREADABLE:
-        return image
+        return 1
+
+
+def _orientation_tag(tiff: bytes) -> int | None:
+    """The value of that one tag in the first directory of EXIF data: other tags may be of types they should not be."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    found = None
+    try:
+        start, = struct.unpack_from(f"{order}I", tiff, 4)
+        count, = struct.unpack_from(f"{order}H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
+            if tag == ExifTags.Base.Orientation and kind in _WHOLE_NUMBERS:
+                found, = struct.unpack_from(f"{order}{_WHOLE_NUMBERS[kind]}", tiff, entry + 8)
+    except struct.error:
+        pass
+    return found
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

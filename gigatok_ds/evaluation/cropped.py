@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from gigatok_ds.data.folder import scan_image_folder
+from gigatok_ds.data.index import renumbered
 from gigatok_ds.data.loader import BatchLoader, image_name
 from gigatok_ds.data.remote import open_shards
+from gigatok_ds.data.tar_members import is_tar
 from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of
+from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256
 from gigatok_ds.parallel.topology import Topology
 
@@ -24,11 +30,29 @@ class CroppedImages(Dataset):
     """
 
     def __init__(self, location: str | Path, size: int):
-        self.size, self.index, self.folder = size, None, None
-        if Path(location).is_dir() and not any(Path(location).glob("*.tar")):
+        self.location, self.size, self.index, self.folder = location, size, None, None
+        if Path(location).is_dir() and not any(map(is_tar, os.listdir(location))):
             self.folder = scan_image_folder(location)
         else:
             self.index = open_shards(location)
+
+    def number_as(self, classes: list[str], source: str | Path) -> None:
+        """Give labels the numbers that the same class names have in `classes`, those of `source`.
+
+        Raises InputError for a class that is not among them, and for a directory without classes.
+        """
+        if self.index is not None:
+            return self.index.number_as(classes, source)
+        self.check_classes()
+        labels = renumbered(np.array(self.folder.labels), self.folder.classes, classes, self.location, source)
+        self.folder = dataclasses.replace(self.folder, labels=labels.tolist(), classes=classes or self.folder.classes)
+        return None
+
+    def check_classes(self) -> None:
+        """InputError unless images have classes: those of a directory without sub-directories have none."""
+        if self.folder is not None and self.folder.flat:
+            raise InputError(f"{self.location} holds images without classes, which matter here; pack them with gigatok-ds "
+                             "make-shards --labels FILE, or put the images of each class into a directory of its own")
 
     def __len__(self) -> int:
         return len(self.index if self.index is not None else self.folder.paths)

@@ -69,8 +69,9 @@ class ExtractedCodes:
     def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int):
         self.recipe, self.topology, self.micro_batch_size = recipe, topology, micro_batch_size
         data = recipe.data
-        self.train, self.held_out = self._open(data.train), self._open(data.validation)
-        self.second = None if data.second is None else self._open(data.second)
+        self.train = self._open(data.train)
+        self.held_out = self._open(data.validation).number_as(self.train.index.classes, data.train)
+        self.second = None if data.second is None else self._open(data.second).number_as(self.train.index.classes, data.train)
         if self.second and not np.array_equal(self.second.labels, self.train.labels):
             raise InputError(f"data.second {data.second} is not of the same images as data.train {data.train}: it has "
                              f"{len(self.second)} samples beside {len(self.train)}, or other labels")
@@ -117,6 +118,7 @@ class TokenizedImages:
         data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb)
         self.train = open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction)
         self.held_out = open_shards(data.validation, cache=cache)
+        self.held_out.number_as(self.train.classes, data.train)
         self.train.check_labels(recipe.model.num_classes, data.max_bad_fraction)
         self.held_out.check_labels(recipe.model.num_classes)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, device=str(topology.device))
