@@ -106,9 +106,12 @@ class Contents(NamedTuple):
 
 
 def scan_shards(files: ShardFiles, names: list[str], extensions: tuple[str, ...],
-                max_bad_fraction: float = 0.0) -> Contents:
-    """Read the tars of these names, in this order. Raises what `scan_tar`, `build_table` and `check_problems` raise."""
-    shards, entries, problems, tally = [], [], [], Counter()
+                max_bad_fraction: float = 0.0, tally: Counter | None = None) -> Contents:
+    """Read the tars of these names, in this order; `tally` is `scan_tar`'s. What is left out of them is logged.
+
+    Raises what `scan_tar`, `build_table` and `check_problems` raise.
+    """
+    shards, entries, problems, tally = [], [], [], Counter() if tally is None else tally
     for name in tqdm(names, desc=f"indexing {files.location}", unit="shard", disable=None):
         with files.held(name) as path:
             entries.append(scan_tar(path, extensions, problems if max_bad_fraction else None, tally))
