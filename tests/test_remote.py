@@ -21,16 +21,18 @@ from test_shards import CLASSES, samples, tree, write
 from training_runs import prepare
 
 from gigatok_ds.checkpoint.standalone import save_standalone
+from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import differing_keys, load_recipe
-from gigatok_ds.data import transports
+from gigatok_ds.data import shard_cache, transports
 from gigatok_ds.data.checking import check_shards
 from gigatok_ds.data.codes import CodeDataset, CodeSample, write_code_shards
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import ImageBatches
+from gigatok_ds.data.patterns import expanded
 from gigatok_ds.data.remote import check_data, open_shards, short_name
 from gigatok_ds.data.shard_cache import ShardCache
 from gigatok_ds.data.transforms import training_transform
-from gigatok_ds.errors import InputError
+from gigatok_ds.errors import InputError, MachineError
 from gigatok_ds.kernels.build import cache_directory
 from gigatok_ds.sampling.extract import extract_codes
 from gigatok_ds.sampling.views import views_of
@@ -51,6 +53,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, folder):
         self.folder, self.requests, self.failures = folder, [], {}
+        self.ranges, self.starts = None, []  # whether parts are served (None: nothing is said of them), and from where
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -74,16 +77,32 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         failure = left.pop(0) if left else None
         if isinstance(failure, int):
             self.send_error(failure)
-        elif failure:
-            data = (self.server.folder / name).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
+        elif failure == "busy":
+            self.send_response(429)
+            self.send_header("Retry-After", "1")
             self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-            self.wfile.flush()
-            time.sleep(60 if failure == "slow" else 0)
+        elif failure or name.endswith(".tar") and self.server.ranges is not None:
+            self.send_part(name, failure)
         else:
             super().do_GET()
+
+    def send_part(self, name, failure):
+        """All of a tar, or half of it, or from a place on if that is asked for and it has not changed."""
+        path = self.server.folder / name
+        data, tag = path.read_bytes(), f'"{path.stat().st_mtime_ns}"'
+        asked = self.headers["Range"] if self.server.ranges and self.headers["If-Range"] == tag else None
+        start = int(asked[6:-1]) if asked else 0
+        self.server.starts.append(start)
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if self.server.ranges is not None:
+            self.send_header("ETag", tag)
+        self.end_headers()
+        self.wfile.write(data[start : len(data) // 2 if failure else None])
+        self.wfile.flush()
+        time.sleep(60 if failure == "slow" else 0)
 
     def do_HEAD(self):
         self.server.requests.append(("HEAD", self.path.rpartition("/")[2]))
@@ -96,6 +115,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(autouse=True)
 def settings(tmp_path, monkeypatch):
     monkeypatch.setattr(transports, "BACKOFF", 0.002)
+    monkeypatch.setattr(shard_cache, "PATIENCE", 0.0)  # six attempts
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     # The default cache is the test's own; compiled kernels stay where they are.
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache_directory().parent))
@@ -138,10 +158,11 @@ def assert_same(index, reference):
 
 
 def only_error(function, *words):
-    """The one line of an InputError that has these words."""
-    with pytest.raises(InputError) as caught:
+    """The one line, with these words, of an error that the user has to mend, or of one that may pass: after attempts."""
+    with pytest.raises((InputError, MachineError)) as caught:
         function()
     text = str(caught.value)
+    assert isinstance(caught.value, MachineError) == ("attempts (" in text)
     assert "\n" not in text and all(word in text for word in words), text
     return text
 
@@ -229,7 +250,7 @@ def test_a_failure_that_passes_is_tried_again(failures, shards, serve, cache, ca
     server.failures = {"demo-000002.tar": list(failures), "index.npz": list(failures), "index.json": list(failures)}
     assert_same(open_shards(server.url, cache=cache), ShardIndex.open(shards))
     assert server.fetched() == sorted([*TARS, *["demo-000002.tar"] * len(failures)])
-    assert caplog.text.count("demo-000002.tar: attempt ") == len(failures) and "attempt 1 of 6 failed" in caplog.text
+    assert caplog.text.count("demo-000002.tar: attempt ") == len(failures) and "attempt 1 failed" in caplog.text
     assert caplog.text.count("cut off after") == failures.count("cut")
     assert not list(cache.root.glob("*/.demo*"))
 
@@ -287,6 +308,77 @@ def test_a_bad_tar_is_named_by_its_url_and_fetched_again_once_it_is_mended(bare,
     (bare / "demo-000003.tar").write_bytes(data)
     assert len(open_shards(server.url, cache=cache)) == 23
     assert server.fetched() == sorted([*TARS, "demo-000003.tar"])
+
+
+# Patience, ranges, lists, secrets ---
+
+
+def test_patience_outlasts_a_server_that_is_away_for_a_while(shards, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(transports, "LONGEST", 0.01)
+    server = serve(shards)
+    server.failures = {"demo-000000.tar": [503] * 25}
+    index = open_shards(server.url, cache=ShardCache(tmp_path / "cache", patience=60.0))
+    assert index.read(0) == next(samples(1)).image_bytes and server.fetched() == ["demo-000000.tar"] * 26
+
+
+def test_a_server_that_says_when_to_come_back_is_heeded(shards, serve, tmp_path):
+    server = serve(shards)
+    server.failures = {"demo-000000.tar": ["busy"]}
+    started = time.monotonic()
+    open_shards(server.url, cache=ShardCache(tmp_path / "cache", patience=60.0)).read(0)
+    assert time.monotonic() - started >= 1.0
+
+
+def test_what_may_pass_is_restartable_and_data_patience_is_a_setting(shards, serve, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transports, "LONGEST", 0.01)
+    server = serve(shards)
+    server.failures = {"index.json": [503] * 10_000}
+    arguments = ["train", "demo_tokenizer", "--out", str(tmp_path / "run"), f"data.train={server.url}",
+                 f"data.validation={server.url}", f"data.cache={tmp_path / 'cache'}"]
+    assert main([*arguments, "data.patience=0.01"]) == 1
+    assert "after" in capsys.readouterr().err and len(server.requests) > 6
+    assert main([*arguments, "data.patience=-1"]) == 2
+
+
+@pytest.mark.parametrize("ranges, changes, start", [(True, False, "half"), (False, False, 0), (True, True, 0)])
+def test_an_interrupted_tar_goes_on_where_it_was(ranges, changes, start, shards, serve, cache, monkeypatch):
+    server = serve(shards)
+    server.ranges, server.failures = ranges, {"demo-000000.tar": ["cut"]}
+    size = (shards / "demo-000000.tar").stat().st_size
+    if changes:
+        monkeypatch.setattr(transports.time, "sleep", lambda _: os.utime(shards / "demo-000000.tar", (1e9, 1e9)))
+    index = open_shards(server.url, cache=cache)
+    assert index.read(0) == next(samples(1)).image_bytes
+    assert server.starts == [0, size // 2 if start == "half" else start]
+
+
+def test_lists_of_patterns_are_read_one_after_the_other(shards, bare, serve, cache):
+    url = serve(bare).url
+    index = open_shards(f"{url}/demo-00000{{3..4}}.tar::{url}/demo-000000.tar", cache=cache)
+    assert [shard.name for shard in index.shards] == ["demo-000003.tar", "demo-000004.tar", "demo-000000.tar"]
+    index = open_shards(f"pipe:cat {bare}/demo-00000{{3..4}}.tar::pipe:cat {bare}/demo-000000.tar", cache=cache)
+    assert len(index) == 13
+
+
+@pytest.mark.parametrize("pattern", ["x-{0..9999}{0..9999}.tar", "{0..9999}.tar::https://host/{0..999999}.tar",
+                                     "x-{0..99999999999}.tar", "{a,b{0..999}}{0..9999}.tar"])
+def test_expansions_are_bounded_before_they_are_made(pattern, cache):
+    only_error(lambda: open_shards(f"https://host/{pattern}", cache=cache), "names; at most 1,000,000")
+    assert len(expanded("https://host/x-{0..9999}.tar::https://host/y-{0..9999}.tar")) == 20_000
+
+
+def test_secrets_are_in_no_message_nor_log(shards, serve, cache, caplog, capsys):
+    server = serve(shards)
+    host = server.url.partition("//")[2]
+    server.failures = {"demo-000000.tar": [503, 503, 403], "demo-000001.tar": [500] * 9}
+    index = open_shards(f"{server.url}?X-Amz-Signature=geheim", cache=cache)
+    text = only_error(lambda: index.read(0), "may not be read") + only_error(lambda: index.read(5), "after 6 attempts")
+    text += only_error(lambda: open_shards(f"http://geheim:geheim@{host}/none-{{0..1}}.zip", cache=cache), "must end in .tar")
+    text += only_error(lambda: open_shards("pipe:false -H 'Authorization: Bearer geheim'", cache=cache), "attempts")
+    assert main(["check-shards", f"{server.url}/none?X-Amz-Signature=geheim", "--workers", "0"]) == 2
+    printed = capsys.readouterr()
+    assert "attempt 1 failed" in caplog.text
+    assert "geheim" not in text + caplog.text + printed.out + printed.err + index.location + index.tars.advice
 
 
 # Commands ---
@@ -625,7 +717,7 @@ def test_a_run_refuses_remote_data_that_is_not_there(shards, serve, tmp_path):
 def test_cache_settings_that_do_nothing_are_refused(recipe, overrides, words):
     only_error(lambda: load_recipe(recipe, overrides), words)
     data = load_recipe(recipe, ["data.cache=/c", "data.cache_gb=2", "data.train=s3://a/b", "data.validation=c"]).data
-    assert ShardCache.of(data.cache, data.cache_gb).limit == 2_000_000_000
+    assert ShardCache.of(data.cache, data.cache_gb, data.patience).limit == 2_000_000_000
 
 
 def test_short_names_hold_no_secrets(shards):

@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gigatok_ds.errors import InputError
+from gigatok_ds.config.location import masked
+from gigatok_ds.errors import InputError, MachineError, exit_code
 
 # Command name -> module with HELP, add_arguments(parser) and run(args). The order is that of --help.
 COMMANDS = {
@@ -53,15 +54,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0 on success, 2 for an error that the user can mend."""
+    """Run one command. Returns its exit code: 0 on success, 2 for an error that the user has to mend, 1 for one that may pass."""
     args = parse(argv)
     try:
         return args.run(args)
-    except (InputError, OSError) as error:
+    except (InputError, MachineError, OSError) as error:
         if os.environ.get("GIGATOK_TRACEBACK"):
             raise
-        print(f"gigatok-ds {args.command}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        print(f"gigatok-ds {args.command}: error: {masked(_one_line(error))}", file=sys.stderr)
+        return exit_code(error)
     except KeyboardInterrupt:
         print("interrupted; running the same command again continues where it stopped", file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ from gigatok_ds.files import write_atomically
 _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
 # Settings of a run that may change when it is resumed: how often it reports, how it computes, where copies of data are
 # kept, how much of it may be bad, and where the same frozen weights (their SHA-256 is compared) are found.
-_CHANGEABLE = ("log_every", "validate_every", "compile", "precision", "micro_batch_size", "workers", "cache", "cache_gb",
+_CHANGEABLE = ("log_every", "validate_every", "compile", "precision", "micro_batch_size", "workers", "cache", "cache_gb", "patience",
                "max_bad_fraction", "weights", "backbone_weights")
 _CHANGEABLE_SECTIONS = ("parallel.", "checkpoint.", "validation.", "monitor.", "faults.")
 _SHOWN = 3  # problems named in one error

@@ -105,20 +105,22 @@ class ImageDataConfig(ImageReadingConfig):
     """Image shards (directories, URLs or commands that WebDataset tars come from) and the training augmentation.
 
     `cache` is the directory of each host for copies of remote tars (null: one in the user's cache directory), and
-    `cache_gb` bounds its size in 10^9 bytes (null: without bounds).
+    `cache_gb` bounds its size in 10^9 bytes (null: without bounds). What cannot be read, for a reason that may pass, is
+    tried again for `patience` minutes.
     """
 
     train: str | None = None
     validation: str | None = None
     cache: str | None = None
     cache_gb: float | None = None
+    patience: float = 10.0
     workers: int = 8
     crop_scale: tuple[float, float] = (0.8, 1.0)
     flip: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(0, "data", workers=self.workers)
+        at_least(0, "data", workers=self.workers, patience=self.patience)
         check_cache(self.cache, self.cache_gb, train=self.train, validation=self.validation)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
@@ -132,7 +134,7 @@ class CodeDataConfig(ImageReadingConfig):
     `tokenizer` is a standalone tokenizer's directory: frozen and in float32, it makes the codes of training images when
     they are needed, each time of another crop, mirrored half the time. `second` is a directory of code shards of the
     same images under other augmentations: each access takes it instead of `train` with probability 0.5 (the original's
-    mixture of two ten-crops). `cache` and `cache_gb` are those of image shards; how images are read is for `tokenizer`
+    mixture of two ten-crops). `cache`, `cache_gb` and `patience` are those of image shards; how images are read is for `tokenizer`
     only.
     """
 
@@ -142,11 +144,12 @@ class CodeDataConfig(ImageReadingConfig):
     second: str | None = None
     cache: str | None = None
     cache_gb: float | None = None
+    patience: float = 10.0
     workers: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(0, "data", workers=self.workers)
+        at_least(0, "data", workers=self.workers, patience=self.patience)
         for setting in fields(ImageReadingConfig):
             value = getattr(self, setting.name)
             if self.tokenizer is None and value != setting.default:

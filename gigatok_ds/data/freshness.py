@@ -36,15 +36,15 @@ def check_fresh(directory: Path, index: Path, names: list[str], table: dict[str,
     for number, name in enumerate(names):
         if name in newer or name in sampled:
             rows = np.flatnonzero(table["shard"] == number)
-            _compare(directory / name, {key: int(label) for key, label in zip(table["key"][rows], table["label"][rows])},
+            _compare(directory / name, index, {key: int(label) for key, label in zip(table["key"][rows], table["label"][rows])},
                      None if name in newer else _SAMPLED)
     if newer:
         with suppress(OSError):  # the next start need not look again
             os.utime(index)
 
 
-def _compare(path: Path, indexed: dict[bytes, int], most: int | None) -> None:
+def _compare(path: Path, index: Path, indexed: dict[bytes, int], most: int | None) -> None:
     for key, label in islice(stored_labels(path), most):
         if indexed.get(key.encode(), label) != label:
             raise InputError(f"{path} has changed since it was indexed: the label of sample {key!r} is {label}, not "
-                             f"{indexed[key.encode()]}; {REBUILD}")
+                             f"{indexed[key.encode()]}; {REBUILD} (in {index.parent})")

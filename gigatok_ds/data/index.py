@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gigatok_ds.data.freshness import check_fresh
+from gigatok_ds.data.rereading import reread
 from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles
 from gigatok_ds.data.tar_members import is_compressed_tar, is_tar
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, LABELS, SAMPLES, Entry, in_words, is_key, left_out, scan_tar
@@ -32,6 +34,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256, write_atomically
 
 FORMAT = "gigatok-ds-shards/2"
+PATIENCE = 600.0  # seconds for which what cannot be read is tried again, unless said otherwise
 OPEN_SHARDS = 128  # files held open at once by one index in one process; far below the usual limit of 1024
 
 _READ_AHEAD = 2**17  # bytes: Linux reads no more for one request
@@ -142,6 +145,7 @@ class ShardIndex:
         self.labels = contents.table["label"]
         self._table = contents.table
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
+        self.patience = PATIENCE  # seconds
         self._read_ahead: dict[int, int] = {}  # the epoch in which a tar was last read ahead
 
     @classmethod
@@ -242,7 +246,9 @@ class ShardIndex:
         """The data of sample `i`. Raises InputError when its shard has changed since it was indexed."""
         number, offset, size, crc32 = (int(self._table[column][i])
                                        for column in ("shard", "offset", "size", "crc32"))
-        data = os.pread(self._file(number).fileno(), size, offset)
+        name = self.tars.name(self.shards[number].name)
+        data = reread(lambda: os.pread(self._file(number).fileno(), size, offset), name, self.patience,
+                      before=lambda: self._close(number))
         if len(data) != size or zlib.crc32(data) != crc32:
             raise InputError(f"sample {self.key(i)!r} in {self.tars.name(self.shards[number].name)} is damaged or has "
                              f"changed since it was indexed; {self.tars.advice}")
@@ -253,9 +259,10 @@ class ShardIndex:
         number = int(self._table["shard"][i])
         if self._read_ahead.get(number) != epoch and hasattr(os, "posix_fadvise"):
             self._read_ahead[number] = epoch
-            file = self._file(number).fileno()
-            for offset in range(0, self.shards[number].size, _READ_AHEAD):
-                os.posix_fadvise(file, offset, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # reading will tell
+                file = self._file(number).fileno()
+                for offset in range(0, self.shards[number].size, _READ_AHEAD):
+                    os.posix_fadvise(file, offset, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def check_labels(self, num_classes: int, max_bad_fraction: float = 0.0) -> None:
         """Raise InputError, naming the first such sample, for labels that are not below `num_classes`.
@@ -318,6 +325,12 @@ class ShardIndex:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(number)
         return self._files[number]
+
+    def _close(self, number: int) -> None:
+        """To be opened anew: a file whose server has lost it stays lost."""
+        if file := self._files.pop(number, None):
+            with suppress(OSError):
+                file.close()
 
     def _close_removed(self) -> None:
         """Tars that were removed to make room take it up until nobody has them open."""

@@ -16,7 +16,7 @@ from gigatok_ds.data.bad_samples import BadSample, BadSamples
 from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, SampleAddress
 from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
-from gigatok_ds.errors import InputError
+from gigatok_ds.errors import InputError, MachineError
 from gigatok_ds.freed_memory import keep_freed_memory
 from gigatok_ds.streams import numpy_stream, torch_stream
 
@@ -24,13 +24,14 @@ MAX_REPLACEMENTS = 16  # undecodable images in a row before the data as a whole 
 
 _PICKLED = 4096  # bytes
 _sockets = itertools.count()  # of this process
+_HANDED_OVER = (InputError, MachineError)
 _BAD = "bad"  # a batch's BadSamples, on their way from a worker
 
 Batch = dict[str, Tensor]
 
 
 class _Checked(Dataset):
-    """Hands an InputError over as a value: raised in a worker, it would arrive wrapped in a traceback."""
+    """Hands an error that is one line over as a value: raised in a worker, it would arrive wrapped in a traceback."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -38,12 +39,12 @@ class _Checked(Dataset):
     def __getitem__(self, address):
         try:
             return self.dataset[address]
-        except InputError as error:
+        except _HANDED_OVER as error:
             return error
 
 
-def _collate(items: list) -> Batch | InputError:
-    error = next((item for item in items if isinstance(item, InputError)), None)
+def _collate(items: list) -> Batch | Exception:
+    error = next((item for item in items if isinstance(item, _HANDED_OVER)), None)
     if error is not None:
         return error
     bad = [found for item in items for found in item.pop(_BAD, ())]
@@ -60,7 +61,8 @@ def _prepare_worker(worker: int) -> None:
 
 
 class BatchLoader:
-    """A torch DataLoader over `batch_sampler`; its length is the sampler's. Raises the samples' InputErrors.
+    """A torch DataLoader over `batch_sampler`; its length is the sampler's. Raises the samples' InputErrors and
+    MachineErrors.
 
     The loader's own random state is a private stream, so that reading leaves torch's global generator alone.
     """
@@ -78,10 +80,10 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
-            if isinstance(batch, InputError):
+            if isinstance(batch, _HANDED_OVER):
                 # A fresh one: a frame that raises its own variable is a reference cycle, and worker processes
                 # that are left to the garbage collector take seconds to end.
-                raise InputError(str(batch))
+                raise (InputError if isinstance(batch, InputError) else MachineError)(str(batch))
             yield {name: self._tensor(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -12,16 +12,15 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fcntl import LOCK_EX, LOCK_SH, flock
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, TypeVar
 
-from gigatok_ds.config.location import is_remote
+from gigatok_ds.config.location import is_remote, masked
 from gigatok_ds.data.index import (
     Contents,
     Shard,
@@ -30,6 +29,8 @@ from gigatok_ds.data.index import (
     scan_shards,
     write_index,
 )
+from gigatok_ds.data.local_shards import open_local
+from gigatok_ds.data.patterns import expanded, local_tars, names_tars
 from gigatok_ds.data.shard_cache import ShardCache, lock_of, locked
 from gigatok_ds.data.shard_files import INDEX_FILE, TABLE_FILE
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
@@ -43,25 +44,33 @@ _CHUNK = 2**20
 _CHECKED = "checked-by-job"
 _TRUSTED = 600.0  # seconds
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 
 def open_shards(location: str | Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
                 cache: ShardCache | None = None, *, max_bad_fraction: float = 0.0, compare: bool = True) -> ShardIndex:
-    """The samples of a directory, or of any other location; see above. `cache` is for the latter (None: the default).
+    """The samples of a directory or tars of this host (`open_local`), or of any other location, see above.
+
+    `cache` is for the copies of the latter, and for indexes (None: the default).
 
     The index beside remote tars is used if there is one; otherwise all of them are fetched once and indexed, by one
     process of this host, and the index stays in the cache. `compare` is that of `ShardIndex.open`. Raises InputError when the location cannot be read, or its
     tars are not those that were indexed, and what `ShardIndex.open` raises.
     """
     if not is_remote(location):
-        return ShardIndex.open(location, extensions, max_bad_fraction=max_bad_fraction, compare=compare)
+        index = open_local(location, extensions, cache or ShardCache(), max_bad_fraction=max_bad_fraction, compare=compare)
+        index.patience = (cache or ShardCache()).patience
+        return index
     tars = RemoteTars.at(location, cache)
     with locked(tars.directory / "index.lock"):
         contents = _index(tars, extensions, max_bad_fraction)
-    if warning := tars.cache.check_room(location, contents.shards):
+    if warning := tars.cache.check_room(tars.location, contents.shards):
         logger.warning("%s", warning)
-    return ShardIndex(tars, contents)
+    index = ShardIndex(tars, contents)
+    index.patience = tars.cache.patience
+    return index
 
 
 def read_beside(location: str | Path, name: str, cache: ShardCache | None = None) -> bytes | None:
@@ -81,22 +90,24 @@ def check_data(setting: str, location: str, extensions: tuple[str, ...], cache: 
     """Refuse a setting whose directory is missing. A remote location is indexed already, while no rank waits for us."""
     if is_remote(location):
         open_shards(location, extensions, cache, max_bad_fraction=max_bad_fraction)
-    elif not Path(location).is_dir():
+    elif not Path(location).is_dir() and not names_tars(location):
         raise InputError(f"{setting} is {location}, which is not a directory")
+    else:
+        local_tars(location)
 
 
 def short_name(location: str | Path) -> str:
     """The last part of a location, without what may be secret in a URL."""
     if not is_remote(location):
         return Path(location).resolve().name
-    return location.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return masked(location).partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class RemoteTars:
     """The tars of a remote location, as ShardFiles: `urls` by file name, or nothing of a directory."""
 
-    location: str
+    source: str
     urls: dict[str, str]
     cache: ShardCache
     directory: Path  # of the copies
@@ -105,7 +116,12 @@ class RemoteTars:
     def at(cls, location: str, cache: ShardCache | None) -> RemoteTars:
         location = location if location.startswith("pipe:") else location.rstrip("/")
         cache = ShardCache() if cache is None else cache
-        return cls(location, _expanded(location), cache, cache.directory(location))
+        return cls(location, expanded(location), cache, cache.directory(location))
+
+    @property
+    def location(self) -> str:
+        """For messages."""
+        return masked(self.source)
 
     @property
     def advice(self) -> str:
@@ -116,7 +132,13 @@ class RemoteTars:
         return self.cache.limit is not None
 
     def name(self, tar: str) -> str:
-        return self.urls[tar] if self.urls else beside(self.location, tar)
+        return masked(self.url(tar))
+
+    def url(self, tar: str) -> str:
+        return self.urls[tar] if self.urls else beside(self.source, tar)
+
+    def persistently(self, action: Callable[[], T], name: str, attempts: int | None = None) -> T:
+        return persistently(action, name, patience=self.cache.patience, attempts=attempts)
 
     @contextmanager
     def held(self, tar: str, expected: Shard | None = None) -> Iterator[Path]:
@@ -139,25 +161,25 @@ class RemoteTars:
 
     def sizes(self, attempts: int | None = None) -> dict[str, int | None]:
         """The names of the remote tars in their order, and their sizes if those can be known without reading them."""
-        transport = transport_of(self.location)
+        transport = transport_of(self.source)
         if not self.urls:
-            listed = persistently(lambda: transport.tars(self.location), self.location, attempts)
+            listed = self.persistently(lambda: transport.tars(self.source), self.source, attempts)
             found = {name: listed[name] for name in sorted(listed) if not name.startswith(".")}
             if not found:
                 raise InputError(f"{self.location} lists no shards: looked for uncompressed *.tar files; where there "
                                  "are no listings, give a pattern, such as .../train-{000000..000146}.tar")
         else:
             found = dict.fromkeys(self.urls)
-        unknown = {name: self.name(name) for name, size in found.items() if size is None}
+        unknown = {name: self.url(name) for name, size in found.items() if size is None}
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            asked = pool.map(lambda url: persistently(lambda: transport.size(url), url, attempts), unknown.values())
+            asked = pool.map(lambda url: self.persistently(lambda: transport.size(url), url, attempts), unknown.values())
             return found | dict(zip(unknown, asked, strict=True))
 
     def published(self, name: str) -> bytes | None:
         """A small file of the remote directory, or its earlier copy when that cannot be reached."""
         if self.urls:
             return None
-        url, copy = self.name(name), self.directory / name
+        url, copy = self.url(name), self.directory / name
         try:
             return self.read(url, _FEW if copy.is_file() else None)
         except Missing:
@@ -170,69 +192,60 @@ class RemoteTars:
 
     def read(self, url: str, attempts: int | None = None) -> bytes:
         def attempt() -> bytes:
-            with transport_of(url).open(url) as (stream, size):
-                data = stream.read()
-                _check_end(len(data), size)
+            with transport_of(url).open(url) as opened:
+                data = opened.stream.read()
+                _check_end(len(data), opened.size)
             return data
 
-        return persistently(attempt, url, attempts)
+        return self.persistently(attempt, url, attempts)
 
     def _fetch(self, path: Path, expected: Shard | None) -> None:
         """Copy a tar, whose exclusive lock is held, so that making room leaves it."""
         for leftover in os.scandir(self.directory):  # of processes that were killed
             if re.fullmatch(re.escape(f".{path.name}.") + r"\w{8}", leftover.name):
                 os.unlink(leftover)
-        url = self.name(path.name)
+        url = self.url(path.name)
         with written_aside(path) as file:
-            size, digest = persistently(lambda: self._copy(url, file), url)
+            copied = _Copied()
+            self.persistently(lambda: self._copy(url, file, copied), url)
+            size, digest = copied.size, copied.digest.hexdigest()
             if expected is not None and (size, digest) != (expected.size, expected.sha256):
-                raise InputError(f"{url} has changed since it was indexed: {size} bytes with SHA-256 {digest[:8]}..., "
+                raise InputError(f"{masked(url)} has changed since it was indexed: {size} bytes with SHA-256 {digest[:8]}..., "
                                  f"not {expected.size} with {expected.sha256[:8]}...; {self.advice}")
         self.cache.shrink()
 
-    def _copy(self, url: str, file: BinaryIO) -> tuple[int, str]:
-        """Size and SHA-256 of what is now in the file."""
-        file.seek(0)
-        file.truncate()
-        digest = hashlib.sha256()
-        with transport_of(self.location).open(url) as (stream, size):
-            while data := stream.read(_CHUNK):
-                digest.update(data)
+    def _copy(self, url: str, file: BinaryIO, copied: _Copied) -> None:
+        """Write the rest of a tar into the file, or all of it where the rest cannot be had."""
+        with transport_of(self.source).open(url, copied.size, copied.tag) as opened:
+            if opened.start != copied.size:
+                copied.size, copied.digest = 0, hashlib.sha256()
+            file.seek(copied.size)
+            file.truncate()
+            copied.tag = opened.tag
+            while data := opened.stream.read(_CHUNK):
                 try:
                     file.write(data)
+                    file.flush()
                 except OSError as error:
                     raise InputError(f"{self.directory} cannot be written ({error.strerror}); make room, bound "
                                      "data.cache_gb, or let data.cache name another directory") from None
-            _check_end(file.tell(), size)
-        return file.tell(), digest.hexdigest()
+                copied.digest.update(data)
+                copied.size += len(data)
+            _check_end(copied.size, opened.size)
+
+
+@dataclass
+class _Copied:
+    """What one or several attempts have written of a tar: bytes, their SHA-256, and the tag of the content they are of."""
+
+    size: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+    tag: str | None = None
 
 
 def _check_end(got: int, size: int | None) -> None:
     if size is not None and got != size:
         raise OSError(f"cut off after {got} of {size} bytes")
-
-
-def _expanded(location: str) -> dict[str, str]:
-    """URL (or command) by file name of a pattern of tars; nothing for a directory."""
-    command = location.startswith("pipe:")
-    if not command and "{" not in location and not urlsplit(location).path.endswith(".tar"):
-        return {}
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    try:
-        urls = list(braceexpand(location, escape=False))
-    except UnbalancedBracesError:
-        raise InputError(f"{location} has a brace too many or too few; write it as in "
-                         ".../train-{000000..000146}.tar") from None
-    if command:  # which of its words is a name, only the command knows
-        return {f"shard-{number:06d}.tar": url for number, url in enumerate(urls)}
-    named = {urlsplit(url).path.rpartition("/")[2]: url for url in urls}
-    for name in named:
-        if not name.endswith(".tar") or name.startswith("."):
-            raise InputError(f"{location} gives {name!r}; a pattern must end in .tar, in all it expands to")
-    if len(named) < len(urls):
-        raise InputError(f"{location} gives the same file name more than once; the names of shards must differ")
-    return named
 
 
 def _index(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> Contents:
@@ -282,7 +295,7 @@ def _adopt(tars: RemoteTars, description: bytes) -> None:
     scratch = tars.directory / ".new-index"
     scratch.mkdir(exist_ok=True)
     (scratch / INDEX_FILE).write_bytes(description)
-    (scratch / TABLE_FILE).write_bytes(tars.read(tars.name(TABLE_FILE)))
+    (scratch / TABLE_FILE).write_bytes(tars.read(tars.url(TABLE_FILE)))
     try:
         shards = load_index(scratch).shards
     except InputError as error:
@@ -293,7 +306,7 @@ def _adopt(tars: RemoteTars, description: bytes) -> None:
     if before:
         logger.warning("%s has been indexed anew since it was last read here; changed shards are fetched again",
                        tars.location)
-    for path in tars.directory.glob("*.tar"):
+    for path in tars.directory.glob("*.[tT][aA][rR]"):
         if path.name not in {shard.name for shard in shards if shard in before}:
             with locked(lock_of(path)):
                 path.unlink(missing_ok=True)

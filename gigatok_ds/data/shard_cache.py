@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from gigatok_ds.data.index import Shard
+from gigatok_ds.config.location import masked
+from gigatok_ds.data.index import PATIENCE, Shard
 from gigatok_ds.data.tar_scan import safe_key
 from gigatok_ds.errors import InputError
 
@@ -29,19 +30,24 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Copies of tars under `root`; with a limit, in bytes, those not used for the longest time are removed."""
+    """Copies of tars under `root`; with a limit, in bytes, those not used for the longest time are removed.
+
+    `patience` is for how many seconds what cannot be read is tried again.
+    """
 
     root: Path = field(default_factory=default_root)
     limit: int | None = None
+    patience: float = field(default_factory=lambda: PATIENCE)
 
     @classmethod
-    def of(cls, cache: str | None, cache_gb: float | None) -> ShardCache:
-        """The cache that a recipe's data.cache and data.cache_gb (10^9 bytes) describe."""
-        return cls(default_root() if cache is None else Path(cache), None if cache_gb is None else int(cache_gb * 1e9))
+    def of(cls, cache: str | None, cache_gb: float | None, patience: float) -> ShardCache:
+        """The cache that a recipe's data.cache, data.cache_gb (10^9 bytes) and data.patience (minutes) describe."""
+        return cls(default_root() if cache is None else Path(cache), None if cache_gb is None else int(cache_gb * 1e9),
+                   60 * patience)
 
     def directory(self, location: str) -> Path:
         """The directory of a location, made if need be: the end of the location, to be recognised, and its hash."""
-        readable = safe_key(location.rstrip("/").rpartition("/")[2].partition("?")[0])[-40:]
+        readable = safe_key(masked(location).partition("?")[0].rstrip("/").rpartition("/")[2])[-40:]
         path = self.root / f"{readable}-{hashlib.sha256(location.encode()).hexdigest()[:16]}"
         path.mkdir(parents=True, exist_ok=True)
         (path / _MARK).touch()
@@ -53,7 +59,7 @@ class ShardCache:
             return
         with locked(self.root / "shrink.lock"):
             used = {}
-            copies = (path for mark in self.root.glob(f"*/{_MARK}") for path in mark.parent.glob("*.tar"))
+            copies = (path for mark in self.root.glob(f"*/{_MARK}") for path in mark.parent.glob("*.[tT][aA][rR]"))
             for path in copies:
                 with contextlib.suppress(FileNotFoundError):  # another process may drop copies of an older index
                     used[path] = path.stat()

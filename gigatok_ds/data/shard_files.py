@@ -42,8 +42,13 @@ class LocalFiles:
     """The tars of a directory; whether they are as expected is left to who opens them."""
 
     directory: Path
-    advice = f"copy it again, or {REBUILD}"
+    index: Path | None = None  # the directory that holds the index, None: the same
     transient = False
+
+    @property
+    def advice(self) -> str:
+        there = "" if self.index in (None, self.directory) else f" (in {self.index})"
+        return f"copy it again, or {REBUILD}{there}"
 
     @property
     def location(self) -> str:

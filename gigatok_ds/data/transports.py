@@ -8,17 +8,21 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from html.parser import HTMLParser
 from http.client import InvalidURL
-from typing import BinaryIO, Protocol, TypeVar
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
-from gigatok_ds.errors import InputError
+from gigatok_ds.config.location import masked
+from gigatok_ds.data.tar_members import is_tar
+from gigatok_ds.errors import InputError, MachineError
 
-ATTEMPTS = 6
-BACKOFF = 1.0  # seconds, at most, before the second attempt; the next waits are up to twice as long each
+ATTEMPTS = 6  # at least
+BACKOFF, LONGEST = 1.0, 60.0  # seconds, at most, before the second attempt; the next waits are up to twice as long each
 TIMEOUT = 60.0  # seconds without a byte after which a connection counts as broken
 
 _REFUSALS = set(range(400, 500)) - {408, 425, 429}  # HTTP statuses that will not be others a little later
@@ -33,8 +37,17 @@ class Missing(InputError):
     """There is no such file or directory."""
 
 
-class Unreachable(InputError):
-    """All attempts have failed."""
+class Unreachable(MachineError):
+    """All attempts have failed, which may be otherwise later."""
+
+
+class Opened(NamedTuple):
+    """A file, from byte `start` on; how many bytes it has in all, and what identifies this content of it, if known."""
+
+    stream: BinaryIO
+    size: int | None = None
+    start: int = 0
+    tag: str | None = None
 
 
 class Transport(Protocol):
@@ -46,8 +59,8 @@ class Transport(Protocol):
     def size(self, url: str) -> int | None:
         """Bytes of a file, None if they cannot be known beforehand."""
 
-    def open(self, url: str) -> AbstractContextManager[tuple[BinaryIO, int | None]]:
-        """A file, and how many bytes it will have if that is known. What went wrong may be raised at the end."""
+    def open(self, url: str, start: int = 0, tag: str | None = None) -> AbstractContextManager[Opened]:
+        """A file, from `start` on if it still has this tag and that can be had. What went wrong may be raised at the end."""
 
 
 def transport_of(location: str) -> Transport:
@@ -57,14 +70,16 @@ def transport_of(location: str) -> Transport:
     return Http() if location.startswith(("http://", "https://")) else Fsspec()
 
 
-def persistently(action: Callable[[], T], name: str, attempts: int | None = None) -> T:
-    """The result of `action`, which is repeated (up to ATTEMPTS times) when it fails for a reason that may pass.
+def persistently(action: Callable[[], T], name: str, *, patience: float, attempts: int | None = None) -> T:
+    """The result of `action`, which is repeated when it fails for a reason that may pass.
 
-    Between attempts it waits, longer each time, and at random, so that many processes do not come back all at once.
-    Raises InputError, naming the file `name`: Missing, Unreachable, or another one where it is refused.
+    That is `attempts` times or, without, for `patience` seconds (and ATTEMPTS times at least). Between attempts it waits,
+    longer each time, and at random, so that many processes do not come back all at once, or as long as a server asks for.
+    Raises Unreachable, naming the file `name`, and InputError where it is refused (Missing, if there is none).
     """
-    attempts = ATTEMPTS if attempts is None else attempts
+    name = masked(name)
     chance = random.Random()  # nobody else's random numbers
+    until = time.monotonic() + patience
     for attempt in itertools.count(1):
         try:
             return action()
@@ -73,13 +88,25 @@ def persistently(action: Callable[[], T], name: str, attempts: int | None = None
         except Exception as error:  # the packages behind fsspec have exceptions of their own
             if refusal := _refusal(name, error):
                 raise refusal from None
-            if attempt >= attempts:
-                raise Unreachable(f"{name} cannot be read after {attempts} attempts ({_said(error)}); check "
+            left = until - time.monotonic()
+            if attempt >= (attempts or ATTEMPTS) and (attempts or left <= 0):
+                raise Unreachable(f"{name} cannot be read after {attempt} attempts ({_said(error)}); check "
                                   "location and network, and run the same command again") from None
-            wait = BACKOFF * 2 ** (attempt - 1) * chance.uniform(0.5, 1)
-            logger.warning("%s: attempt %d of %d failed (%s); the next one in %.1f s",
-                           name, attempt, attempts, _said(error), wait)
+            wait = min(BACKOFF * 2 ** (attempt - 1), LONGEST) * chance.uniform(0.5, 1)
+            wait = max(wait, min(_asked_wait(error), max(left, 0)))
+            logger.warning("%s: attempt %d failed (%s); the next one in %.1f s", name, attempt, _said(error), wait)
         time.sleep(wait)
+
+
+def _asked_wait(error: Exception) -> float:
+    """Seconds that a server asks for by Retry-After, 0 if it does not."""
+    said = (error.headers.get("Retry-After") or "").strip() if isinstance(error, HTTPError) and error.headers else ""
+    if said.isdecimal():
+        return float(said)
+    try:
+        return max(0.0, (parsedate_to_datetime(said) - datetime.now(timezone.utc)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def _refusal(name: str, error: Exception) -> InputError | None:
@@ -95,7 +122,7 @@ def _refusal(name: str, error: Exception) -> InputError | None:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return masked(" ".join(str(error).split())) or type(error).__name__
 
 
 class Http:
@@ -118,9 +145,18 @@ class Http:
         return None if length is None else int(length)
 
     @contextmanager
-    def open(self, url: str) -> Iterator[tuple[BinaryIO, int | None]]:
-        with urlopen(_request(url), timeout=TIMEOUT) as response:
-            yield response, response.length
+    def open(self, url: str, start: int = 0, tag: str | None = None) -> Iterator[Opened]:
+        request = _request(url)
+        if start and tag:
+            request.add_header("Range", f"bytes={start}-")
+            request.add_header("If-Range", tag)
+        with urlopen(request, timeout=TIMEOUT) as response:
+            etag, changed = response.headers["ETag"], response.headers["Last-Modified"]
+            tag = etag if etag and not etag.startswith("W/") else changed
+            if response.status == 206 and start:
+                yield Opened(response, None if response.length is None else start + response.length, start, tag)
+            else:
+                yield Opened(response, response.length, 0, tag)
 
 
 def _request(url: str, method: str = "GET") -> Request:
@@ -141,7 +177,7 @@ class _Links(HTMLParser):
         folder, _, name = link.path.rpartition("/")
         name = unquote(name)
         beside_it = (*link[:2], folder) == (*page[:2], page.path.rpartition("/")[0])
-        if beside_it and name.endswith(".tar") and "/" not in name:
+        if beside_it and is_tar(name) and "/" not in name:
             self.tars.append(name)
 
 
@@ -151,17 +187,19 @@ class Fsspec:
     def tars(self, directory: str) -> dict[str, int | None]:
         system, path = _file_system(directory)
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in system.ls(path, detail=True)
-                if entry["type"] == "file" and entry["name"].endswith(".tar")}
+                if entry["type"] == "file" and is_tar(entry["name"].rpartition("/")[2])}
 
     def size(self, url: str) -> int | None:
         system, path = _file_system(url)
         return system.size(path)
 
     @contextmanager
-    def open(self, url: str) -> Iterator[tuple[BinaryIO, int | None]]:
+    def open(self, url: str, start: int = 0, tag: str | None = None) -> Iterator[Opened]:
         system, path = _file_system(url)
+        now = system.ukey(path)
         with system.open(path, "rb") as file:
-            yield file, getattr(file, "size", None)
+            start = file.seek(start) if start and tag == now else 0
+            yield Opened(file, getattr(file, "size", None), start, now)
 
 
 def _file_system(url: str):
@@ -171,15 +209,15 @@ def _file_system(url: str):
         from fsspec.core import url_to_fs
         from fsspec.registry import known_implementations
     except ImportError:
-        raise InputError(f"reading {url} needs fsspec; pip install fsspec") from None
+        raise InputError(f"reading {masked(url)} needs fsspec; pip install fsspec") from None
     try:
         return url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         package = known_implementations[scheme]["class"].partition(".")[0] if scheme in known_implementations else ""
         hint = f"pip install {package}" if package not in ("", "fsspec") else _said(error)
-        raise InputError(f"reading {url} needs a package that is not installed; {hint}") from None
+        raise InputError(f"reading {masked(url)} needs a package that is not installed; {hint}") from None
     except ValueError as error:
-        raise InputError(f"{url} cannot be opened ({_said(error)}); give a directory, or a URL with a scheme that "
+        raise InputError(f"{masked(url)} cannot be opened ({_said(error)}); give a directory, or a URL with a scheme that "
                          "fsspec knows, such as s3://, gs:// or https://") from None
 
 
@@ -187,20 +225,20 @@ class Pipe:
     """The output of a command of the shell, through webdataset."""
 
     def tars(self, directory: str) -> dict[str, int | None]:
-        raise InputError(f"{directory} does not name a tar; give a command that writes one to its output")
+        raise InputError(f"{masked(directory)} does not name a tar; give a command that writes one to its output")
 
     def size(self, url: str) -> int | None:
         return None
 
     @contextmanager
-    def open(self, url: str) -> Iterator[tuple[BinaryIO, int | None]]:
+    def open(self, url: str, start: int = 0, tag: str | None = None) -> Iterator[Opened]:
         from webdataset import gopen
 
         with gopen(url) as stream:
             stream.ignore_errors = True  # of its status, until the output is read
-            yield stream, None
+            yield Opened(stream)
         if stream.status in (126, 127):
-            raise InputError(f"{url}: the command cannot be run (exit code {stream.status})")
+            raise InputError(f"{masked(url)}: the command cannot be run (exit code {stream.status})")
         if stream.status:
             raise OSError(f"the command failed with exit code {stream.status}")
 

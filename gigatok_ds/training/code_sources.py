@@ -36,7 +36,7 @@ def check_sources(recipe: GPTRecipe) -> None:
     """Refuse, before any rank starts, a tokenizer that does not speak the GPT's codes, and a missing `second`."""
     data = recipe.data
     if data.second is not None:
-        check_data("data.second", data.second, CODE_EXTENSIONS, ShardCache.of(data.cache, data.cache_gb))
+        check_data("data.second", data.second, CODE_EXTENSIONS, ShardCache.of(data.cache, data.cache_gb, data.patience))
     if data.tokenizer is None:
         return
     description = read_config(data.tokenizer)
@@ -78,7 +78,7 @@ class ExtractedCodes:
 
     def _open(self, path: str) -> CodeDataset:
         """Code shards that fit this GPT; InputError naming what differs."""
-        codes = CodeDataset.open(path, ShardCache.of(self.recipe.data.cache, self.recipe.data.cache_gb))
+        codes = CodeDataset.open(path, ShardCache.of(self.recipe.data.cache, self.recipe.data.cache_gb, self.recipe.data.patience))
         _check_fit(self.recipe, path, codes.metadata)
         codes.check_labels(self.recipe.model.num_classes)
         return codes
@@ -115,7 +115,7 @@ class TokenizedImages:
     def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int):
         self.recipe, self.topology = recipe, topology
         self.own_images = micro_batch_size // topology.tensor_size
-        data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb)
+        data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
         self.train = open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction)
         self.held_out = open_shards(data.validation, cache=cache)
         self.held_out.number_as(self.train.classes, data.train)

@@ -20,7 +20,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-from gigatok_ds.errors import InputError, MachineError
+from gigatok_ds.config.location import masked
+from gigatok_ds.errors import InputError, MachineError, exit_code
 from gigatok_ds.parallel.topology import Topology
 
 # A failure is held back this long, in case the death of another rank turns out to be its cause.
@@ -42,7 +43,7 @@ def watch_ranks(topology: Topology, told: Callable[[str], None] = lambda text: N
     """Within, no rank outlives another's failure; gives a function that ends all of them. Collective.
 
     An exception does not leave this context when there are several ranks: it is reported and the process ends, with
-    exit code 2 for an InputError or OSError and 1 for anything else. `told` gets what is reported, on the first rank.
+    exit code 2 for an InputError, or an OSError that does not pass by itself, and 1 for anything else. `told` gets what is reported, on the first rank.
     """
     if topology.world_size == 1:
         with _single(told) as end:
@@ -87,9 +88,9 @@ def _described(error: BaseException, rank: int) -> tuple[str, int]:
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) and error.code else 1
     if isinstance(error, (InputError, OSError)) and not os.environ.get("GIGATOK_TRACEBACK"):
-        return f"gigatok-ds train: error: {' '.join(str(error).split())}", 2
+        return f"gigatok-ds train: error: {masked(' '.join(str(error).split()))}", exit_code(error)
     if isinstance(error, MachineError):
-        return f"gigatok-ds train: {error}", 1
+        return f"gigatok-ds train: {masked(error)}", 1
     return f"rank {rank} ({_here()}) failed:\n{traceback.format_exc().rstrip()}", 1
 
 

@@ -61,7 +61,7 @@ def _check_data(recipe: Recipe) -> None:
         if location is None:
             raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
         check_data(f"data.{split}", location, CODE_EXTENSIONS if of_codes else IMAGE_EXTENSIONS,
-                   ShardCache.of(data.cache, data.cache_gb),
+                   ShardCache.of(data.cache, data.cache_gb, data.patience),
                    max_bad_fraction=data.max_bad_fraction if split == "train" and not of_codes else 0.0)
     if isinstance(recipe, GPTRecipe):
         from gigatok_ds.training.code_sources import check_sources

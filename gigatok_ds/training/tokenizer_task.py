@@ -39,7 +39,7 @@ class TokenizerTask:
         self.recipe, self.topology = recipe, topology
         # Of a data rank's micro batch, the images that this tensor rank reads, convolves and judges.
         self.own_images = settings["train_micro_batch_size_per_gpu"] // topology.tensor_size
-        data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb)
+        data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
         self.train_index = open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction)
         self.validation_index = open_shards(data.validation, cache=cache)
         seed, parallel = recipe.training.seed, recipe.parallel
