@@ -239,3 +239,19 @@ def test_loss_of_stored_codes_is_the_same(models, photos, tmp_path):
     assert on_ranks(["evaluate", "loss", models / "gpt", tmp_path / "shards", "--tokenizer", models / "tok", "--out",
                      tmp_path / "images"]) == 0
     assert figures(tmp_path / "stored") == pytest.approx(figures(tmp_path / "images"), rel=1e-6)
+
+
+def test_samples_that_lost_pixels_or_would_be_black_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.{'jpg' if i == 1 else 'png'}")
+    with pytest.raises(InputError, match="1.jpg is a JPEG.*--allow dtype"):
+        open_images(tmp_path).read(range(3))
+    for allowed in ({"any_dtype": True}, {"lossy": True}):
+        assert open_images(tmp_path, **allowed).read(range(3)).shape == (3, 3, 16, 16)
+    (tmp_path / "1.jpg").rename(tmp_path / "1.png")  # it is still one
+    with pytest.raises(InputError, match="1.png is a JPEG"):
+        open_images(tmp_path).read(range(3))
+    np.savez(tmp_path / "one.npz", rng.random((5, 16, 16, 3)).astype(np.float32))
+    with pytest.raises(InputError, match="floats in 0 .. 1, which would all be black; multiply them by 255"):
+        open_images(tmp_path / "one.npz", any_dtype=True)

@@ -67,7 +67,7 @@ def reconstruction(args: argparse.Namespace, topology: Topology) -> Results:
 def generation(args: argparse.Namespace, topology: Topology) -> Results:
     """Generated images' figures against a reference batch."""
     samples = open_images(args.source, any_dtype="dtype" in args.allow)
-    reference_images = open_images(args.reference)
+    reference_images = open_images(args.reference, lossy=True)
     check_comparable(samples, reference_name(reference_images), reference_images.size, set(args.allow))
     inception, network, suffix = _inception(args, topology)
     reference = load_reference(args.reference, inception, network["inception_sha256"] or "random", topology,

@@ -14,7 +14,7 @@ from gigatok_ds.data.index import Shard, describe_shard
 from gigatok_ds.data.remote import open_shards
 from gigatok_ds.data.shard_files import ShardFiles
 from gigatok_ds.data.tar_scan import Entry, in_words, scan_tar
-from gigatok_ds.data.transforms import decode_image, open_image
+from gigatok_ds.data.transforms import decode_whole_image, open_image
 from gigatok_ds.data.workers import in_processes
 from gigatok_ds.errors import InputError
 
@@ -106,7 +106,7 @@ def _look_at_all(path: Path, entries: list[Entry], report: ShardReport) -> None:
 
 def _look(data: bytes, name: str, report: ShardReport) -> None:
     try:
-        report.short_sides[min(decode_image(data, name).size)] += 1
+        report.short_sides[min(decode_whole_image(data, name).size)] += 1
     except InputError as error:
         report.problems.append(str(error))
         return

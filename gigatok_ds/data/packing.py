@@ -29,7 +29,7 @@ from gigatok_ds.data.index import (
 from gigatok_ds.data.shards import Record, ShardSet, unused, write_tar
 from gigatok_ds.data.sources import Source, SourceImage
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar
-from gigatok_ds.data.transforms import decode_image, open_image, resize_short_side
+from gigatok_ds.data.transforms import decode_whole_image, open_image, resize_short_side
 from gigatok_ds.data.workers import in_processes
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
@@ -154,7 +154,7 @@ def _records(images: list[SourceImage], classes: list[str], packing: Packing, sk
     for image in images:
         data = image.read()
         try:
-            decoded = decode_image(data, image.name)
+            decoded = decode_whole_image(data, image.name)
         except InputError as error:
             if not packing.skip_bad:
                 raise InputError(f"{error}; --skip-bad leaves such images out") from None

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gigatok_ds.data.index import Contents, Shard, build_table, describe_shard, write_index
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, is_key, is_safe_key, scan_tar
-from gigatok_ds.data.transforms import decode_image
+from gigatok_ds.data.transforms import decode_whole_image
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside
 
@@ -141,6 +141,6 @@ def _image_record(sample: Sample, num_classes: int) -> Record:
         raise InputError(f"{name}: image extension {extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
     if not 0 <= sample.label < num_classes:
         raise InputError(f"{name}: label {sample.label} has no class; there are {num_classes}, from 0 on")
-    decode_image(sample.image_bytes, name)
+    decode_whole_image(sample.image_bytes, name)
     extension = "jpg" if extension == "jpeg" else extension
     return sample.key, {extension: sample.image_bytes, "cls": str(sample.label).encode()}

@@ -13,6 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from gigatok_ds.data.damage import damage_of
 from gigatok_ds.errors import InputError
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, Pillow's own threshold for a decompression bomb
@@ -30,12 +31,20 @@ def open_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
+def decode_whole_image(data: bytes, name: str) -> Image.Image:
+    """`decode_image`, which here also raises InputError for damage that its decoder passes over (`damage_of`)."""
+    image = decode_image(data, name)
+    if damage := damage_of(data):
+        raise InputError(f"{name}: cannot decode this image without a fault ({damage}); replace or remove it")
+    return image
+
+
 def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode a JPEG, PNG, WebP or BMP into an upright 8-bit RGB image.
 
     Transparent pixels are laid over white, 16-bit gray keeps its upper eight bits (as Pillow does for 16-bit
-    colour), EXIF orientation is applied. Raises InputError, naming the image, when it cannot be decoded to
-    the last byte, is larger than MAX_PIXELS or thinner than MAX_ASPECT_RATIO.
+    colour), EXIF orientation is applied. Raises InputError, naming the image, when it cannot be decoded, as when its
+    file ends too early, is larger than MAX_PIXELS or thinner than MAX_ASPECT_RATIO.
     """
     try:
         image = open_image(data)

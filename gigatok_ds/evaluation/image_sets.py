@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from gigatok_ds.data.folder import scan_image_folder
-from gigatok_ds.data.transforms import decode_image, pixels_of
+from gigatok_ds.data.transforms import decode_image, open_image, pixels_of
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256
 
+_LOSSLESS = ("PNG", "BMP")
+_LOOKED_AT = 64  # images whose floats tell their range
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
@@ -43,6 +45,10 @@ class NpzImages:
         if self.dtype != "uint8" and not (any_dtype and self._pixels.dtype.kind == "f"):
             raise InputError(f"{path} holds {self.dtype}, but published figures are of uint8 images, clamped and rounded "
                              "down; convert them, or say --allow dtype if they are floats in 0 .. 255")
+        if self.dtype != "uint8":
+            some = np.asarray(self._pixels[:: -(-len(self) // _LOOKED_AT)])
+            if some.size and some.max() <= 1 and (some % 1).any():
+                raise InputError(f"{path} holds floats in 0 .. 1, which would all be black; multiply them by 255")
         self.size = self._pixels.shape[1:3]
         self.labels = labels.astype(np.int64) if labels is not None and labels.shape == (len(self),) else None
 
@@ -63,15 +69,16 @@ class NpzImages:
 
 
 class FolderImages:
-    """The JPEG and PNG files below a directory, in the order of their names; they must be of one size.
+    """The PNG files below a directory, in the order of their names; they must be of one size.
 
+    With `lossy` they may be JPEG or WebP files, too, whose pixels are no longer those that were generated.
     `labels` come from `labels.npy`, which `gigatok-ds sample` leaves there, and are None without it.
     """
 
     dtype, statistics = "uint8", None
 
-    def __init__(self, path: Path):
-        self.path, self.paths = path, sorted(scan_image_folder(path).paths)
+    def __init__(self, path: Path, *, lossy: bool = False):
+        self.path, self.paths, self.lossy = path, sorted(scan_image_folder(path).paths), lossy
         self.size = tuple(self._read(0).shape[1:])
         labels = np.load(path / "labels.npy", allow_pickle=False) if (path / "labels.npy").is_file() else None
         self.labels = labels if labels is not None and len(labels) == len(self) else None
@@ -90,7 +97,12 @@ class FolderImages:
 
     def _read(self, number: int) -> Tensor:
         path = self.paths[number]
-        return pixels_of(decode_image(path.read_bytes(), str(path)))
+        data = path.read_bytes()
+        image = decode_image(data, str(path))
+        if not self.lossy and (kind := open_image(data).format) not in _LOSSLESS:
+            raise InputError(f"{path} is a {kind}, which has lost some of its pixels; published figures are of PNGs or an .npz; "
+                             "give those, or say --allow dtype")
+        return pixels_of(image)
 
     def sha256(self) -> str:
         """Of the images' hashes, in their order."""
@@ -103,10 +115,10 @@ class FolderImages:
 ImageSet = NpzImages | FolderImages
 
 
-def open_images(path: Path, *, any_dtype: bool = False) -> ImageSet:
-    """The images at `path`. Raises InputError when it holds none."""
+def open_images(path: Path, *, any_dtype: bool = False, lossy: bool = False) -> ImageSet:
+    """The images at `path`; see above. `any_dtype` implies `lossy`. Raises InputError when it holds none."""
     if path.is_dir():
-        return FolderImages(path)
+        return FolderImages(path, lossy=any_dtype or lossy)
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a directory of PNGs or an .npz file")
     return NpzImages(path, any_dtype=any_dtype)

@@ -55,7 +55,7 @@ def load_reference(path: Path, inception: InceptionFeatures, weights_sha256: str
     Statistics in the file (mu, sigma, mu_s, sigma_s) are used as they are, as ADM's evaluator does; others, and the
     features, are computed once for each content and network and kept in `cache`.
     """
-    images = open_images(path)
+    images = open_images(path, lossy=True)
     digest = topology.from_first(images.sha256() if topology.is_first else None)
     file = cache / f"{digest[:16]}-{weights_sha256[:16]}.safetensors"
     tensors = topology.from_first(_read(file) if topology.is_first else None)
