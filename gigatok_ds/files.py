@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from gigatok_ds.errors import InputError
+
+_REPLACED = ".replaced"  # ends the name of what is being replaced, where two names cannot be exchanged
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -32,15 +38,14 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def scratch_beside(path: Path) -> Iterator[Path]:
-    """A path to write a file at that becomes `path` at the end, once it is on the disk, or is removed."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    scratch = Path(name)
+    """A path to write a file at that becomes `path` at the end, once it is on the disk, or is removed.
+
+    It has the permissions that the umask gives to new files.
+    """
+    scratch = _hidden(path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)))
     try:
         yield scratch
-        with open(scratch, "rb") as file:
-            os.fsync(file.fileno())
-        scratch.chmod(0o644)
+        sync(scratch)
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -48,25 +53,85 @@ def scratch_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def directory_beside(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A hidden directory to write into that becomes `path` at the end, or is removed.
+def directory_beside(path: Path, *, replaceable: Callable[[Path], object] | None = None) -> Iterator[Path]:
+    """A hidden directory to write into that becomes `path` at the end, at once, or is removed.
 
-    What `path` is before must be an empty directory, or anything with `replace`.
+    What `path` is before must be an empty directory, or one at which `replaceable` raises nothing: that is there until the
+    new one is, and is deleted then. SIGTERM and SIGHUP undo it as Ctrl-C does; of a process that is killed a hidden
+    directory stays. The permissions are those that the umask gives.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    replaced = scratch.with_name(scratch.name + ".replaced")
+    with undone_by_signals():
+        scratch = _hidden(path, os.mkdir)
+        try:
+            yield scratch
+            if replaceable and path.exists():
+                replaceable(path)
+                _take_the_place(scratch, path)
+            else:
+                os.rename(scratch, path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)  # what was not finished, or what was replaced
+
+
+def _hidden(path: Path, make: Callable[[Path], object]) -> Path:
+    """A new name beside `path`, at which `make` has made something."""
+    while True:
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with suppress(FileExistsError):
+            make(scratch)
+            return scratch
+
+
+def _take_the_place(new: Path, old: Path) -> None:
+    """Give `new` the name of the directory `old`, which gets that of `new`.
+
+    Where the file system cannot exchange two names there is a moment in which nothing has the name; see `put_back`.
+    """
+    if _exchanged(new, old):
+        return
+    aside = new.with_name(new.name + _REPLACED)
     try:
-        yield scratch
-        scratch.chmod(0o755)
-        if replace and path.exists():
-            os.rename(path, replaced)
-        os.rename(scratch, path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(old, aside)
+        os.rename(new, old)
     except BaseException:
-        if replaced.exists() and not path.exists():
-            os.rename(replaced, path)
-        shutil.rmtree(scratch, ignore_errors=True)
+        put_back(old)
         raise
+    os.rename(aside, new)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two names could be exchanged at once: renameat2 of Linux, which some file systems do not have."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def put_back(path: Path) -> None:
+    """Give a directory its name again that had lost it when a process was killed while it was being replaced."""
+    if os.path.lexists(path):
+        return
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*{_REPLACED}"):
+        os.rename(aside, path)
+        return
+
+
+@contextmanager
+def undone_by_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise SystemExit, unless they have a handler already: scratch files are removed."""
+
+    def leave(number: int, _frame) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)
+                  if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_failure(error: BaseException) -> str | None:

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gigatok_ds.checkpoint.pt_file import lazy_tensors, write_pt
+from gigatok_ds.checkpoint.pt_file import lazy_tensors, load_plain_data, write_pt
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, check_fits, shapes_of
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import scratch_beside, told_failures
+from gigatok_ds.files import scratch_beside, told_failures, undone_by_signals
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 
@@ -28,6 +28,7 @@ _ROOMS = {
 _SHARED_ROOMS = {"cnn_decoder": "decoder", "quantizer": "quantize"}
 _PACKED = re.compile(r"^(.*(?:self_attn|multihead_attn))\.([qkv])_proj\.(weight|bias)$")
 _SEMANTIC_HEAD = "decoder.distill_mlp."
+_KEY = "model"  # under which we write a state_dict
 _USAGE = "quantizer.codebook_used"  # float32 in the original
 # What generation leaves in a GPT's state_dict, and is not learned.
 _CACHE = re.compile(r"(^|\.)(kv_cache\.|freqs_cis$|causal_mask$)")
@@ -149,18 +150,37 @@ def _chosen(content: dict, priority: list[str], path: str | Path) -> dict[str, T
 
 
 def save_original(path: Path, config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tensor], *,
-                  dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+                  dtype: torch.dtype | None = None, overwrite: bool = False,
+                  check: Callable[[Path], object] = lambda written: None) -> Path:
     """Write a `.pt` as the original's code reads it, {"model": state_dict}, whole or not at all.
 
-    Few tensors are in memory at a time. With dtype, parameters are converted. Raises InputError when `path` exists, unless
-    `overwrite` is set, or the weights are not the model's.
+    Few tensors are in memory at a time. With dtype, parameters are converted. check is given the file before it takes its
+    place and may raise: then what was there stays. Raises InputError when `path` exists, unless `overwrite` is set and it
+    holds a state_dict under "model" and nothing else, or when the weights are not the model's.
     """
-    if path.exists() and not (overwrite and path.is_file()):
+    path = path.resolve() if overwrite else path  # a link stays one
+    if path.exists() and not overwrite:
         raise InputError(f"{path} exists already; choose another file or give --overwrite")
+    if path.exists():
+        _refuse_foreign(path)
     network = build_on_meta(config)
     check_fits(weights, written_specs(network), "the state_dict")
     specs = original_specs(config, written_specs(network, dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with told_failures(path), scratch_beside(path) as scratch:
-        write_pt(scratch, "model", specs, to_original(config, weights).__getitem__)
+    with undone_by_signals(), told_failures(path), scratch_beside(path) as scratch:
+        write_pt(scratch, _KEY, specs, to_original(config, weights).__getitem__)
+        check(scratch)
     return path
+
+
+def _refuse_foreign(path: Path) -> None:
+    """InputError when a file is not what `save_original` writes."""
+    try:
+        content = load_plain_data(path)
+    except InputError as error:
+        raise InputError(f"--overwrite replaces checkpoints only: {error}; remove it yourself or choose another file") from None
+    strays = [str(key) for key in content if key != _KEY]
+    weights = content.get(_KEY)
+    if strays or not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"{path} holds more than weights ({strays[0] if strays else _KEY}), so --overwrite leaves it alone; "
+                         "remove it yourself or choose another file")

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from gigatok_ds.checkpoint.original import build_on_meta, written_specs
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, TensorFiles, check_fits, groups_of, write_tensors
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, gpt_config_from_dict, tokenizer_config_from_dict
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import directory_beside, sha256, sync, told_failures
+from gigatok_ds.files import directory_beside, put_back, sha256, sync, told_failures
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.sharding import declared_shards
@@ -39,25 +39,43 @@ _CONFIGS = {"tokenizer": tokenizer_config_from_dict, "gpt": gpt_config_from_dict
 
 
 def check_destination(path: Path, *, overwrite: bool = False) -> None:
-    """InputError when `path` exists, unless it is a standalone checkpoint that may be overwritten."""
-    if path.exists() and not (overwrite and (path / CONFIG_FILE).is_file()):
+    """InputError when `path` exists, unless it is a standalone checkpoint that may be overwritten, and nothing else."""
+    put_back(path)
+    if path.exists() and not overwrite:
         raise InputError(f"{path} exists already; choose another output directory or remove it")
+    if path.exists():
+        _refuse_foreign(path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """InputError, naming one, when there are files that a standalone checkpoint does not have."""
+    advice = "so --overwrite leaves it alone; remove it yourself or choose another output directory"
+    try:
+        ours = {CONFIG_FILE, CARD_FILE, INDEX_FILE, *read_config(path)["sha256"]}
+    except InputError as error:
+        raise InputError(f"{path} exists already and is no standalone checkpoint ({error}), {advice}") from None
+    for file in sorted(path.iterdir()):
+        named = file.name in ours and (file.suffix == ".safetensors" or file.name in (CONFIG_FILE, CARD_FILE, INDEX_FILE))
+        if not named or not file.is_file():
+            raise InputError(f"{path} also holds {file.name}, which is not of a standalone checkpoint, {advice}")
 
 
 def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tensor], *,
-                    provenance: dict | None = None, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+                    provenance: dict | None = None, dtype: torch.dtype | None = None, overwrite: bool = False,
+                    check: Callable[[Path], object] = lambda written: None) -> Path:
     """Write a standalone checkpoint directory, complete or not at all; few tensors are in memory at a time.
 
     weights are the model's own state_dict, perhaps a lazy one; parameters are converted to dtype, if given, and buffers
-    stay as they are. provenance is stored in config.json as it is. Raises InputError when `path` exists, unless
-    `overwrite` is set and it is a standalone checkpoint itself, and when the weights are not those of the model.
+    stay as they are. provenance is stored in config.json as it is. check is given the directory before it takes its place
+    and may raise: then what was there stays. Raises InputError when `path` exists, unless `overwrite` is set and it is a
+    standalone checkpoint itself with nothing else in it, and when the weights are not those of the model.
     """
-    path = Path(path)
+    path = Path(path).resolve() if overwrite else Path(path)  # a link stays one
     check_destination(path, overwrite=overwrite)
     network = build_on_meta(config)
     check_fits(weights, written_specs(network), "the state_dict")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with told_failures(path), directory_beside(path, replace=True) as scratch:
+    with told_failures(path), directory_beside(path, replaceable=_refuse_foreign if overwrite else None) as scratch:
         description = {
             "format": FORMAT,
             "kind": "tokenizer" if isinstance(config, TokenizerConfig) else "gpt",
@@ -71,6 +89,7 @@ def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weigh
         (scratch / CARD_FILE).write_text(card, encoding="utf-8")
         for file in scratch.iterdir():
             sync(file)
+        check(scratch)
     return path
 
 

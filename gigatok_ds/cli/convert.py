@@ -17,7 +17,6 @@ executed: a .pt that holds anything but tensors and plain data is refused. A fai
 from __future__ import annotations
 
 import argparse
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "cls_embedding for other classes; may be repeated")
     parser.add_argument("--verify", action="store_true",
                         help="read it again, and compare every tensor and the outputs of both models")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is of the kind that is written")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is of the kind that is written and holds nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,9 +56,11 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.source, choice=args.weights, recipe=recipe, step=args.step)
     if args.to == "training":
         return _to_training(args, model, recipe)
-    written = _write(args, model)
-    said = f": {_verified(args, model)}" if args.verify else ""
-    print(f"wrote {written}{said}")
+    if args.verify:
+        _refuse_damaged(args.source)  # before anything is written
+    said: list[str] = []
+    written = _write(args, model, lambda aside: said.append(f": {_verified(args, model, aside)}") if args.verify else None)
+    print(f"wrote {written}{''.join(said)}")
     return 0
 
 
@@ -82,16 +83,16 @@ def _refuse_useless(args: argparse.Namespace) -> None:
         raise InputError("--fresh is for --to training only")
 
 
-def _write(args: argparse.Namespace, model) -> Path:
+def _write(args: argparse.Namespace, model, check) -> Path:
     from gigatok_ds.checkpoint.original import save_original
     from gigatok_ds.checkpoint.standalone import save_standalone
     from gigatok_ds.precision import PRECISIONS
 
+    how = {"dtype": PRECISIONS[args.dtype], "overwrite": args.overwrite, "check": check}
     with _progress(model.weights) as weights:
         if args.to == "original":
-            return save_original(args.out, model.config, weights, dtype=PRECISIONS[args.dtype], overwrite=args.overwrite)
-        return save_standalone(args.out, model.config, weights, provenance=model.provenance, dtype=PRECISIONS[args.dtype],
-                               overwrite=args.overwrite)
+            return save_original(args.out, model.config, weights, **how)
+        return save_standalone(args.out, model.config, weights, provenance=model.provenance, **how)
 
 
 def _to_training(args: argparse.Namespace, model, recipe) -> int:
@@ -106,20 +107,19 @@ def _to_training(args: argparse.Namespace, model, recipe) -> int:
     return 0
 
 
-def _verified(args: argparse.Namespace, model) -> str:
-    """What was compared. What does not compare equal is removed."""
+def _verified(args: argparse.Namespace, model, aside: Path) -> str:
+    """What was compared of what was written, which has not taken its place yet."""
     from gigatok_ds.checkpoint.sources import open_model, open_original
     from gigatok_ds.checkpoint.verification import verify
+    from gigatok_ds.errors import InputError
     from gigatok_ds.precision import PRECISIONS
 
     try:
-        for place in (args.source, args.out):
-            _refuse_damaged(place)
-        written = open_original(args.out, model.config) if args.to == "original" else open_model(args.out)
+        _refuse_damaged(aside)
+        written = open_original(aside, model.config) if args.to == "original" else open_model(aside)
         return verify(model, written, dtype=PRECISIONS[args.dtype], probe=_probe(args, model))
-    except BaseException:
-        shutil.rmtree(args.out, ignore_errors=True) if args.out.is_dir() else args.out.unlink(missing_ok=True)
-        raise
+    except InputError as error:
+        raise InputError(str(error).replace(str(aside), str(args.out))) from None
 
 
 def _refuse_damaged(place: Path) -> None:
