@@ -49,7 +49,8 @@ BELONGS = {"inception": ("reconstruction", "generation"), "vgg": ("reconstructio
 
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.cli.measures import MEASURES
-    from gigatok_ds.evaluation.results import in_words, write_results
+    from gigatok_ds.evaluation.results import check_results, in_words, write_results
+    from gigatok_ds.ownership import owned_by_first
     from gigatok_ds.parallel.topology import stop_process_group
     from gigatok_ds.precision import float32_arithmetic
     from gigatok_ds.sampling.many import join_ranks
@@ -57,12 +58,15 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     topology = join_ranks(args.device, 1)
     try:
-        with float32_arithmetic():
+        with float32_arithmetic(), owned_by_first(args.out, topology):
+            if topology.is_first:
+                check_results(args.out)
             results = MEASURES[args.what](args, topology)
+            if topology.is_first:
+                write_results(args.out, results)
     finally:
         stop_process_group(topology)
     if topology.is_first:
-        write_results(args.out, results)
         for name, value in {**results.settings, **results.figures}.items():
             print(f"{name}: {in_words(value)}")
         print(f"wrote {args.out / 'results.html'}")

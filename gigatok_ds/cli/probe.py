@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.cli.measures import probe
     from gigatok_ds.errors import InputError
-    from gigatok_ds.evaluation.results import in_words, write_results
+    from gigatok_ds.evaluation.results import check_results, in_words, write_results
+    from gigatok_ds.ownership import owned_by_first
     from gigatok_ds.parallel.topology import stop_process_group
     from gigatok_ds.sampling.many import join_ranks
 
@@ -52,11 +53,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--features are the tokenizer's; with --gpt leave them out")
     topology = join_ranks(args.device, 1)
     try:
-        results = probe(args, topology)
+        with owned_by_first(args.out, topology):
+            if topology.is_first:
+                check_results(args.out)
+            results = probe(args, topology)
+            if topology.is_first:
+                write_results(args.out, results)
     finally:
         stop_process_group(topology)
     if topology.is_first:
-        write_results(args.out, results)
         for name, value in results.figures.items():
             print(f"{name}: {in_words(value)}")
         print(f"wrote {args.out / 'results.html'}")

@@ -41,6 +41,7 @@ from gigatok_ds.data.shards import new_directory, write_tar
 from gigatok_ds.data.tar_scan import Entry, scan_tar
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
+from gigatok_ds.ownership import owned
 from gigatok_ds.parallel.launched import LaunchedRank
 
 PATIENCE = 1800.0  # seconds without any change in the directory after which the first rank stops waiting for the others
@@ -81,12 +82,23 @@ class CodeDirectory:
     def fill(self, rank: LaunchedRank, make_samples: MakeSamples) -> None:
         """Write this rank's missing shards (shard k is that of rank k % world_size); the first rank completes the set.
 
-        Nothing is done in a complete directory. Raises InputError when the directory holds something else or was begun
-        with other settings, and what `make_samples` raises; whole shards stay. The first rank returns when all is done
-        and raises InputError when for PATIENCE seconds nothing came from ranks that it waits for.
+        Nothing is done in a complete directory. Raises InputError when the directory holds something else, was begun with
+        other settings or is being written by another job, and what `make_samples` raises; whole shards stay. The first rank
+        returns when all is done and raises InputError when for PATIENCE seconds nothing came from ranks that it waits for.
         """
         if self.claim():
             return
+        if rank.rank > 0:
+            self._write_missing(rank, make_samples)
+            return
+        with owned(self.directory):
+            if self.claim():  # the one before has just completed it
+                return
+            self._write_missing(rank, make_samples)
+            self._wait_for_all()
+            self._finish()
+
+    def _write_missing(self, rank: LaunchedRank, make_samples: MakeSamples) -> None:
         own = range(rank.rank, self.shards, rank.world_size)
         missing = [shard for shard in own if not self._is_whole(shard)]
         ranges = [self.numbers(shard) for shard in missing]
@@ -99,9 +111,6 @@ class CodeDirectory:
                 done += len(numbers)
                 if not sys.stderr.isatty():
                     _report(self.path(shard).name, name, done, total, time.monotonic() - started)
-        if rank.rank == 0:
-            self._wait_for_all()
-            self._finish()
 
     def claim(self) -> bool:
         """Make the directory ours; True when it is complete already.

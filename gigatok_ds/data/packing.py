@@ -33,6 +33,7 @@ from gigatok_ds.data.transforms import decode_whole_image, open_image, resize_sh
 from gigatok_ds.data.workers import in_processes
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
+from gigatok_ds.ownership import owned
 from gigatok_ds.streams import numpy_stream
 
 PLAN_FILE = "packing.json"  # stays, and says where the shards came from
@@ -78,7 +79,12 @@ def pack(source: Source, out_dir: str | Path, packing: Packing, *, workers: int)
     out_dir = unused(out_dir)
     images = _in_order(source, packing)
     partial = out_dir.with_name(f"{out_dir.name}.partial")
-    _claim(partial, _plan(source, images, packing))
+    with owned(partial):
+        _claim(partial, _plan(source, images, packing))
+        return _pack(source, images, packing, partial, out_dir, workers)
+
+
+def _pack(source: Source, images: list[SourceImage], packing: Packing, partial: Path, out_dir: Path, workers: int) -> ShardSet:
     starts = range(0, len(images), packing.samples_per_shard)
     paths = [partial / f"{packing.prefix}-{number:06d}.tar" for number in range(len(starts))]
     notes = {path: note for path in paths if (note := _read_note(path))}

@@ -24,6 +24,7 @@ from gigatok_ds.demo.report import Figure
 from gigatok_ds.demo.source import Source
 from gigatok_ds.demo.summary import summarise
 from gigatok_ds.errors import InputError
+from gigatok_ds.ownership import is_unused, owned
 from gigatok_ds.sampling.extract import extract_codes
 from gigatok_ds.sampling.views import views_of
 from gigatok_ds.studies.stages import rank_environment
@@ -74,7 +75,12 @@ class Demo:
 
         Raises InputError when a phase fails or the exports differ from the trained models.
         """
-        started = time.monotonic()
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"{self.out} exists and is not a directory")
+        with owned(self.out):
+            return self._phases(time.monotonic())
+
+    def _phases(self, started: float) -> list[Figure]:
         self._claim()
         self._write_shards()
         self._train("tokenizer")
@@ -92,16 +98,12 @@ class Demo:
         marker = self.out / "demo.json"
         description = {"source": self.source.name, "classes": self.source.classes,
                        "recipes": {kind: recipe_to_dict(recipe) for kind, recipe in self.recipes.items()}}
-        if self.out.exists():
-            if not self.out.is_dir():
-                raise InputError(f"{self.out} exists and is not a directory")
-            if any(self.out.iterdir()) and not marker.is_file():
-                raise InputError(f"{self.out} is not empty and is not a demo's directory; choose another --out")
+        if not is_unused(self.out) and not marker.is_file():
+            raise InputError(f"{self.out} is not empty and is not a demo's directory; choose another --out")
         if marker.is_file():
             if json.loads(marker.read_text()) != json.loads(json.dumps(description)):
                 raise InputError(f"{self.out} holds a demo with other data or settings; choose another --out")
             return
-        self.out.mkdir(parents=True, exist_ok=True)
         scratch = marker.with_suffix(".partial")
         scratch.write_text(json.dumps(description, indent=2) + "\n")
         os.replace(scratch, marker)

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
 
-RESULTS = "results.json"
+RESULTS, _MARKDOWN, _HTML = "results.json", "results.md", "results.html"
+FORMAT = "gigatok-ds-results/1"  # in each of them
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1f2430}
 table{border-collapse:collapse}th,td{text-align:left;padding:.3rem 1rem .3rem 0;border-bottom:1px solid #e3e6eb}
 td{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}img{max-width:100%}figure{margin:2rem 0}"""
@@ -31,14 +33,28 @@ class Results:
     pictures: Mapping[str, bytes] = field(default_factory=dict)
 
 
+def check_results(folder: Path) -> None:
+    """InputError, naming it, when `write_results` would replace a file that is not ours: one without FORMAT in it."""
+    for name in (RESULTS, _MARKDOWN, _HTML):
+        path = folder / name
+        if path.exists() and not (path.is_file() and FORMAT.encode() in path.read_bytes()):
+            raise InputError(f"{path} is there and was not written by this program, so it is left alone; choose another --out "
+                             "or remove it")
+    pictures = sorted(folder.glob("picture-*.png"))
+    if pictures and not (folder / _MARKDOWN).exists():
+        raise InputError(f"{pictures[0]} is there and belongs to no results of ours, so it is left alone; choose another --out "
+                         "or remove it")
+
+
 def write_results(folder: Path, results: Results) -> None:
-    """Write the three files; results.json last, so that it is there only if all is."""
+    """Write the three files; results.json last, so that it is there only if all is. Raises what `check_results` does."""
     folder.mkdir(parents=True, exist_ok=True)
+    check_results(folder)
+    write_atomically(folder / _MARKDOWN, _markdown(results).encode())
     for number, picture in enumerate(results.pictures.values(), 1):
         write_atomically(folder / f"picture-{number}.png", picture)
-    write_atomically(folder / "results.md", _markdown(results).encode())
-    write_atomically(folder / "results.html", _html(results).encode())
-    whole = {"title": results.title, "figures": dict(results.figures), "settings": dict(results.settings)}
+    write_atomically(folder / _HTML, _html(results).encode())
+    whole = {"format": FORMAT, "title": results.title, "figures": dict(results.figures), "settings": dict(results.settings)}
     write_atomically(folder / RESULTS, (json.dumps(whole, indent=2, default=str) + "\n").encode())
 
 
@@ -89,7 +105,7 @@ def _markdown(results: Results) -> str:
         lines += [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows] + [""]
     for number, caption in enumerate(results.pictures, 1):
         lines += [f"{caption}:", "", f"![{caption}](picture-{number}.png)", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"<!-- {FORMAT} -->", ""])
 
 
 def _html(results: Results) -> str:
@@ -101,5 +117,5 @@ def _html(results: Results) -> str:
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>" for caption, picture in results.pictures.items())
     title = html.escape(results.title)
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="{FORMAT}"><title>{title}</title><style>{_STYLE}</style>'
             f"<h1>{title}</h1>{tables}{figures}</html>\n")

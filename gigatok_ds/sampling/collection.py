@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.ownership import is_unused
 from gigatok_ds.sampling.images import write_png
 
 RECORD = "sampling.json"
@@ -24,7 +25,7 @@ class PngFolder:
     """`000000.png`, `000001.png`, ..., with labels.npy (N,) int64 and sampling.json beside them."""
 
     def __init__(self, out: Path):
-        self.out, self.record = out, out / RECORD
+        self.out, self.record, self.place = out, out / RECORD, out
 
     def start(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,7 @@ class NpzFile:
     def __init__(self, out: Path):
         self.out = out
         self.record, self.parts = (out.with_name(out.name + ending) for ending in (".json", ".parts"))
+        self.place = self.parts  # the directory that is written
 
     def start(self) -> None:
         if not self.out.exists():
@@ -98,7 +100,7 @@ class NpzFile:
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                 np.lib.format.write_array(file, labels)
         os.replace(scratch, self.out)
-        shutil.rmtree(self.parts)
+        shutil.rmtree(self.parts, ignore_errors=True)  # over NFS what is open stays for a moment
 
     def _found(self) -> list[tuple[int, int, Path]]:
         """(first number, how many, path) of every part, in order."""
@@ -126,7 +128,7 @@ def claim(collection: PngFolder | NpzFile, record: dict) -> None:
         if wrong := [name for name in names if name != "count"]:
             raise InputError(f"{collection.out} holds images with {wrong[0]} {_brief(other.get(wrong[0]))}, not "
                              f"{_brief(record.get(wrong[0]))}; choose another --out")
-    elif collection.out.exists() and (collection.out.is_file() or any(collection.out.iterdir())):
+    elif not is_unused(collection.out):
         raise InputError(f"{collection.out} exists already and has no {path.name}; choose another --out")
     collection.start()
     scratch = path.with_name(f".{path.name}.partial")

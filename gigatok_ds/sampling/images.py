@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,6 +18,8 @@ from gigatok_ds.evaluation.image_metrics import make_grid
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.sampling.generate import Sampler
+
+_SOFTWARE = "gigatok-ds"  # in each PNG that is written
 
 
 DECODED = 32  # images at a time, on a GPU
@@ -68,6 +72,8 @@ def sample_grid(gpt: GPT, tokenizer: Tokenizer, classes: list[int], out: Path | 
     """
     if per_class < 1:
         raise InputError(f"per_class is {per_class}; it must be at least 1")
+    if out is not None:
+        check_png(out)
     wanted = torch.tensor(classes).repeat_interleave(per_class)
     _, images = sample_images(gpt, tokenizer, wanted, **sampling)
     if out is None:
@@ -77,7 +83,20 @@ def sample_grid(gpt: GPT, tokenizer: Tokenizer, classes: list[int], out: Path | 
 
 
 def write_png(pixels: np.ndarray, path: Path) -> None:
-    """Write uint8 (height, width, 3), complete or not at all."""
+    """Write uint8 (height, width, 3), complete or not at all; the file says who wrote it."""
+    said = PngInfo()
+    said.add_text("Software", _SOFTWARE)
     scratch = path.with_name(f".{path.name}.partial")
-    Image.fromarray(pixels).save(scratch, format="PNG")
+    Image.fromarray(pixels).save(scratch, format="PNG", pnginfo=said)
     os.replace(scratch, path)
+
+
+def check_png(path: Path) -> None:
+    """InputError when there is something at `path` that `write_png` has not written."""
+    if not os.path.lexists(path):
+        return
+    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path, formats=["PNG"]) as image:
+        if image.info.get("Software") == _SOFTWARE:
+            return
+    raise InputError(f"{path} is there and is no PNG that this program has written, so it is left alone; choose another --out "
+                     "or remove it")

@@ -20,6 +20,7 @@ from gigatok_ds.checkpoint.standalone import DTYPES, checkpoint_hash, load_gpt_p
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import to_uint8
 from gigatok_ds.models.gpt import GPT
+from gigatok_ds.ownership import owned_by_first
 from gigatok_ds.parallel.topology import Topology, single_process, start_process_group
 from gigatok_ds.sampling.batch_size import default_batch_size
 from gigatok_ds.sampling.collection import claim, collection_at
@@ -79,7 +80,7 @@ def draw_grid(job: Job, topology: Topology, classes: list[int], out: Path, *, pe
 def draw_many(job: Job, topology: Topology, out: Path, *, count: int, balanced: bool) -> int:
     """Images number 0 to count - 1 into `out`; those that are there are kept. Returns how many were missing.
 
-    Collective. Raises InputError when `out` holds images of other settings.
+    Collective. Raises InputError when `out` holds images of other settings, or another process draws into it.
     """
     if count < 1:
         raise InputError(f"count is {count}; it must be at least 1")
@@ -89,6 +90,13 @@ def draw_many(job: Job, topology: Topology, out: Path, *, count: int, balanced: 
     # Of no images: wrong settings are refused before anything is written.
     sampler.codes(torch.from_numpy(labels[:0]), [], **job.settings)
     collection = collection_at(out)
+    with owned_by_first(collection.place, topology):
+        return _drawn(job, topology, sampler, tokenizer, collection, labels, count=count, balanced=balanced)
+
+
+def _drawn(job: Job, topology: Topology, sampler: Sampler, tokenizer, collection, labels: np.ndarray, *, count: int,
+           balanced: bool) -> int:
+    """Draw what is missing, and return how many that was."""
     missing = _on_first(topology, lambda: _claimed(collection, _record(job, sampler, topology, count, balanced), count))
     batches = list(runs(missing, sampler.batch_size))[topology.data_rank :: topology.data_size]
     with tqdm(total=sum(map(len, batches)), desc="sample", unit="image", disable=not topology.is_first) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from gigatok_ds.data.codes import METADATA_FILE
 from gigatok_ds.data.remote import open_shards
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.results import RESULTS, Results, read_figures, write_results
+from gigatok_ds.ownership import owned
 from gigatok_ds.studies.guidance_search import search_guidance
 from gigatok_ds.studies.reproduce import probe_stage
 from gigatok_ds.studies.sampling_stages import GenerationSetup, Trial, generation_stages, remove_samples
@@ -96,7 +98,10 @@ class ARProbing:
     def run(self, launcher: Launcher) -> dict[str, float]:
         """Every stage that is not done; returns gFID and its companions, validation loss and probe accuracy."""
         self.check()
-        self.out.mkdir(parents=True, exist_ok=True)
+        with nullcontext() if launcher.dry_run else owned(self.out):
+            return self._stages(launcher)
+
+    def _stages(self, launcher: Launcher) -> dict[str, float]:
         probe = probe_stage(self.tokenizer, self.standalone, self.train, self.val, self.out / "probe", self.device,
                             self.workers, self.probe)
         launcher.run([*self.training_stages(), self.loss_stage(), probe])

@@ -15,6 +15,7 @@ from gigatok_ds.checkpoint.standalone import checkpoint_hash
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.results import read_figures
 from gigatok_ds.files import sha256, write_atomically
+from gigatok_ds.ownership import is_unused, owned
 from gigatok_ds.studies.sampling_stages import GenerationSetup, Trial, generation_stages, remove_samples
 from gigatok_ds.studies.stages import Launcher
 
@@ -76,7 +77,13 @@ def search_guidance(setup: GenerationSetup, out: Path, launcher: Launcher, *, sc
         raise InputError(f"the schedule is {schedule!r}; the search knows {', '.join(SCHEDULES)}")
     if start < 1 or round(start / SCALE_STEP, 6) % 1:
         raise InputError(f"the search starts at {start}; scales are multiples of {SCALE_STEP}, at least 1")
-    _claim(setup, out)
+    with owned(out):
+        _claim(setup, out)
+        return _search(setup, out, launcher, schedule, start, window_start, keep_samples)
+
+
+def _search(setup: GenerationSetup, out: Path, launcher: Launcher, schedule: str, start: float, window_start: float | None,
+            keep_samples: bool) -> tuple[Trial, dict[str, float]]:
     trials: dict[Trial, dict[str, float]] = {}
 
     def measure(trial: Trial) -> float:
@@ -108,9 +115,8 @@ def _claim(setup: GenerationSetup, out: Path) -> None:
         wrong = [name for name in record if other.get(name) != record[name]]
         if wrong:
             raise InputError(f"{out} holds a search with another {wrong[0]}; choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif not is_unused(out):
         raise InputError(f"{out} is not empty and holds no search; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(file, (json.dumps(record, indent=2) + "\n").encode())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gigatok_ds.checkpoint.standalone import described_config
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.results import RESULTS, Results, read_figures, write_results
+from gigatok_ds.ownership import owned
 from gigatok_ds.studies.guidance_search import search_guidance
 from gigatok_ds.studies.published import ROWS, TOLERANCES, Row
 from gigatok_ds.studies.sampling_stages import GenerationSetup, Trial, generation_stages, remove_samples
@@ -83,7 +85,11 @@ def reproduce(name: str, materials: Materials, launcher: Launcher) -> list[Compa
     """Run or resume what the row needs; the comparison is also left in `out`, as results.json, .md and .html."""
     row = row_named(name)
     check_materials(row, materials)
-    materials.out.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if launcher.dry_run else owned(materials.out):
+        return _reproduced(name, row, materials, launcher)
+
+
+def _reproduced(name: str, row: Row, materials: Materials, launcher: Launcher) -> list[Comparison]:
     figures = _tokenizer(materials, launcher) if row.gpt is None else _generator(row, materials, launcher)
     if launcher.dry_run:
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
 from gigatok_ds.parallel.cuda_queues import order_kernels
+from gigatok_ds.ownership import is_ours, owned_by_first
 from gigatok_ds.training.branch import check_branch, record_branch
 from gigatok_ds.training.wandb_log import check_wandb
 
@@ -75,7 +77,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
 
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
     holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. `faults` happen on purpose
-    (training.injection). Raises InputError for anything the user can mend.
+    (training.injection). Raises InputError for anything the user can mend, and when another job trains into `run_dir`.
     """
     from gigatok_ds.parallel.timeouts import collective_timeout, outlast_watchdog
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
@@ -91,8 +93,13 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     topology = start_process_group(tensor_size=parallel.tensor, sequence_parallel=parallel.sequence,
                                    timeout=collective_timeout(recipe.monitor.stall_seconds))
     try:
-        with watch_ranks(topology, lambda text: tell(run_dir, "failed", reason=_last_line(text))) as end:
+        def told(text: str) -> None:
+            if is_ours(run_dir):  # another's is left alone
+                tell(run_dir, "failed", reason=_last_line(text))
+
+        with ExitStack() as held, watch_ranks(topology, told) as end:
             settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
+            held.enter_context(owned_by_first(run_dir, topology))
             if topology.is_first:
                 warnings += left_eager(recipe, topology.device, settings)
                 _prepare(recipe, run_dir, settings, warnings, branch)
