@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 
 import sampling
 import torch
@@ -12,7 +13,8 @@ from acceptance.section import Setting
 from gigatok_ds.config.model import GPTConfig, TransformerSize
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
-from gigatok_ds.sampling.generate import Sampler
+from gigatok_ds.sampling.generate import EagerDecoder, Sampler
+from gigatok_ds.sampling.static import StaticDecoder
 
 IMAGES, SCALE, FEW = 32, 4.0, 3
 DIRECT_STEPS = 64  # of the direct loop, which is the same at all positions
@@ -34,18 +36,37 @@ def run(setting: Setting, found: Findings) -> None:
         _speed(name, gpt, setting, found)
 
 
+def _ways(gpt: GPT, images: int, setting: Setting) -> Iterator[tuple[str, Callable[[], Sampler], float]]:
+    """Ours, each with the seconds that it needs at least: step by step as the model is, and on a GPU as a CUDA graph."""
+    def eager() -> Sampler:
+        sampler = Sampler(gpt, images)
+        if isinstance(sampler.decoder, StaticDecoder):
+            sampler.decoder = EagerDecoder(gpt)
+        return sampler
+
+    yield "ours, eager", eager, 1
+    if setting.on_gpu:
+        yield "ours, a CUDA graph", lambda: Sampler(gpt, images), 3
+        yield "ours, a CUDA graph of compiled steps", lambda: Sampler(gpt, images, compile=True), 15
+
+
 def _equal_codes(name: str, gpt: GPT, setting: Setting, found: Findings) -> None:
-    """In float32: the graph against the eager decoder, and a few images drawn alone against the same ones among others."""
+    """In float32: every way against the first, and a few images drawn alone against the same ones among others."""
     images = 8 if setting.quick else IMAGES
-    classes = torch.arange(images) % gpt.config.num_classes
-    plain = Sampler(gpt, images)
-    codes = plain.codes(classes, range(images), cfg_scale=SCALE)
-    alone = plain.codes(classes[:FEW], range(FEW), cfg_scale=SCALE)
-    found.check(f"{name}: codes do not depend on the batch", torch.equal(alone, codes[:FEW]), f"{FEW} alone and among {images}")
-    if setting.on_gpu and found.has_time(f"{name}: codes of the CUDA graph", 15):
-        captured = Sampler(gpt, images, compile=True).codes(classes, range(images), cfg_scale=SCALE)
-        same = (captured == codes).float().mean().item()
-        found.check(f"{name}: the CUDA graph draws the same codes", same >= 0.99,
+    classes, expected = torch.arange(images) % gpt.config.num_classes, None
+    for way, build, seconds in _ways(gpt, images, setting):
+        if not found.has_time(f"{name}, codes of {way}", seconds):
+            continue
+        sampler = build()
+        codes = sampler.codes(classes, range(images), cfg_scale=SCALE)
+        alone = sampler.codes(classes[:FEW], range(FEW), cfg_scale=SCALE)
+        found.check(f"{name}, {way}: codes do not depend on the batch", torch.equal(alone, codes[:FEW]),
+                    f"{FEW} alone and among {images}")
+        if expected is None:
+            expected = codes
+            continue
+        same = (codes == expected).float().mean().item()
+        found.check(f"{name}, {way}: the codes of the eager way", same >= 0.99,
                     f"{same:.2%} in float32; sums in another order may turn a near-tie, and what follows it")
 
 
@@ -59,16 +80,15 @@ def _speed(name: str, gpt: GPT, setting: Setting, found: Findings) -> None:
     reference = images * steps / seconds
     found.figure(f"{name}, {kind}, direct loop", reference, "codes/s", f"{images} images with guidance")
     classes = torch.arange(images) % gpt.config.num_classes
-    for compile in (False, True) if setting.on_gpu else (False,):
-        what = f"{name}, {kind}, ours{' as a CUDA graph' if compile else ', eager'}"
-        if compile and not found.has_time(what, 10):
+    for way, build, least in _ways(gpt, images, setting):
+        if not found.has_time(f"{name}, {kind}, {way}", least):
             continue
-        sampler = Sampler(gpt, images, compile=compile)
+        sampler = build()
         rate = images * length / _timed(lambda: sampler.codes(classes, range(images), cfg_scale=SCALE), setting)
-        found.figure(what, rate, "codes/s", f"{rate / reference:.2f} x the direct loop")
+        found.figure(f"{name}, {kind}, {way}", rate, "codes/s", f"{rate / reference:.2f} x the direct loop")
 
 
-def _timed(function, setting: Setting) -> float:
+def _timed(function: Callable[[], object], setting: Setting) -> float:
     """Seconds of the second call."""
     function()
     setting.synchronise()
