@@ -110,12 +110,16 @@ class _Step:
 
     def __init__(self, task: GPTTask | TokenizerTask, guard: StepGuard, batch: dict, number: int, lr: float):
         self.task, self.guard, self.batch, self.number, self.lr = task, guard, batch, number, lr
-        self.flops = task.flops.of_step(number).model
+        self.flops, self.begun = task.flops.of_step(number).model, False
 
     def __call__(self) -> None:
+        """As in the loop, the host hears of a step when the next one has been enqueued."""
         self.guard.begin()
         logged = self.task.train_micro_batch(self.batch, self.number)
-        self.guard.finish(self.task.learning_rates(self.number, self.lr), logged)
+        if self.begun:
+            self.guard.verdict()
+        self.guard.decide(self.task.learning_rates(self.number, self.lr), logged)
+        self.begun = True
 
 
 def _step_of(recipe: Recipe, topology: Topology) -> _Step:
