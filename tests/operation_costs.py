@@ -16,9 +16,10 @@ class Costs(TorchDispatchMode):
         result = function(*args, **kwargs or {})
         if not function.is_view and function is not torch.ops.aten.detach.default:
             results = result if isinstance(result, tuple | list) else [result]
-            # What is written in place is among the arguments.
-            written = sum(value.nbytes for value in args if isinstance(value, torch.Tensor)) if function._schema.is_mutable else 0
-            moved = written + sum(value.nbytes for value in (*args, *results) if isinstance(value, torch.Tensor))
+            made = [value for value in results if not any(value is argument for argument in args)]
+            written = [value for value, declared in zip(args, function._schema.arguments)
+                       if declared.alias_info is not None and declared.alias_info.is_write]
+            moved = sum(value.nbytes for value in (*args, *written, *made) if isinstance(value, torch.Tensor))
             self.operations.append(str(function))
             self.bytes += moved
             self.but_products += moved if "mm" not in str(function) else 0
