@@ -1,4 +1,4 @@
-"""torch's types by the names that recipes and commands give them, and what float32 means on a GPU."""
+"""torch's types by the names that recipes and commands give them, and what the hardware makes of them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ def float32_arithmetic(*, tf32: bool = False) -> Iterator[None]:
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.allow_tf32 = value
+
+
+def device_has_bf16() -> bool:
+    """Whether there is a GPU that computes in bfloat16 itself."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def precision_note(precision: str, has_bf16: bool) -> str | None:
+    """What to say about fp16, in which the recipes were published; None about anything else."""
+    if precision != "fp16" or not has_bf16:
+        return None
+    return ("this recipe trains in fp16, as published; this GPU has bfloat16, whose range needs no loss scaling: "
+            "training.precision=bf16 is the safer choice")

@@ -382,3 +382,12 @@ def test_a_run_may_be_resumed_at_another_layout_but_not_with_another_recipe():
     other = ["training.seed=1", "optimizer.lr=1.0", "loss.quantizer.commitment=2.0"]
     assert sorted(differing_keys(recipe, load_recipe("VQ_SS256", [*layout, *other]))) == [
         "loss.quantizer.commitment", "optimizer.lr", "training.seed"]
+
+
+def test_a_recipe_in_fp16_hears_of_bf16_where_a_gpu_has_it():
+    from gigatok_ds.precision import precision_note
+
+    precision = load_recipe("VQ_SS256").training.precision
+    assert precision == "fp16", "as published"
+    assert "training.precision=bf16 is the safer choice" in precision_note(precision, True)
+    assert [precision_note(precision, False), precision_note("bf16", True), precision_note("fp32", True)] == [None] * 3

@@ -60,6 +60,33 @@ def test_two_steps_are_those_of_the_published_formulas(kind):
         assert (parameter - expected[name]).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("dtype, allowed", [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("kind", ["adamw", "adam"])
+def test_weights_and_moments_are_those_of_torchs_plain_loop(kind, dtype, allowed):
+    """Relative to their norm, after ten updates of which one is left out, clipped by a factor of two on the way."""
+    config = OptimizerConfig(kind=kind, lr=0.01, weight_decay=0.1, decay="matrices")
+    networks = [small_network().to(dtype) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    ours = build_optimizer(networks[0], config)
+    plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[kind](
+        parameter_groups(networks[1], config), lr=config.lr, betas=config.betas, eps=config.eps, foreach=False)
+    torch.manual_seed(0)
+    ours.grad_scale = torch.tensor(2.0)
+    for update in range(11):
+        ours.found_inf = torch.tensor(float(update == 5))
+        for one, other in zip(*(network.parameters() for network in networks)):
+            if one.requires_grad:
+                other.grad = torch.randn_like(other)
+                one.grad = 2 * other.grad if update != 5 else torch.full_like(one, torch.nan)
+        ours.step()
+        if update != 5:
+            plain.step()
+    for one, other in zip(*(network.parameters() for network in networks)):
+        for mine, theirs in [(one, other), *((ours.state[one][name], plain.state[other][name])
+                                             for name in ("step", "exp_avg", "exp_avg_sq") if one.requires_grad)]:
+            assert (mine - theirs).norm() <= allowed * theirs.norm()
+
+
 def train_and_note_rates(recipe, out):
     from gigatok_ds.training import tokenizer_task
     from gigatok_ds.training.run import run_training
@@ -67,9 +94,9 @@ def train_and_note_rates(recipe, out):
     rates = {}
 
     class NotingEngine(tokenizer_task.Engine):
-        def step(self, lr):
+        def step(self, lr, left_out=None):
             rates.setdefault(type(self.network).__name__, []).append(lr)
-            super().step(lr)
+            super().step(lr, left_out)
 
     tokenizer_task.Engine = NotingEngine
     run_training(recipe, out, zero_settings(1))

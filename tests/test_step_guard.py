@@ -77,6 +77,21 @@ def test_a_step_of_one_rank_that_is_not_finite_is_left_out_of_everything(data, t
     assert differing(whole, saved(out, 8)) == []
 
 
+@pytest.mark.parametrize("fault, kind", [("nan:rank=1,step=4,steps=2", "gpt"),
+                                         pytest.param("nan:step=5,part=discriminator", "tokenizer", marks=pytest.mark.slow)])
+def test_hearing_of_a_step_late_changes_nothing(data, tmp_path, fault, kind):
+    """A run that hears of each step at once, as it logs, and one whose host is a step behind the device all the time."""
+    folder, names = data
+    for name, more in (("at once", []), ("late", ["training.log_every=8", "training.validate_every=8"])):
+        recipe = load_recipe(folder / f"{kind}.yaml", [*names[kind], "checkpoint.every=8", "training.ema_decay=0.9", *more])
+        run_ranks(train_with_faults, 2, recipe, tmp_path / name, 1, [fault])
+    assert differing(saved(tmp_path / "at once", 8), saved(tmp_path / "late", 8)) == []
+    states = [read_state(checkpoint_path(tmp_path / name, 8)).guard for name in ("at once", "late")]
+    assert states[0] == states[1] and states[0]["skipped"] == len(events(tmp_path / "late", "skipped")) > 0
+    told = [[(line["step"], line["reason"]) for line in events(tmp_path / name, "skipped")] for name in ("at once", "late")]
+    assert told[0] == told[1]
+
+
 def test_so_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(data, tmp_path):
     folder, names = data
     out = tmp_path / "run"

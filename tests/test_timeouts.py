@@ -1,4 +1,4 @@
-"""Collectives outlast the watchdog, in every process group; and CUDA's queues are set up before torch is there."""
+"""Collectives outlast the watchdog, in every process group; and CUDA's queues are set up before CUDA is."""
 
 import subprocess
 import sys
@@ -40,13 +40,16 @@ def test_the_margin_covers_what_happens_after_a_stall():
     assert MARGIN.total_seconds() > 2 * (BACKSTOP_SECONDS + GATHER_SECONDS)
 
 
-def test_cudas_queues_are_ordered_before_torch_is_imported():
+def test_cudas_queues_are_ordered_before_anybody_asks_for_gpus():
     script = """
 import os, sys
 os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+import torch
+asked = []
+torch.cuda.is_available = torch.cuda.device_count = lambda: asked.append(1) or 0
 from gigatok_ds.training import run
 def check_run(recipe, *_):
-    print(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"), "torch" in sys.modules)
+    print(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"), asked, torch.cuda.is_initialized())
     sys.exit(0)
 run.check_run = check_run
 from gigatok_ds.cli.main import main
@@ -54,4 +57,4 @@ main(["train", "GPT-B", "--out", "none", "--tp", sys.argv[1]])
 """
     said = [subprocess.run([sys.executable, "-c", script, size], capture_output=True, text=True, check=True, timeout=120).stdout
             for size in ("1", "2")]
-    assert said == ["None False\n", "1 False\n"]
+    assert said == ["None [] False\n", "1 [] False\n"]

@@ -1,4 +1,4 @@
-"""A setting of CUDA's driver, which reads it before there is any context: nothing here may import torch."""
+"""A setting of CUDA's driver, which reads it once, when a process first asks it for anything."""
 
 from __future__ import annotations
 

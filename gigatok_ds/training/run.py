@@ -127,6 +127,7 @@ def _last_line(text: str) -> str:
 def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], branch: Path | None) -> None:
     """Say what is odd about the settings, and write down what is about to be run."""
     from gigatok_ds.checkpoint.original import build_on_meta
+    from gigatok_ds.precision import device_has_bf16, precision_note
     from gigatok_ds.training.environment import write_environment
     from gigatok_ds.training.frozen_weights import random_weight_warnings, record_frozen
 
@@ -134,6 +135,8 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     advice = zero3_worth_it(parameters) if settings["zero_optimization"]["stage"] == 3 else None
     for warning in [*warnings, *([advice] if advice else []), *random_weight_warnings(recipe)]:
         print(f"warning: {warning}", file=sys.stderr)
+    if note := precision_note(recipe.training.precision, device_has_bf16()):
+        print(f"note: {note}", file=sys.stderr)
     run_dir.mkdir(parents=True, exist_ok=True)
     record_frozen(recipe, run_dir, since=branch.parent.parent if branch else run_dir)
     if branch:
