@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.evaluation.results import check_results, in_words, write_results
     from gigatok_ds.ownership import owned_by_first
     from gigatok_ds.parallel.topology import stop_process_group
+    from gigatok_ds.precision import float32_arithmetic
     from gigatok_ds.sampling.many import join_ranks
 
     if args.gpt is None and (args.depth is not None or args.no_dropout):
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--features are the tokenizer's; with --gpt leave them out")
     topology = join_ranks(args.device, 1)
     try:
-        with owned_by_first(args.out, topology):
+        with float32_arithmetic(), owned_by_first(args.out, topology):
             if topology.is_first:
                 check_results(args.out)
             results = probe(args, topology)

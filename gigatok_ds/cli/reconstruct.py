@@ -21,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.checkpoint.standalone import load_tokenizer
+    from gigatok_ds.precision import float32_arithmetic
     from gigatok_ds.sampling.reconstruct import reconstruct_folder
 
     tokenizer = load_tokenizer(args.tokenizer, device=args.device)
-    count, mean = reconstruct_folder(tokenizer, args.images, args.out)
+    with float32_arithmetic():
+        count, mean = reconstruct_folder(tokenizer, args.images, args.out)
     print(f"wrote {count} reconstructions to {args.out}; mean PSNR {mean:.2f} dB")
     return 0
