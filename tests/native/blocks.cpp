@@ -44,7 +44,8 @@ void launch(Problem& problem, int wanted, std::vector<RowPartial>& rows, std::ve
     }
 }
 
-// The filter's block, whose threads take turns; the product is written out from the fragments' layout in the PTX manual.
+// The filter's block, whose threads take turns; the product is written out from the fragments' layout in the PTX
+// manual.
 class HostFilter {
  public:
   static uint32_t pack(float low, float high) {
@@ -214,8 +215,8 @@ void block_penalty(const float* z, int count, const float* e, int size, int dim,
          to_codes);
 }
 
-// The search on tensor cores, planned as for `planned` latents; the warps that are run are those of `count`. Returns the
-// number of splits. looks: how often a warp computed distances again. largest_error, unless null: of half precision's
+// The search on tensor cores, planned as for `planned` latents; the warps that are run are those of `count`. Returns
+// the number of splits. looks: how often a warp computed distances again. largest_error, unless null: of half precision's
 // scores less their exact values, in units of their bound, the largest in magnitude.
 int64_t warp_search(const float* z, int count, const float* e, int size, int dim, int planned, int wanted,
                     int64_t* indices, int64_t* looks, double* largest_error) {

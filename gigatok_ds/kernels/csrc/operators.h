@@ -32,8 +32,8 @@ inline void check_inputs(const Tensor& latents, const Tensor& codebook) {
                   "at most 2^30 latents and 2^24 codes at a time");
 }
 
-// Of the backward pass: what the forward pass returned, and the gradients at it. They come from autograd, which may have
-// kept them elsewhere in between.
+// Of the backward pass: what the forward pass returned, and the gradients at it. They come from autograd, which may
+// have kept them elsewhere in between.
 inline void check_saved(const Tensor& latents, const Tensor& codebook, const Tensor& indices, const Tensor& state,
                         const Tensor& entropy_gradient, const Tensor& average_gradient) {
   const int64_t count = latents.size(0), size = codebook.size(0);
