@@ -67,7 +67,8 @@ CASES = {
         "plain": Case(shape=(2, 8, 5, 6), groups=2),
         "bfloat16": Case(shape=(2, 6, 9, 17), groups=2, dtype=HALF),
         "many groups": Case(shape=(1, 32, 16, 16), groups=32),
-        "one position": Case(shape=(3, 4, 1, 1), groups=2),
+        # Of two values alone the gradient would vanish, and rounding with it be all that is left to compare.
+        "one position": Case(shape=(3, 16, 1, 1), groups=2),
         "one sample, odd sides, three members": Case(shape=(1, 96, 17, 13), groups=32),
         "wide": Case(shape=(1, 1024, 16, 16), groups=8, dtype=HALF),
         "two blocks of channels": Case(shape=(2, 256, 7, 5), groups=8),
