@@ -166,7 +166,9 @@ def test_compiled_blocks_compute_what_eager_ones_do_and_move_less(tmp_path):
     assert smaller.bytes < 0.7 * total.bytes and smaller.calls < 0.5 * total.calls
     assert fused == Rehearsal(recipe, compiled=True).micro_batch(8, 1)
     again = rehearse(recipe_of(tmp_path, *WITHOUT_DROPOUT, "parallel.recompute_every=1"), 8, 1, compiled=True)
-    assert again.work.shared(lambda operation: "")[""].flops == again.flops > fused.flops
+    # Eager layers stop where nothing more is needed: before the product with w2, whose result nobody keeps.
+    more = 5 * 2 * 8 * recipe.model.sequence_length * recipe.model.transformer.width * recipe.model.ffn_width
+    assert again.work.shared(lambda operation: "")[""].flops == again.flops + more > fused.flops
 
 
 @pytest.mark.slow
