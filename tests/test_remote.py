@@ -37,6 +37,7 @@ from gigatok_ds.kernels.build import cache_directory
 from gigatok_ds.sampling.extract import extract_codes
 from gigatok_ds.sampling.views import views_of
 from gigatok_ds.training.code_sources import open_source
+from gigatok_ds.training.environment import write_environment
 from gigatok_ds.training.run import check_run
 
 TARS = [f"demo-{number:06d}.tar" for number in range(5)]
@@ -365,6 +366,11 @@ def test_lists_of_patterns_are_read_one_after_the_other(shards, bare, serve, cac
 def test_expansions_are_bounded_before_they_are_made(pattern, cache):
     only_error(lambda: open_shards(f"https://host/{pattern}", cache=cache), "names; at most 1,000,000")
     assert len(expanded("https://host/x-{0..9999}.tar::https://host/y-{0..9999}.tar")) == 20_000
+
+
+def test_the_record_of_a_command_holds_no_secrets(tmp_path):
+    write_environment(tmp_path, command=["gigatok-ds", "train", "data.train=https://geheim:geheim@host/x?sig=geheim&b=geheim"])
+    assert "geheim" not in (tmp_path / "environment.json").read_text()
 
 
 def test_secrets_are_in_no_message_nor_log(shards, serve, cache, caplog, capsys):

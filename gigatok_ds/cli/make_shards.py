@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(args.source, args.labels)
     written = pack(source, args.out, packing, workers=workers)
     size = sum(shard.size for shard in written.shards)
-    print(f"wrote {written.count} images of {len(source.classes) or 'unnamed'} classes in {len(written.shards)} shards "
+    classes = len({image.label for image in source.images}) if source.classes else "unnamed"
+    print(f"wrote {written.count} images of {classes} classes in {len(written.shards)} shards "
           f"({size / 1e6:.1f} MB) to {written.directory}")
     for note in source.notes:
         print(f"warning: {note}", file=sys.stderr)

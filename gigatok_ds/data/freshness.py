@@ -29,7 +29,7 @@ def check_fresh(directory: Path, index: Path, names: list[str], table: dict[str,
     what was indexed.
     """
     indexed_at = index.stat().st_mtime_ns
-    newer = [name for name in names if (directory / name).stat().st_mtime_ns > indexed_at]
+    newer = {name for name in names if (directory / name).stat().st_mtime_ns > indexed_at}
     if newer:
         logger.warning("%s: %d tars are newer than the index, so their labels are compared with it", directory, len(newer))
     sampled = set(names[:: -(-len(names) // _SAMPLED_TARS)])

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from gigatok_ds.config.location import masked
 from gigatok_ds.files import write_atomically
 
 ENVIRONMENT_FILE = "environment.json"
@@ -23,14 +24,15 @@ _SOURCE = Path(__file__).resolve().parents[1]
 def write_environment(run_dir: str | Path, *, command: list[str]) -> None:
     """Write environment.json: versions (null: not installed), CUDA devices, command, git commit, UTC time.
 
-    In the command, home directories become ~ and user names <user>; the program loses its directory.
+    In the command, home directories become ~ and user names <user>, secrets of URLs are masked, and the program loses its
+    directory.
     """
     import torch
 
     commit, modified = git_state(_SOURCE)
     content = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [_program(Path(command[0])), *map(anonymise, command[1:])],
+        "command": [_program(Path(command[0])), *(masked(anonymise(word)) for word in command[1:])],
         "git_commit": commit,
         "git_modified": modified,
         "python": platform.python_version(),

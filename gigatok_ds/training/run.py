@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero3_worth_it
 from gigatok_ds.config.load import differing_keys, load_recipe, save_resolved
+from gigatok_ds.config.location import masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
@@ -103,7 +104,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
             if topology.is_first:
                 warnings += left_eager(recipe, topology.device, settings)
                 _prepare(recipe, run_dir, settings, warnings, branch)
-                tell(run_dir, "started", ranks=topology.world_size, command=sys.argv)
+                tell(run_dir, "started", ranks=topology.world_size, command=list(map(masked, sys.argv)))
             topology.barrier()
             task = _task(recipe)(recipe, topology, settings)
             outlast_watchdog(recipe.monitor.stall_seconds)
