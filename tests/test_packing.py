@@ -207,7 +207,7 @@ def test_a_sound_set_has_no_problems_and_is_summarised(shards, workers):
     assert report.short_sides == {34: COUNT} and report.formats == {"JPEG RGB": COUNT}
     lines = list(report.lines())
     assert lines[0].startswith("23 images of 3 classes in 5 shards, ")
-    assert lines[1] == "46 members of tars: 23 samples, 23 labels of samples"
+    assert lines[1] == "46 members of tars: 23 labels of samples, 23 samples"
     assert lines[2] == "labels 0 to 2; 7 images (c2) to 8 (c0) in a class"
     assert lines[3] == "shorter side 34 to 34 pixels, median 34"
 

@@ -162,4 +162,4 @@ def left_out(tally: Counter) -> Counter:
 
 def in_words(counts: Counter) -> str:
     """Counts by what is counted, in one line, the most frequent first."""
-    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
