@@ -3,7 +3,6 @@
 import logging
 
 import pytest
-import torch
 from test_reader import with_bad_images
 from test_shards import incomplete_tars, plain_tar, samples
 from training_runs import prepare, start

@@ -3,8 +3,6 @@
 import io
 import os
 import tarfile
-from collections import Counter
-from pathlib import Path
 
 import pytest
 from test_shards import encoded, make_images, plain_tar
