@@ -23,6 +23,7 @@ from gigatok_ds.app import uploads, views
 from gigatok_ds.app.models import Models, find_models, open_models
 from gigatok_ds.app.page import WAITING, Actions
 from gigatok_ds.app.server import served
+from gigatok_ds.app.guard import UPLOAD, Guard
 from gigatok_ds.app.uploads import Limits, read_upload
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
@@ -251,6 +252,9 @@ def test_other_formats_are_refused(tmp_path):
 
 
 def test_limits_must_be_sensible():
+    for total in (1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="--max-total-megabytes is .*at least --max-megabytes"):
+            Limits(total_megabytes=total)
     for limits in ({"megabytes": 0}, {"megapixels": 0}, {"megapixels": 90}, {"megabytes": float("nan")}):
         with pytest.raises(InputError, match="must be above 0"):
             Limits(**limits)
@@ -377,6 +381,70 @@ def test_only_the_page_is_answered(client):
         assert client.post(f"/gradio_api/{path}", json={"data": []}).status_code == 404
     assert client.post("/gradio_api/queue/join", content=b"[" * 10**5).status_code == 400
     assert client.post("/gradio_api/queue/join", content=bytes(10**6 + 1)).status_code == 413
+
+
+def raw(address, *lines, body=b""):
+    """The status of a request that httpx would not send."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall("".join(f"{line}\r\n" for line in (*lines, "Connection: close", "")).encode() + body)
+        answer = connection.makefile("rb").readline()
+    return int(answer.split()[1]) if answer else None
+
+
+def test_names_that_are_none_are_refused(address):
+    host = address.removeprefix("http://")
+    for header in ("Host: [::1", "Host: [", "Host: ]:7", "Host: a b"):
+        assert raw(address, "GET / HTTP/1.1", header) in (400, 403)
+    for origin in ("http://[", "http://]", "[", "http://[::1"):
+        assert raw(address, "GET / HTTP/1.1", f"Host: {host}", f"Origin: {origin}") == 403
+    assert raw(address, "GET / HTTP/1.1", f"Host: {host}", f"Origin: http://{host}", "Origin: http://attacker.example") == 400
+
+
+def test_an_upload_that_tells_its_length_in_two_ways_is_refused(address):
+    host = address.removeprefix("http://")
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(3 * LIMITS.bytes) + b"\r\n--x--\r\n"
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(part), part)
+    head = ["POST /gradio_api/upload HTTP/1.1", f"Host: {host}", "Content-Type: multipart/form-data; boundary=x"]
+    for more in (["Content-Length: 10", "Transfer-Encoding: chunked"], ["Transfer-Encoding: chunked", "Content-Length: 10"],
+                 ["Transfer-Encoding: chunked"], ["Content-Length: 10", "Content-Length: 20"], ["Content-Length: +10"],
+                 ["Content-Length: -1"], ["Content-Length: 9" + "9" * 30]):
+        try:
+            status = raw(address, *head, *more, body=chunked)
+        except (ConnectionResetError, BrokenPipeError):  # answered before it had read all
+            continue
+        assert status in (400, 411, 413), more
+
+
+def test_a_stream_that_is_longer_than_it_said_is_cut():
+    import asyncio
+
+    sent, seen = [], []
+
+    async def app(scope, receive, send):
+        while (message := await receive())["type"] == "http.request":
+            seen.append(len(message["body"]))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        return {"type": "http.request", "body": bytes(100), "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(app, None, 10**6, Path("nowhere"), 10**7)
+    scope = {"type": "http", "method": "POST", "path": UPLOAD, "headers": [(b"content-length", b"250"), (b"host", b"h")]}
+    asyncio.run(guard(scope, receive, send))
+    assert sent[0]["status"] == 413 and sum(seen) == 200 and guard.arriving == 0
+
+
+def test_uploads_are_bounded_in_total(models):
+    limits = Limits(megabytes=0.5, megapixels=50, total_megabytes=1.2)
+    with served(models, limits, port=free_port()) as address, httpx.Client(base_url=address, trust_env=False) as client:
+        answers = [client.post("/gradio_api/upload", files={"files": (f"{number}.png", bytes([number]) * 400_000)})
+                   for number in range(6)]
+    codes = [answer.status_code for answer in answers]
+    assert codes[0] == 200 and codes[-1] == 507 and "the last hour" in answers[-1].text
 
 
 def test_computations_take_turns_and_few_may_wait(client, monkeypatch):

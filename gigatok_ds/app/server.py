@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from gigatok_ds.app.guard import Guard
 from gigatok_ds.app.models import Models
@@ -35,7 +36,8 @@ def served(models: Models, limits: Limits, *, host: str = "127.0.0.1", port: int
         except ImportError as error:
             raise InputError(f"the page needs what cannot be imported ({error}); pip install 'gigatok_ds[app]'") from error
         page = build_page(models, limits)
-        guard = Middleware(Guard, hosts=LOOPBACK if host in LOOPBACK else None, upload_bytes=limits.bytes)
+        guard = Middleware(Guard, hosts=LOOPBACK if host in LOOPBACK else None, upload_bytes=limits.bytes,
+                           folder=Path(folder), total_bytes=limits.total_bytes)
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # this machine's
         try:
             _, address, _ = page.launch(

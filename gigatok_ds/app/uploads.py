@@ -18,11 +18,12 @@ MEGABYTE, MEGAPIXEL = 2**20, 10**6  # the former as Gradio's own message counts
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of an upload: the file's megabytes and the picture's megapixels. Raises InputError unless both are positive and
-    the picture is one that `decode_image` decodes."""
+    """Of an upload: the file's megabytes and the picture's megapixels; and the megabytes of all files that are kept at a time.
+    Raises InputError unless they are positive, the picture is one that `decode_image` decodes, and a file has room."""
 
     megabytes: float = 20
     megapixels: float = 50
+    total_megabytes: float = 1000
 
     def __post_init__(self):
         if not self.megabytes > 0:
@@ -30,6 +31,14 @@ class Limits:
         if not 0 < self.megapixels * MEGAPIXEL <= MAX_PIXELS:
             raise InputError(f"--max-megapixels is {self.megapixels:g}; it must be above 0 and at most "
                              f"{MAX_PIXELS // MEGAPIXEL}, beyond which no image is decoded")
+
+        if not self.megabytes <= self.total_megabytes < 10**9:
+            raise InputError(f"--max-total-megabytes is {self.total_megabytes:g}; it must be at least --max-megabytes, which is "
+                             f"{self.megabytes:g}")
+
+    @property
+    def total_bytes(self) -> int:
+        return round(self.total_megabytes * MEGABYTE)
 
     @property
     def bytes(self) -> int:

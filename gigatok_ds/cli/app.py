@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="address to listen on; another than this machine's own has no password (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--max-megabytes", type=float, default=20, metavar="N", help="of an uploaded file (default: 20)")
+    parser.add_argument("--max-total-megabytes", type=float, default=1000, metavar="N",
+                        help="of all uploads and pictures that are kept at a time, for an hour (default: 1000)")
     parser.add_argument("--max-megapixels", type=float, default=50, metavar="N", help="of an uploaded image (default: 50)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
@@ -34,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.app.server import serve
     from gigatok_ds.app.uploads import Limits
 
-    limits = Limits(megabytes=args.max_megabytes, megapixels=args.max_megapixels)
+    limits = Limits(megabytes=args.max_megabytes, megapixels=args.max_megapixels,
+                    total_megabytes=args.max_total_megabytes)
     serve(open_models(args.checkpoints, device=args.device, class_names=args.class_names), limits, host=args.host,
           port=args.port)
     return 0
