@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -55,19 +56,51 @@ def locate() -> Path | None:
     return None
 
 
+def written_by_others(path: Path) -> str | None:
+    """What lets another user decide what code a cached library holds, or None.
+
+    The library and its directory must be this user's or the system's and nobody else's to write, and no directory above may
+    be everybody's, unless it keeps what is in it from being replaced (the sticky bit, as of /tmp). Libraries beside this
+    file are as trustworthy as this file.
+    """
+    if path.parent == PREBUILT:
+        return None
+    place = path.resolve()
+    for number, part in enumerate((place, *place.parents)):
+        if not part.exists():
+            continue
+        status = part.stat()
+        if number < 2 and status.st_uid not in (0, os.geteuid()):
+            return f"{part} belongs to another user, who could put any code there"
+        writable = status.st_mode & (0o022 if number < 2 else 0o002)
+        if writable and not (number >= 2 and status.st_mode & stat.S_ISVTX):
+            return f"other users can write {part}, and could put any code there"
+    return None
+
+
+REMEDY = "remove it, or chmod go-w it if you trust what is in it, or set TORCH_EXTENSIONS_DIR to a directory of your own"
+
+
+def _refuse_others(path: Path) -> None:
+    if said := written_by_others(path):
+        raise Failed(f"{said}; {REMEDY}")
+
+
 def provide(announce: Callable[[str], None]) -> Path:
     """The library, compiled now if need be, once for all processes of this machine; the others wait.
 
     `announce` gets one line before it takes long. A failure is remembered until `forget_failure`. Raises Unavailable or
-    Failed; an OSError of the cache directory becomes Unavailable.
+    Failed, that also where another user could have written the library; an OSError of the cache directory becomes Unavailable.
     """
     if found := locate():
+        _refuse_others(found)
         return found
     if missing := obstacles():
         raise Unavailable("; ".join(missing))
     path = library_path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_others(path)
         with _locked(path.with_suffix(".lock")):
             if not path.exists() and not failure_log().exists():
                 announce(f"compiling the native kernels once (about {SECONDS[wants_cuda()]} s)")
@@ -77,6 +110,7 @@ def provide(announce: Callable[[str], None]) -> Path:
         raise Unavailable(f"cannot write {path.parent}: {error.strerror or error}") from error
     if not path.exists():
         raise Failed(f"compiling them failed; the compiler's messages are in {failure_log()}")
+    _refuse_others(path)
     return path
 
 
@@ -227,7 +261,9 @@ def compile_library(path: Path, folder: Path, cuda: bool) -> None:
         try_kernels(kernels, "cpu")
         for index in range(torch.cuda.device_count() if cuda else 0):
             try_kernels(kernels, f"cuda:{index}")
-        os.replace(Path(scratch) / f"{NAME}.so", path)
+        library = Path(scratch) / f"{NAME}.so"
+        library.chmod(library.stat().st_mode & ~0o022)  # whatever the umask: nobody else decides what code runs
+        os.replace(library, path)
 
 
 def try_kernels(kernels, device: str) -> None:

@@ -55,7 +55,9 @@ def kernels() -> Finding:
 
     if native.kernels_choice() == "torch":
         return finding("plain PyTorch, because GIGATOK_KERNELS=torch", "unset GIGATOK_KERNELS for the native kernels")
-    if build.locate():
+    if found := build.locate():
+        if others := build.written_by_others(found):
+            return finding(f"plain PyTorch: {others}", build.REMEDY)
         library = native.load()
         if library.reason:
             return finding(f"plain PyTorch: the library does not load ({_first_line(library.reason)})",
