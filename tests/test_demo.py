@@ -15,7 +15,8 @@ from PIL import Image
 from gigatok_ds.cli.main import main
 
 SHORT = ["--tokenizer", "training.steps=6", "--tokenizer", "checkpoint.every=3",
-         "--tokenizer", "loss.adversarial.start_step=3", "--gpt", "training.steps=6", "--gpt", "training.global_batch_size=8",
+         "--tokenizer", "loss.adversarial.start_step=3", "--tokenizer", "schedule.warmup_steps=6",
+         "--gpt", "schedule.warmup_steps=6", "--gpt", "training.steps=6", "--gpt", "training.global_batch_size=8",
          "--tokenizer", "training.global_batch_size=8"]
 
 

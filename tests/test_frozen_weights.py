@@ -179,7 +179,7 @@ def test_a_run_keeps_to_the_files_it_was_started_with(tmp_path):
     assert "moved.pth" in (tmp_path / "frozen_weights.json").read_text()
 
 
-SMALL = ["model.image_size=32", "model.semantic_head={depth: 1, teacher_width: 192}", "training.steps=1",
+SMALL = ["model.image_size=32", "model.semantic_head={depth: 1, teacher_width: 192}", "training.steps=1", "schedule.warmup_steps=1",
          "loss.semantic={teacher: vit_tiny_patch16_224, weights: random}", "loss.auxiliary={end_step: 6}",
          "training.global_batch_size=2", "training.validate_every=1", "checkpoint.every=1"]
 

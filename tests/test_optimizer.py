@@ -106,7 +106,7 @@ def train_and_note_rates(recipe, out):
 def test_the_discriminator_first_steps_at_the_base_rate_and_then_follows(tmp_path):
     """Like the original, which schedules its rate only after a step of its own."""
     data = prepare(tmp_path)
-    recipe = load_recipe(tmp_path / "tokenizer.yaml", ["training.steps=6", "schedule.warmup_steps=10", *data["tokenizer"]])
+    recipe = load_recipe(tmp_path / "tokenizer.yaml", ["training.steps=6", "schedule.warmup_steps=6", *data["tokenizer"]])
     (rates,) = run_ranks(train_and_note_rates, 1, recipe, tmp_path / "run")
     base = recipe.optimizer.lr
     scheduled = [scheduled_lr(recipe.schedule, base, 6, step) for step in range(6)]

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 
 import pytest
 from PIL import Image
-
 from rank_runs import run_main
 from training_runs import prepare
 
@@ -26,9 +25,6 @@ from gigatok_ds.sampling.images import check_png, write_png
 _HOLDER = """
 import os, sys, time
 from pathlib import Path
-from rank_runs import run_main
-from training_runs import prepare
-
 from gigatok_ds import ownership
 if "no flock" in sys.argv[2:]:
     ownership._flock = lambda descriptor: None
@@ -218,7 +214,6 @@ def test_a_second_training_is_refused_before_it_touches_anything(holder, tmp_pat
     (run / "checkpoints" / "step-0000004.partial").mkdir(parents=True)
     (run / "history.jsonl").write_text("")
     before = {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.name != OWNER_FILE}
-    (tmp_path / "gpt.yaml").exists()
     code, said = run_main(["train", tmp_path / "gpt.yaml", "--out", run, *recipe])
     assert code == 2 and f"is being written by process {first.pid}" in said, said
     assert said.count("error:") == 1 and "Traceback" not in said

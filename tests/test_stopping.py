@@ -47,9 +47,10 @@ def newest(out):
 
 
 @pytest.mark.parametrize("signals", [
-    pytest.param([signal.SIGTERM], marks=pytest.mark.slow), [signal.SIGUSR1],
+    pytest.param([signal.SIGTERM], marks=pytest.mark.slow), pytest.param([signal.SIGUSR1], marks=pytest.mark.slow),
+    [signal.SIGHUP],
     pytest.param([signal.SIGTERM, signal.SIGTERM], marks=pytest.mark.slow),
-], ids=["SIGTERM", "SIGUSR1", "SIGTERM twice"])
+], ids=["SIGTERM", "SIGUSR1", "SIGHUP", "SIGTERM twice"])
 def test_one_process_saves_once_and_goes_on_bitwise(data, tmp_path, signals):
     folder, names = data
     command = [folder / "gpt.yaml", "--out", tmp_path / "run", *names]

@@ -27,9 +27,12 @@ from gigatok_ds.checkpoint.tensor_files import LazyTensors, TensorFiles
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import synced_sha256
 from gigatok_ds.parallel.sharding import Shard
+from gigatok_ds.plain import from_plain
+from gigatok_ds.untrusted import brief, parse_json, read_bytes, reading
 
 WEIGHTS, MOMENTS, EMA = "weights", ("exp_avg", "exp_avg_sq"), "ema"
 DESCRIPTION_FILE = "engine.json"
+MOST_RANKS = 2**20
 _STARTS = "starts"
 
 
@@ -61,8 +64,15 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        data = json.loads(text)
-        return cls(**{**data, "cuts": {name: Shard(**cut) for name, cut in data["cuts"].items()}})
+        """Raises InputError for anything that is not what `to_json` writes."""
+        layout = from_plain(cls, parse_json(text.encode(), DESCRIPTION_FILE), DESCRIPTION_FILE)
+        for name, shape in layout.parameters.items():
+            cut = layout.cuts.get(name, Shard())
+            if min(shape, default=0) < 0 or cut.groups < 1 or not 0 <= cut.dim < max(len(shape), 1):
+                raise InputError(f"{name} has the shape {shape}, cut along {cut.dim} in {cut.groups} groups")
+        if not (1 <= layout.tensor_size <= MOST_RANKS and 1 <= layout.data_size <= MOST_RANKS):
+            raise InputError(f"{layout.tensor_size} tensor ranks and {layout.data_size} data ranks are said to have written it")
+        return layout
 
     def numel(self, name: str) -> int:
         """Elements of a parameter on one tensor rank."""
@@ -108,12 +118,12 @@ class SavedEngine:
     def __init__(self, folder: Path):
         self.folder = folder
         path = folder / DESCRIPTION_FILE
+        if not path.is_file():
+            raise InputError(f"{folder} holds no training state: it has no {DESCRIPTION_FILE}")
         try:
-            self.layout = Layout.from_json(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{folder} holds no training state: it has no {DESCRIPTION_FILE}") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:160]})") from None
+            self.layout = Layout.from_json(read_bytes(path).decode(errors="replace"))
+        except InputError as error:
+            raise InputError(f"{path} is damaged ({brief(error)})") from None
         self._files = TensorFiles()
         self._places: dict[int, dict[str, list[tuple[int, Path]]]] = {}
         self._starts: dict[Path, dict[str, int]] = {}
@@ -138,6 +148,10 @@ class SavedEngine:
 
     def read(self, kind: str, name: str) -> Tensor:
         """A whole parameter, or what Adam or the average has for it."""
+        with reading(self.folder):
+            return self._read(kind, name)
+
+    def _read(self, kind: str, name: str) -> Tensor:
         cut, numel = self.layout.cuts.get(name), self.layout.numel(name)
         ranks = range(self.layout.tensor_size if cut else 1)
         parts = [self._range(rank, kind, name, 0, numel).reshape(self.layout.parameters[name]) for rank in ranks]
@@ -155,6 +169,10 @@ class SavedEngine:
         cut = self.layout.cuts.get(name)
         if cut is None:
             return self._files.read(self._whole_file(0), name)
+        with reading(self.folder):
+            return self._joined(name, cut, tensor_rank, tensor_size)
+
+    def _joined(self, name: str, cut: Shard, tensor_rank: int, tensor_size: int) -> Tensor:
         parts = [self._files.read(self._whole_file(rank), name) for rank in range(self.layout.tensor_size)]
         return cut.cut(cut.join(parts), tensor_rank, tensor_size)
 
@@ -192,8 +210,9 @@ class SavedEngine:
 
     def _start(self, path: Path, key: str) -> int:
         if path not in self._starts:
-            try:
-                self._starts[path] = json.loads(self._files.metadata(path)[_STARTS])
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path} is damaged: it does not say where its parts start ({error})") from None
+            starts = (self._files.metadata(path) or {}).get(_STARTS, "")
+            said = parse_json(starts.encode(), f"{path}: where its parts start")
+            self._starts[path] = from_plain(dict[str, int], said, str(path))
+        if self._starts[path].get(key, -1) < 0:
+            raise InputError(f"{path} is damaged: it does not say where {key} starts")
         return self._starts[path][key]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+
+from gigatok_ds.untrusted import as_markdown, printable
 
 _TOKENIZER = """
 # {name}
@@ -71,7 +74,7 @@ def model_card(description: Mapping, *, parameters: int, dtype: str) -> str:
     model, provenance = description["model"], dict(description["provenance"])
     metrics = provenance.pop("metrics", None) or {}
     tokenizer = description["kind"] == "tokenizer"
-    name = provenance.get("recipe", f"A GigaTok {description['kind']}")
+    name = as_markdown(provenance.get("recipe") or f"A GigaTok {description['kind']}")
     tags = ["gigatok", "image-tokenizer" if tokenizer else "image-generation"]
     front = {"library_name": "gigatok-ds", "license": "other", "tags": tags}
     if not tokenizer:
@@ -96,4 +99,9 @@ Measured in training, on the validation data and the weights of that step; not c
 
 
 def _table(rows: Mapping, otherwise: str) -> str:
-    return "\n".join(f"- {key}: `{value}`" for key, value in rows.items()) or otherwise
+    return "\n".join(f"- {as_markdown(key)}: {_code(value)}" for key, value in rows.items()) or otherwise
+
+
+def _code(value: object) -> str:
+    """A value as code, unless it holds what would end that."""
+    return as_markdown(value) if re.search(r"[`<>&]", str(value)) else f"`{printable(value)}`"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.pt_file import lazy_tensors, load_plain_data, write_pt
-from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, check_fits, shapes_of
+from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, check_fits, check_size, shapes_of
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import scratch_beside, told_failures, undone_by_signals
@@ -103,6 +103,7 @@ def from_original(config: TokenizerConfig | GPTConfig, weights: Mapping[str, Ten
         head = original_entry(config, _SEMANTIC_HEAD)[0]
         if not any(name.startswith(head) for name in weights):
             config = dataclasses.replace(config, semantic_head=None)
+    check_size(config, shapes_of(weights), source)
     specs = written_specs(build_on_meta(config))
     check_fits(weights, original_specs(config, specs), source)
 

@@ -8,7 +8,8 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, raw_bytes
 from gigatok_ds.errors import InputError
+from gigatok_ds.untrusted import brief
 
 _MAPPED_BYTES = 128 * 1024**2
 
@@ -30,19 +32,33 @@ def load_plain_data(path: Path) -> dict:
     try:
         # Original checkpoints carry the command line they were trained with. Those of old torch versions cannot be mapped.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with _encodable(path) as name:
+                content = torch.load(name, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} was refused: it holds something other than plain tensors and numbers "
-                         f"({_first_line(error)})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not a readable checkpoint ({_first_line(error)})") from None
+                         f"({_refused(error)})") from None
+    except Exception as error:
+        raise InputError(f"{path} is not a readable checkpoint ({brief(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary")
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:160] or type(error).__name__
+@contextmanager
+def _encodable(path: Path) -> Iterator[str]:
+    """A name of the file that torch can encode: its own, if that is text, else one of its descriptor."""
+    try:
+        str(path).encode()
+        yield str(path)
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/proc/self/fd/{file.fileno()}"
+
+
+def _refused(error: Exception) -> str:
+    """What a pickle wanted, without torch's advice to trust it."""
+    said = re.split(r"trusted source\.|WeightsUnpickler error:", str(error))[-1]
+    return brief(re.split(r"Check the documentation|This file can still|\bPlease\b", said)[0])
 
 
 def lazy_tensors(path: Path, choose: Callable[[dict], dict[str, Tensor]]) -> Mapping[str, Tensor]:

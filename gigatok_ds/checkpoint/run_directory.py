@@ -22,6 +22,8 @@ from gigatok_ds.checkpoint.fragments import Snapshot
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.plain import from_plain
+from gigatok_ds.untrusted import brief, read_json
 
 FORMAT = "gigatok-ds-training/1"
 STATE_FILE = "state.json"
@@ -74,15 +76,26 @@ def read_state(folder: Path) -> State:
     if not path.is_file():
         raise InputError(f"{folder} is not a complete training checkpoint: it has no {STATE_FILE}")
     try:
-        data = json.loads(path.read_text("utf-8"))
-        said = data.pop("sha256")
+        data = read_json(path)
+        said = data.pop("sha256", None)
         if data.get("format") == FORMAT and said == _digest(data):
             del data["format"]
-            return State(**data)
+            return _checked(from_plain(State, data, STATE_FILE))
         problem = f"its checksum is wrong, or it is not a {FORMAT}"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = " ".join(str(error).split())[:160]
+    except InputError as error:
+        problem = brief(error)
     raise InputError(f"{path} is damaged ({problem}); remove {folder} to continue from an earlier checkpoint")
+
+
+def _checked(state: State) -> State:
+    """InputError for what would make no sense later."""
+    if state.step < 0 or state.samples < 0 or not 1 <= state.tensor_size <= state.world_size or state.stage not in range(4):
+        raise InputError(f"step {state.step}, samples {state.samples}, {state.world_size} ranks, tensor {state.tensor_size}, "
+                         f"stage {state.stage}")
+    for part in state.parts:
+        if part != Path(part).name or not part.strip("."):
+            raise InputError(f"a part is called {part!r}")
+    return state
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:

@@ -20,6 +20,7 @@ from gigatok_ds.checkpoint.run_directory import (
     read_state,
 )
 from gigatok_ds.checkpoint.standalone import described_config, lazy_weights, read_config
+from gigatok_ds.checkpoint.tensor_files import check_size, shapes_of
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.config.recipe import Recipe
@@ -33,6 +34,10 @@ class Model:
     config: TokenizerConfig | GPTConfig
     weights: Mapping[str, Tensor]
     provenance: dict
+
+    def __post_init__(self):
+        """Raises InputError when the weights are too few for such a model: before it is built."""
+        check_size(self.config, shapes_of(self.weights), "the description of the model")
 
     @property
     def kind(self) -> str:

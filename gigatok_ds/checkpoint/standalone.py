@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.model_card import model_card
 from gigatok_ds.checkpoint.original import build_on_meta, written_specs
-from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, TensorFiles, check_fits, groups_of, write_tensors
+from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, TensorFiles, check_fits, check_size, groups_of, write_tensors
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, gpt_config_from_dict, tokenizer_config_from_dict
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside, put_back, sha256, sync, told_failures
@@ -26,6 +26,8 @@ from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.plain import from_plain
+from gigatok_ds.untrusted import brief, read_json
 
 FORMAT = "gigatok-ds/1"
 SHARD_BYTES = 4 * 1024**3
@@ -113,12 +115,13 @@ def read_config(path: str | Path) -> dict:
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
         raise InputError(f"{path} is not a standalone checkpoint: it has no {CONFIG_FILE}")
-    try:
-        description = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from None
+    description = read_json(file, object, advice="it is not valid JSON; copy it again")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise InputError(f"{file} is not a {FORMAT} description; export or import the model with this version")
+    if "kind" not in description:
+        raise InputError(f"{file} is damaged: kind is missing; copy it again")
+    for name, kind in (("model", dict), ("provenance", dict), ("sha256", dict[str, str])):
+        from_plain(kind, description.setdefault(name, {}), f"{file}: {name}")
     return description
 
 
@@ -145,9 +148,9 @@ def weight_files(path: Path) -> list[Path]:
     names = [WEIGHTS_FILE]
     if (path / INDEX_FILE).is_file():
         try:
-            names = list(dict.fromkeys(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path / INDEX_FILE} is damaged ({error}); copy the whole directory again") from None
+            names = list(dict.fromkeys(read_json(path / INDEX_FILE)["weight_map"].values()))
+        except (InputError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path / INDEX_FILE} is damaged ({brief(error)}); copy the whole directory again") from None
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or not (path / name).is_file():
             raise InputError(f"{path} lacks its weights file {name!r}; copy the whole directory again")
@@ -202,12 +205,14 @@ def _described_model(path: str | Path, kind: str, build) -> nn.Module:
 def described_config(path: str | Path, kind: str) -> TokenizerConfig | GPTConfig:
     """The model that a standalone checkpoint's config.json describes; InputError when it is of another kind."""
     description = read_config(path)
-    if description.get("kind") != kind or str(kind) not in _CONFIGS:
-        raise InputError(f"{path} holds a {description.get('kind')}, not a {kind}")
+    if description["kind"] != kind or str(kind) not in _CONFIGS:
+        raise InputError(f"{path} holds a {repr(description['kind'])[:80].strip(chr(39))}, not a {kind}")
     try:
-        return _CONFIGS[kind](description["model"])
-    except (TypeError, KeyError) as error:
+        config = _CONFIGS[kind](description["model"])
+    except InputError as error:
         raise InputError(f"{Path(path) / CONFIG_FILE}: the model section is not valid ({error})") from None
+    check_size(config, lazy_weights(path).shapes, str(Path(path) / CONFIG_FILE))
+    return config
 
 
 def load_tokenizer(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tokenizer:

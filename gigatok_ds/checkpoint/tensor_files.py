@@ -6,17 +6,20 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.untrusted import brief
 
 _MAPPED_BYTES = 128 * 1024**2
+_LARGEST_SIDE = 2**14  # of an image, on which no weight depends
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
@@ -116,8 +119,8 @@ class TensorFiles:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt").__enter__()
             return ask(self._open[path])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is missing or damaged ({' '.join(str(error).split())[:160]})") from None
+        except Exception as error:
+            raise InputError(f"{path} is missing or damaged ({brief(error)})") from None
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -146,6 +149,34 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     if isinstance(weights, LazyTensors):
         return weights.shapes
     return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def check_size(config: object, shapes: Mapping[str, Sequence[int]], source: str) -> None:
+    """InputError when a description asks for a model that so many tensors and numbers cannot be of.
+
+    Compared before anything is built: a model has at least a tensor for each of its layers, and a number for each unit of
+    any width. Nothing but the weights' shapes is needed.
+    """
+    numbers = sum(map(math.prod, shapes.values()))
+    for name, value in _sizes(config, ""):
+        counts = name.endswith(("layers", "blocks", "multipliers"))
+        most = len(shapes) if counts else max(numbers, _LARGEST_SIDE)
+        if value > most:
+            held = f"{len(shapes)} tensors" if counts else f"{numbers:,} numbers"
+            raise InputError(f"{source}: {name} is {value}, but the weights hold {held} in all: they are not of this model")
+
+
+def _sizes(value: object, name: str) -> Iterator[tuple[str, int]]:
+    """(dotted name, number) of every whole number of a description, and the length of every list."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from _sizes(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
+    elif isinstance(value, (tuple, list)):
+        yield name, len(value)
+        for item in value:
+            yield from _sizes(item, name.removesuffix("multipliers") + "multiplier")
+    elif type(value) is int:
+        yield name, value
 
 
 def check_fits(weights: Mapping[str, Tensor], specs: Mapping[str, Spec], source: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,8 @@ from gigatok_ds.checkpoint.original import build_on_meta, written_specs
 from gigatok_ds.checkpoint.sources import Model
 from gigatok_ds.checkpoint.tensor_files import Spec
 from gigatok_ds.errors import InputError
+from gigatok_ds.npy_files import read_npz
+from gigatok_ds.untrusted import reading
 
 # Of float32 pixels and logits: a training run computes in batches of another size.
 PROBE_TOLERANCE = 1e-5
@@ -74,9 +75,12 @@ def _outputs(model: Model, specs: Mapping[str, Spec], inputs: Mapping[str, Tenso
 
 def _compare_with_probe(model: Model, specs: Mapping[str, Spec], probe: Path) -> str:
     """The codes must be those of the model in training; pixels and logits to PROBE_TOLERANCE."""
-    expected = {name: torch.from_numpy(value) for name, value in np.load(probe, allow_pickle=False).items()}
-    for name, value in _outputs(model, specs, expected).items():
-        theirs = expected[name]
+    expected = {name: torch.from_numpy(value) for name, value in read_npz(probe).items()}
+    with reading(probe, "the run it comes from writes it again"):
+        found = _outputs(model, specs, expected)
+        theirs_of = {name: expected[name] for name in found}
+    for name, value in found.items():
+        theirs = theirs_of[name]
         same = torch.equal(value, theirs) if name == "codes" else (value - theirs).abs().max() <= PROBE_TOLERANCE
         if not same:
             raise InputError(f"verification failed: the written model gives other {name} than in training ({probe})")

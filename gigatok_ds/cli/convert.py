@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "cls_embedding for other classes; may be repeated")
     parser.add_argument("--verify", action="store_true",
                         help="read it again, and compare every tensor and the outputs of both models")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is of the kind that is written and holds nothing else")
+    parser.add_argument("--overwrite", action="store_true", 
+                        help="replace OUT if it is of the kind that is written and holds nothing else")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 HELP = "say what a run, a checkpoint or a .pt is, and whether it is whole"
@@ -26,10 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0, or 1 when --check finds something damaged."""
     from gigatok_ds.checkpoint.inspection import inspect
+    from gigatok_ds.untrusted import printable
 
     found = inspect(args.path, check=args.check)
-    print(json.dumps(found, indent=2) if args.json else "\n".join(_lines(found)))
+    print(json.dumps(_finite(found), indent=2, allow_nan=False) if args.json else "\n".join(map(printable, _lines(found))))
     return int(any(part.get("damaged") for part in [found, *found.get("checkpoints", [])]))
+
+
+def _finite(value):
+    """The same with null for numbers that are not finite, which JSON has no names for."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(found: dict, indent: str = ""):

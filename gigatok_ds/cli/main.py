@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import socket
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError, MachineError, exit_code
+from gigatok_ds.untrusted import printable
+
+TURN_SECONDS = 6.0  # after which another rank says what the first should have said
 
 # Command name -> module with HELP, add_arguments(parser) and run(args). The order is that of --help.
 COMMANDS = {
@@ -38,7 +44,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gigatok-ds",
         description="Train GigaTok image tokenizers and generators under DeepSpeed, convert them, and run them.",
         epilog="Start with: gigatok-ds demo --out runs/demo. Every command explains itself: gigatok-ds COMMAND --help.",
@@ -57,15 +63,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 on success, 2 for an error that the user has to mend, 1 for one that may pass."""
     args = parse(argv)
     try:
+        _check_out(args)
         return args.run(args)
     except (InputError, MachineError, OSError) as error:
         if os.environ.get("GIGATOK_TRACEBACK"):
             raise
-        print(f"gigatok-ds {args.command}: error: {masked(_one_line(error))}", file=sys.stderr)
+        print(f"gigatok-ds {args.command}: error: {one_rank_first()}{printable(masked(_one_line(error)))}", file=sys.stderr)
         return exit_code(error)
     except KeyboardInterrupt:
         print("interrupted; running the same command again continues where it stopped", file=sys.stderr)
         return 130
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """InputError when --out is a symbolic link to something that is not there: the system would say that it exists."""
+    out = getattr(args, "out", None)
+    if isinstance(out, Path) and out.is_symlink() and not out.exists():
+        raise InputError(f"{out} is a symbolic link to {os.readlink(out)}, which does not exist; make that, or remove the link")
+
+
+def one_rank_first() -> str:
+    """Before a rank says what is wrong with a command line that all ranks were given: the first one says it at once.
+
+    A launcher ends the others as soon as one has ended, which is before their turn; the first of each host has its own, in
+    case only its host is at fault. Returns what tells a later rank's message from that of the first.
+    """
+    rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if rank == "0" or not rank.isdecimal():
+        return ""
+    time.sleep(TURN_SECONDS if local == "0" else 2 * TURN_SECONDS)
+    return f"rank {rank} on host {socket.gethostname()}: "
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.format_usage()}{self.prog}: error: {one_rank_first()}{printable(message)}\n")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

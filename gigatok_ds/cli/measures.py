@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 
@@ -28,6 +27,7 @@ from gigatok_ds.losses.perceptual import load_lpips, vgg_file
 from gigatok_ds.models.published import WeightFile
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.sampling.images import check_pair
+from gigatok_ds.untrusted import read_json
 
 SETTING = "--inception"
 GRID_CLASSES, GRID_PER_CLASS = 10, 8
@@ -155,7 +155,7 @@ def _sampling_record(args: argparse.Namespace) -> dict:
     path = args.source / "sampling.json" if args.source.is_dir() else args.source.with_name(args.source.name + ".json")
     if not path.is_file():
         return {"sampling": "unknown: the images have no record of `gigatok-ds sample` beside them"}
-    return {"sampling": json.loads(path.read_text())}
+    return {"sampling": read_json(path)}
 
 
 def _class_grid(samples: ImageSet):

@@ -24,9 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.training.status import status
+    from gigatok_ds.untrusted import printable
 
     found = status(args.run_directory)
-    print(json.dumps(found, indent=2) if args.json else "\n".join(_lines(found)))
+    print(json.dumps(found, indent=2) if args.json else "\n".join(map(printable, _lines(found))))
     return int(found["state"] in ("failed", "silent"))
 
 
@@ -48,4 +49,4 @@ def _lines(found: dict):
 
 
 def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
+    return str(datetime.timedelta(seconds=round(min(seconds, 1e12))))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # Done; an error that the user has to mend; interrupted; asked to stop (training.stop_requests).
 FINAL = (0, 2, 130, 75)
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds
 
 
@@ -31,7 +31,8 @@ def run_with_restarts(launch: Callable[[int], subprocess.Popen | None], most: in
         for process in running:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before = {number: signal.signal(number, forward) for number in FORWARDED
+              if signal.getsignal(number) is not signal.SIG_IGN}
     tries, wait, restarts = 0, FIRST_WAIT, 0
     try:
         while True:

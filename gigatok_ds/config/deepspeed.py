@@ -105,7 +105,7 @@ def read_settings(path_or_name: str | Path) -> dict:
         stage, offload = BUNDLED[str(path_or_name)]
         return zero_settings(stage, offload=offload)
     try:
-        text = Path(path_or_name).read_text(encoding="utf-8")
+        text = Path(path_or_name).read_text(encoding="utf-8-sig")
         settings = json.loads(text, object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         hint = _hint(str(path_or_name), BUNDLED, allowed=BUNDLED)

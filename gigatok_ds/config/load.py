@@ -24,6 +24,7 @@ from gigatok_ds.config import losses, model, recipe
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
+from gigatok_ds.untrusted import read_bytes
 
 _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
 # Settings of a run that may change when it is resumed: how often it reports, how it computes, where copies of data are
@@ -32,6 +33,7 @@ _CHANGEABLE = ("log_every", "validate_every", "compile", "precision", "micro_bat
                "max_bad_fraction", "weights", "backbone_weights")
 _CHANGEABLE_SECTIONS = ("parallel.", "checkpoint.", "validation.", "monitor.", "faults.")
 _SHOWN = 3  # problems named in one error
+MOST_CHARACTERS, MOST_NODES = 250_000, 100_000  # of a recipe
 
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.
 for _schema in (*vars(model).values(), *vars(losses).values(), *vars(recipe).values()):
@@ -69,6 +71,32 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
                     problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
             seen.add(key.value)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes there are once each alias stands for a copy, counted without making any. ValueError for too many."""
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES + 1  # of a node that holds itself
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_expanded(part, known) for part in inner))
+    if known[id(node)] > MOST_NODES:
+        raise ValueError(f"its anchors (&) and aliases (*) stand for more than {MOST_NODES:,} values; write them out")
+    return known[id(node)]
+
+
+def _load(text: str) -> Any:
+    """The value of a YAML document. Raises ValueError before more is made of it than anybody writes."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it is longer than the {MOST_CHARACTERS:,} characters that a recipe may have")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _expanded(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
@@ -161,7 +189,7 @@ def _read(path: str) -> str:
         hint = f"did you mean {near}?" if near else f"recipes are {', '.join(recipe_names())}"
         raise InputError(f"there is no recipe {path!r} and no such YAML file; {hint}")
     try:
-        return Path(path).read_text("utf-8")
+        return read_bytes(Path(path), 4 * MOST_CHARACTERS).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a YAML text file: {error}") from None
 
@@ -169,7 +197,7 @@ def _read(path: str) -> str:
 def _parse(text: str, source: str) -> Any:
     try:
         # Through JSON: only plain values pass, and sections that share a YAML anchor become separate.
-        return json.loads(json.dumps(yaml.load(text, _Loader)))
+        return json.loads(json.dumps(_load(text)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

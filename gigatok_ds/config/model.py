@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.plain import from_plain
 
 
 def at_least(minimum: float, section: str, **values: float | None) -> None:
@@ -247,24 +248,13 @@ class GPTConfig:
 
 
 def tokenizer_config_from_dict(data: dict) -> TokenizerConfig:
-    """Rebuild a TokenizerConfig from the plain dictionary that a standalone checkpoint stores."""
-    data = dict(data)
-    for name in ("encoder", "decoder"):
-        if isinstance(data.get(name), dict):
-            data[name] = TransformerSize(**data[name])
-    if "cnn" in data:
-        cnn = {key: tuple(value) if isinstance(value, list) else value for key, value in data["cnn"].items()}
-        data["cnn"] = CNNConfig(**cnn)
-    if "quantizer" in data:
-        data["quantizer"] = QuantizerConfig(**data["quantizer"])
-    if data.get("semantic_head"):
-        data["semantic_head"] = SemanticHeadConfig(**data["semantic_head"])
-    return TokenizerConfig(**data)
+    """Rebuild a TokenizerConfig from the plain dictionary that a standalone checkpoint stores.
+
+    Raises InputError for an unknown or missing name, another type, or a value that is not allowed.
+    """
+    return from_plain(TokenizerConfig, data, "model")
 
 
 def gpt_config_from_dict(data: dict) -> GPTConfig:
-    """Rebuild a GPTConfig from the plain dictionary that a standalone checkpoint stores."""
-    data = dict(data)
-    if isinstance(data.get("size"), dict):
-        data["size"] = TransformerSize(**data["size"])
-    return GPTConfig(**data)
+    """Rebuild a GPTConfig from the plain dictionary that a standalone checkpoint stores; as above."""
+    return from_plain(GPTConfig, data, "model")

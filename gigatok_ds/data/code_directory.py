@@ -41,8 +41,9 @@ from gigatok_ds.data.shards import new_directory, write_tar
 from gigatok_ds.data.tar_scan import Entry, scan_tar
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
-from gigatok_ds.ownership import owned
+from gigatok_ds.ownership import OWNER_FILE, owned
 from gigatok_ds.parallel.launched import LaunchedRank
+from gigatok_ds.untrusted import parse_json
 
 PATIENCE = 1800.0  # seconds without any change in the directory after which the first rank stops waiting for the others
 _POLL = 0.5  # seconds between two looks at what the other ranks have written
@@ -137,10 +138,7 @@ class CodeDirectory:
         # The first rank may rename one to the other between two looks.
         for name in (METADATA_FILE, PARTIAL_FILE, METADATA_FILE):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                try:
-                    return dict(json.loads((self.directory / name).read_bytes()))
-                except (ValueError, TypeError) as error:
-                    raise InputError(f"{self.directory / name} is damaged ({error}); remove the directory") from None
+                return parse_json((self.directory / name).read_bytes(), self.directory / name, advice="remove the directory")
         return None
 
     def _is_whole(self, shard: int) -> bool:
@@ -203,7 +201,7 @@ class CodeDirectory:
         entries = [self._scan(shard) for shard in bar]
         shards = [describe_shard(self.path(shard), found) for shard, found in enumerate(entries)]
         write_index(self.directory, Contents(shards, self.classes, build_table(shards, entries)))
-        for pattern in (".codes-*.tar.*", f".{INDEX_FILE}.*", f".{TABLE_FILE}.*"):
+        for pattern in (".codes-*.tar.*", f".{INDEX_FILE}.*", f".{TABLE_FILE}.*", OWNER_FILE):
             for leftover in self.directory.glob(pattern):
                 leftover.unlink()
         os.replace(self.directory / PARTIAL_FILE, self.directory / METADATA_FILE)

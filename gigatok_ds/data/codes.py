@@ -24,6 +24,7 @@ from gigatok_ds.data.shard_cache import ShardCache
 from gigatok_ds.data.shards import Record, ShardSet, new_directory, write_tars
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
+from gigatok_ds.untrusted import is_number, parse_json
 from gigatok_ds.streams import numpy_stream
 
 FORMAT = "gigatok-ds-codes/1"
@@ -170,13 +171,13 @@ def _read_metadata(directory: str | Path, cache: ShardCache | None) -> dict:
         raise InputError(f"{directory} is not a directory of code shards: it has no {METADATA_FILE}; write one with "
                          "gigatok-ds extract-codes (which also converts the original's .npy folders: --from-npy)")
     try:
-        metadata = json.loads(data)
+        metadata = parse_json(data, file, advice="extract the codes again")
         if metadata["format"] != FORMAT:
             raise InputError(f"{file}: format {metadata['format']!r}, this version reads {FORMAT!r}")
         for name in ("codebook_size", "latent_tokens", "augmentations", "count"):
-            if not isinstance(metadata[name], int) or metadata[name] < 1:
+            if not is_number(metadata[name], 1, 2**40) or type(metadata[name]) is not int:
                 raise InputError(f"{file}: {name} is {metadata[name]!r}; it must be a positive integer")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise InputError(f"{file} is damaged ({error!r}); extract the codes again") from None
     return metadata
 

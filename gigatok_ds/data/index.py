@@ -13,7 +13,6 @@ import io
 import json
 import logging
 import os
-import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,9 @@ from gigatok_ds.data.tar_members import is_compressed_tar, is_tar
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, LABELS, SAMPLES, Entry, in_words, is_key, left_out, scan_tar
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256, write_atomically
+from gigatok_ds.npy_files import read_npz
+from gigatok_ds.plain import from_plain
+from gigatok_ds.untrusted import brief, parse_json
 
 FORMAT = "gigatok-ds-shards/2"
 PATIENCE = 600.0  # seconds for which what cannot be read is tried again, unless said otherwise
@@ -348,20 +350,22 @@ def load_index(directory: Path) -> Contents:
     Nothing in them may lead outside the directory or its shards: then, or when they are damaged, InputError says why.
     """
     try:
-        description = json.loads((directory / INDEX_FILE).read_bytes())
+        description = parse_json((directory / INDEX_FILE).read_bytes(), INDEX_FILE)
         if description["format"] != FORMAT:
             raise InputError(f"its format is {description['format']!r}, this version reads {FORMAT!r}")
-        shards = [Shard(**shard) for shard in description["shards"]]
+        shards = from_plain(list[Shard], description["shards"], "shards")
         classes, problems = ([str(text) for text in description[name]] for name in ("classes", "problems"))
         data = (directory / TABLE_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != description["table_sha256"]:
             raise InputError(f"{TABLE_FILE} does not belong to {INDEX_FILE}")
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            table = {name: arrays[name].astype(kind, casting="safe") for name, kind in _TABLE_TYPES.items()}
-            table["key"] = arrays["key"].astype(np.bytes_, casting="safe", copy=False)
+        arrays = read_npz(data, name=TABLE_FILE)
+        table = {name: arrays[name].astype(kind, casting="safe") for name, kind in _TABLE_TYPES.items()}
+        table["key"] = arrays["key"].astype(np.bytes_, casting="safe", copy=False)
         _check_table(description["count"], shards, table)
-    except (ValueError, KeyError, TypeError, FileNotFoundError, zipfile.BadZipFile) as error:
+    except FileNotFoundError as error:
         raise InputError(str(error)) from None
+    except Exception as error:
+        raise InputError(brief(error)) from None
     return Contents(shards, classes, table, problems)
 
 

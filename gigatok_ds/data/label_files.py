@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import tarfile
 from collections import Counter
 from pathlib import Path
 
+from gigatok_ds.data.devkit import devkit_classes
 from gigatok_ds.data.tar_members import is_compressed_tar
 from gigatok_ds.errors import InputError
+from gigatok_ds.untrusted import reading
 
 _KAGGLE = "ImageId,PredictionString"  # the first line of LOC_val_solution.csv
 
@@ -32,7 +31,10 @@ def read_labels(path: str | Path, names: list[str]) -> tuple[list[str], list[str
                          "keep one of them")
     if is_compressed_tar(path.name):
         _only_once(bases, names, path)
-        in_order = dict(zip(sorted(bases), _devkit_classes(path, len(names)), strict=True))
+        classes = devkit_classes(path)
+        if len(classes) != len(names):
+            raise InputError(f"{path} gives the classes of {len(classes)} images; there are {len(names)}")
+        in_order = dict(zip(sorted(bases), classes, strict=True))
         return [in_order[_base(name)] for name in names], []
     lines, by_stem = _lines(path)
     said = {_normal(name): name for name in lines}
@@ -66,7 +68,8 @@ def _only_once(bases: Counter, names: list[str], path: Path) -> None:
 
 def _lines(path: Path) -> tuple[dict[str, str], bool]:
     """(class by name, whether the names have no extension)."""
-    lines = path.read_text().splitlines()
+    with reading(path, "give a text file in UTF-8 with a line NAME CLASS for each image"):
+        lines = path.read_text("utf-8-sig").splitlines()
     kaggle = bool(lines) and lines[0].strip() == _KAGGLE
     classes: dict[str, str] = {}
     numbers: dict[str, int] = {}
@@ -95,26 +98,3 @@ def _key(name: str, by_stem: bool) -> str:
 
 def _base(name: str) -> str:
     return name.rpartition("/")[2]
-
-
-def _devkit_classes(path: Path, count: int) -> list[str]:
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise InputError("reading ImageNet's devkit needs scipy; pip install scipy") from None
-    wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
-    found: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path, "r:gz") as tar:
-            for member in tar:
-                name = Path(member.name).name
-                if member.isreg() and name in wanted:
-                    found[name] = tar.extractfile(member).read()
-        synsets = loadmat(io.BytesIO(found[wanted[0]]), squeeze_me=True)["synsets"]
-        names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-        classes = [names[int(line)] for line in found[wanted[1]].split()]
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise InputError(f"{path} is not ImageNet's devkit ({type(error).__name__}: {error})") from None
-    if len(classes) != count:
-        raise InputError(f"{path} gives the classes of {len(classes)} images; there are {count}")
-    return classes

@@ -16,7 +16,9 @@ import numpy as np
 from gigatok_ds.data.code_directory import CodeDirectory
 from gigatok_ds.data.codes import CodeSample, new_metadata
 from gigatok_ds.errors import InputError
+from gigatok_ds.npy_files import parse_npy
 from gigatok_ds.parallel.launched import LaunchedRank
+from gigatok_ds.untrusted import brief
 
 _CODES, _LABELS = "_codes", "_labels"
 
@@ -112,7 +114,6 @@ def _count(folder: Path) -> int:
 
 def _load(file: Path) -> np.ndarray:
     try:
-        with open(file, "rb") as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{file} is not a plain .npy array ({error}); extract or copy it again") from None
+        return parse_npy(file.read_bytes())
+    except Exception as error:
+        raise InputError(f"{file} is not a plain .npy array ({brief(error)}); extract or copy it again") from None

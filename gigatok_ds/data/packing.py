@@ -34,7 +34,9 @@ from gigatok_ds.data.workers import in_processes
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
 from gigatok_ds.ownership import owned
+from gigatok_ds.plain import from_plain
 from gigatok_ds.streams import numpy_stream
+from gigatok_ds.untrusted import read_json
 
 PLAN_FILE = "packing.json"  # stays, and says where the shards came from
 SKIPPED_FILE = "skipped.json"
@@ -127,10 +129,7 @@ def _claim(partial: Path, plan: dict) -> None:
         if any(partial.glob("[!.]*")):
             raise InputError(f"{partial} exists and is not an interrupted run; remove it")
         write_atomically(path, json.dumps(plan, indent=1).encode())
-    try:
-        found = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove {partial}") from None
+    found = read_json(path, advice=f"remove {partial}")
     different = [name for name in plan if found.get(name) != plan[name]]
     if different:
         raise InputError(f"{partial} was begun with another {' and '.join(different)}; repeat the first command to go "
@@ -141,9 +140,21 @@ def _read_note(path: Path) -> dict | None:
     """What a finished shard holds, or None when it has to be written (again)."""
     try:
         note = json.loads(path.with_suffix(_NOTE).read_bytes())
-        return note if path.stat().st_size == note["shard"]["size"] else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return _checked(note) if path.stat().st_size == note["shard"]["size"] else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _checked(note: dict) -> dict:
+    """A note whose parts are what they should be; InputError, a ValueError, otherwise."""
+    from_plain(Shard, note["shard"], "shard")
+    from_plain(list[str], note["skipped"], "skipped")
+    for entry in note["entries"]:
+        key, *numbers = Entry(*entry)
+        from_plain(str, key, "key")
+        from_plain(list[int], numbers, key)
+    from_plain(int, note["images"], "images")
+    return note
 
 
 def _write_shard(path: Path, images: list[SourceImage], classes: list[str], packing: Packing) -> None:

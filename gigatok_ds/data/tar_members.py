@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.untrusted import members_in, open_tar
 
 FILE = "file"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.lz4", ".tar.z")
@@ -58,8 +59,8 @@ def tar_members(path: Path, offset: int = 0, size: int | None = None, name: str 
         while start < size:
             part = Part(file, offset + start, size - start)
             try:
-                with tarfile.open(fileobj=part, mode="r:", errors="surrogateescape") as tar:
-                    for member in tar:
+                with open_tar(fileobj=part, mode="r:", errors="surrogateescape") as tar:
+                    for member in members_in(tar, size - start):
                         yield _member(member, offset + start, files)
                     end = tar.offset
             except tarfile.TarError as error:

@@ -15,6 +15,8 @@ from gigatok_ds.data.folder import scan_image_folder
 from gigatok_ds.data.transforms import decode_image, open_image, pixels_of
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256
+from gigatok_ds.npy_files import npy_header, parse_npy, read_npy, unpacked
+from gigatok_ds.untrusted import brief
 
 _LOSSLESS = ("PNG", "BMP")
 _LOOKED_AT = 64  # images whose floats tell their range
@@ -31,13 +33,11 @@ class NpzImages:
     def __init__(self, path: Path, *, any_dtype: bool = False):
         self.path = path
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                names = archive.files
-                self.statistics = {name: archive[name] for name in STATISTICS} if set(STATISTICS) <= set(names) else None
-                labels = archive["arr_1"] if "arr_1" in names else None
-            self._pixels = _mapped_array(path, "arr_0") if "arr_0" in names else None
-        except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
-            raise InputError(f"{path} is not an .npz batch of images ({error})") from None
+            arrays, self._pixels = _arrays(path)
+        except Exception as error:
+            raise InputError(f"{path} is not an .npz batch of images ({brief(error)})") from None
+        whole = all(name in arrays and arrays[name].dtype.kind == "f" for name in STATISTICS)
+        self.statistics, labels = {name: arrays[name] for name in STATISTICS} if whole else None, arrays.get("arr_1")
         if self._pixels is None or self._pixels.ndim != 4 or self._pixels.shape[3] != 3 or not len(self._pixels):
             shape = None if self._pixels is None else self._pixels.shape
             raise InputError(f"{path} has no images: arr_0 should be (images, height, width, 3), not {shape}")
@@ -50,7 +50,8 @@ class NpzImages:
             if some.size and some.max() <= 1 and (some % 1).any():
                 raise InputError(f"{path} holds floats in 0 .. 1, which would all be black; multiply them by 255")
         self.size = self._pixels.shape[1:3]
-        self.labels = labels.astype(np.int64) if labels is not None and labels.shape == (len(self),) else None
+        known = labels is not None and labels.shape == (len(self),) and labels.dtype.kind in "iu"
+        self.labels = labels.astype(np.int64) if known else None
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -80,8 +81,8 @@ class FolderImages:
     def __init__(self, path: Path, *, lossy: bool = False):
         self.path, self.paths, self.lossy = path, sorted(scan_image_folder(path).paths), lossy
         self.size = tuple(self._read(0).shape[1:])
-        labels = np.load(path / "labels.npy", allow_pickle=False) if (path / "labels.npy").is_file() else None
-        self.labels = labels if labels is not None and len(labels) == len(self) else None
+        labels = read_npy(path / "labels.npy") if (path / "labels.npy").is_file() else None
+        self.labels = labels if labels is not None and labels.shape == (len(self),) and labels.dtype.kind in "iu" else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -124,23 +125,29 @@ def open_images(path: Path, *, any_dtype: bool = False, lossy: bool = False) -> 
     return NpzImages(path, any_dtype=any_dtype)
 
 
-def _mapped_array(path: Path, name: str) -> np.ndarray:
-    """An array of an .npz, read when it is looked at; of a compressed file, in memory."""
+def _arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The small arrays of an .npz that are asked for here, by name, and its images: mapped, where they are not compressed."""
     with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo(f"{name}.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays[name]
+        members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        small = {name: parse_npy(unpacked(archive, members[name])) for name in (*STATISTICS, "arr_1") if name in members}
+        pixels = members.get("arr_0")
+        if pixels is None:
+            return small, None
+        if pixels.compress_type != zipfile.ZIP_STORED:
+            return small, parse_npy(unpacked(archive, pixels))
+    return small, _mapped(path, pixels)
+
+
+def _mapped(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an .npz, read when it is looked at."""
     with open(path, "rb") as file:
         # The lengths of name and extra field are those of the local header, which differ from the directory's.
         file.seek(member.header_offset + 26)
         name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
         file.seek(name_length + extra_length, 1)
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(file)
-        if dtype.hasobject or fortran_order:
-            raise ValueError(f"{name} is not a plain array")
+        shape, fortran_order, dtype = npy_header(file)
+        if fortran_order:
+            raise ValueError("arr_0 is not a plain array")
         if path.stat().st_size < file.tell() + math.prod(shape) * dtype.itemsize:
             raise ValueError("the file is cut short")
         return np.memmap(path, dtype, "r", file.tell(), shape) if math.prod(shape) else np.empty(shape, dtype)

@@ -15,6 +15,8 @@ import torch
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
+from gigatok_ds.plain import from_plain
+from gigatok_ds.untrusted import as_markdown, printable, read_json
 
 RESULTS, _MARKDOWN, _HTML = "results.json", "results.md", "results.html"
 FORMAT = "gigatok-ds-results/1"  # in each of them
@@ -62,7 +64,7 @@ def read_figures(folder: Path) -> dict[str, float] | None:
     """The figures of an evaluation that has ended, None of one that has not."""
     if not (folder / RESULTS).is_file():
         return None
-    return json.loads((folder / RESULTS).read_text())["figures"]
+    return from_plain(dict[str, float], read_json(folder / RESULTS).get("figures"), f"{folder / RESULTS}: figures")
 
 
 def numeric_settings(device: torch.device) -> dict[str, object]:
@@ -92,19 +94,19 @@ def in_words(value: float) -> str:
 
 
 def _rows(results: Results) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    figures = [(name, in_words(value)) for name, value in results.figures.items()]
-    settings = [(name, value if isinstance(value, str) else json.dumps(value, default=str))
+    figures = [(printable(name), in_words(value)) for name, value in results.figures.items()]
+    settings = [(printable(name), printable(value if isinstance(value, str) else json.dumps(value, default=str)))
                 for name, value in results.settings.items()]
     return [("figure", "value", figures), ("setting", "value", settings)]
 
 
 def _markdown(results: Results) -> str:
-    lines = [f"# {results.title}", ""]
+    lines = [f"# {as_markdown(results.title)}", ""]
     for left, right, rows in _rows(results):
         lines += [f"| {left} | {right} |", "| --- | --- |"]
-        lines += [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows] + [""]
+        lines += [f"| {as_markdown(name)} | {as_markdown(text)} |" for name, text in rows] + [""]
     for number, caption in enumerate(results.pictures, 1):
-        lines += [f"{caption}:", "", f"![{caption}](picture-{number}.png)", ""]
+        lines += [f"{as_markdown(caption)}:", "", f"![{as_markdown(caption)}](picture-{number}.png)", ""]
     return "\n".join([*lines, f"<!-- {FORMAT} -->", ""])
 
 
@@ -114,8 +116,9 @@ def _html(results: Results) -> str:
         + "".join(f"<tr><td>{html.escape(name)}<td>{html.escape(text)}</tr>" for name, text in rows) + "</table><br>"
         for left, right, rows in _rows(results))
     figures = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>" for caption, picture in results.pictures.items())
-    title = html.escape(results.title)
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="{FORMAT}"><title>{title}</title><style>{_STYLE}</style>'
+        f'<figure><img alt="{html.escape(printable(caption))}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        f"<figcaption>{html.escape(printable(caption))}</figcaption></figure>" for caption, picture in results.pictures.items())
+    title = html.escape(printable(results.title))
+    head = f'<meta charset="utf-8"><meta name="generator" content="{FORMAT}">'
+    return (f'<!doctype html><html lang="en">{head}<title>{title}</title><style>{_STYLE}</style>'
             f"<h1>{title}</h1>{tables}{figures}</html>\n")

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.npy_files import parse_npy, read_npz, unpacked
 from gigatok_ds.ownership import is_unused
 from gigatok_ds.sampling.images import write_png
+from gigatok_ds.untrusted import read_json, reading
 
 RECORD = "sampling.json"
 LABELS = "labels.npy"
@@ -66,8 +68,8 @@ class NpzFile:
     def finished(self, count: int) -> set[int]:
         """As of `PngFolder`. InputError when the file is there with another number of images."""
         if self.out.exists():
-            with np.load(self.out, allow_pickle=False) as file:
-                held = len(file["arr_1"])
+            with reading(self.out, "choose another --out or remove it"), zipfile.ZipFile(self.out) as archive:
+                held = len(parse_npy(unpacked(archive, archive.getinfo("arr_1.npy"))))
             if held != count:
                 raise InputError(f"{self.out} holds {held} images already, not {count}; choose another --out or remove "
                                  "it")
@@ -87,16 +89,14 @@ class NpzFile:
             shutil.rmtree(self.parts, ignore_errors=True)
             return
         found = [part for part in self._found() if part[0] < len(labels)]
-        with np.load(found[0][2], allow_pickle=False) as file:
-            shape = (len(labels), *file["images"].shape[1:])
+        shape = (len(labels), *read_npz(found[0][2])["images"].shape[1:])
         scratch = self.parts / f".{self.out.name}.partial"
         # ZipInfo's constant date: the same images make the same file.
         with zipfile.ZipFile(scratch, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 for first, _, path in found:
-                    with np.load(path, allow_pickle=False) as part:
-                        file.write(part["images"][: len(labels) - first].tobytes())
+                    file.write(read_npz(path)["images"][: len(labels) - first].tobytes())
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                 np.lib.format.write_array(file, labels)
         os.replace(scratch, self.out)
@@ -123,7 +123,7 @@ def claim(collection: PngFolder | NpzFile, record: dict) -> None:
     """
     path = collection.record
     if path.is_file():
-        other = json.loads(path.read_text())
+        other = read_json(path, advice="choose another --out or remove the images and it")
         names = sorted(name for name in record.keys() | other.keys() if record.get(name) != other.get(name))
         if wrong := [name for name in names if name != "count"]:
             raise InputError(f"{collection.out} holds images with {wrong[0]} {_brief(other.get(wrong[0]))}, not "

@@ -18,6 +18,7 @@ from gigatok_ds.files import sha256, write_atomically
 from gigatok_ds.ownership import is_unused, owned
 from gigatok_ds.studies.sampling_stages import GenerationSetup, Trial, generation_stages, remove_samples
 from gigatok_ds.studies.stages import Launcher
+from gigatok_ds.untrusted import read_json
 
 SCALE_STEP = 0.25
 SCHEDULES = ("constant", "step", "rectangular")
@@ -111,7 +112,7 @@ def _claim(setup: GenerationSetup, out: Path) -> None:
               "count": setup.count, "seed": setup.seed, "dtype": setup.dtype}
     file = out / "search.json"
     if file.is_file():
-        other = json.loads(file.read_text())
+        other = read_json(file)
         wrong = [name for name in record if other.get(name) != record[name]]
         if wrong:
             raise InputError(f"{out} holds a search with another {wrong[0]}; choose another --out")

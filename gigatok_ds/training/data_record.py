@@ -9,6 +9,8 @@ from pathlib import Path
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.plain import from_plain
+from gigatok_ds.untrusted import brief, read_json
 
 DATA_FILE = "data.json"
 
@@ -31,9 +33,9 @@ def record_data(identity: str, run_dir: Path, topology: Topology) -> None:
 def _compare(identity: str, path: Path) -> str | None:
     """What is wrong, or nothing: then it is written down."""
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))["train_sha256"] if path.is_file() else identity
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{path} is damaged ({error}); remove it if data.train is what the run began with"
+        earlier = from_plain(dict[str, str], read_json(path), path.name)["train_sha256"] if path.is_file() else identity
+    except (InputError, KeyError) as error:
+        return f"{path} is damaged ({brief(error)}); remove it if data.train is what the run began with"
     if earlier != identity:
         return (f"data.train is not what {path.parent} began with: its shards or classes have changed, and so would the "
                 "order of samples; give it the same, or continue into another --out by --branch-from")

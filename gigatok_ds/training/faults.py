@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError, MachineError, exit_code
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.untrusted import printable
 
 # A failure is held back this long, in case the death of another rank turns out to be its cause.
 GRACE_SECONDS = 0.5
@@ -88,7 +89,7 @@ def _described(error: BaseException, rank: int) -> tuple[str, int]:
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) and error.code else 1
     if isinstance(error, (InputError, OSError)) and not os.environ.get("GIGATOK_TRACEBACK"):
-        return f"gigatok-ds train: error: {masked(' '.join(str(error).split()))}", exit_code(error)
+        return f"gigatok-ds train: error: {printable(masked(' '.join(str(error).split())))}", exit_code(error)
     if isinstance(error, MachineError):
         return f"gigatok-ds train: {masked(error)}", 1
     return f"rank {rank} ({_here()}) failed:\n{traceback.format_exc().rstrip()}", 1

@@ -12,6 +12,8 @@ from gigatok_ds.evaluation.inception import inception_file, load_inception
 from gigatok_ds.files import write_atomically
 from gigatok_ds.losses.frozen import weight_files
 from gigatok_ds.losses.semantic import check_teacher
+from gigatok_ds.plain import from_plain
+from gigatok_ds.untrusted import read_json
 
 _INCEPTION = "validation.inception"
 FROZEN_FILE = "frozen_weights.json"
@@ -55,9 +57,11 @@ def record_frozen(recipe: Recipe, run_dir: Path, *, since: Path) -> None:
     now = {file.setting: {"file": None if file.is_random else file.find().name, "sha256": file.sha256()}
            for file in files}
     earlier_file = since / FROZEN_FILE
-    before = json.loads(earlier_file.read_text(encoding="utf-8")) if earlier_file.is_file() else now
+    before = now
+    if earlier_file.is_file():
+        before = from_plain(dict[str, dict[str, str | None]], read_json(earlier_file), str(earlier_file))
     for setting, entry in now.items():
-        earlier = before.get(setting, entry)["sha256"]
+        earlier = before.get(setting, entry).get("sha256")
         if earlier != entry["sha256"]:
             raise InputError(f"{setting}: the run in {since} was started with {_named(earlier)}, but this is "
                              f"{_named(entry['sha256'])}; give it the same weights, or choose another --out")

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.untrusted import is_number
 
 HISTORY_FILE = "history.jsonl"
+LATEST = 2.0**35  # Unix seconds, in the year 3058: no clock is so wrong
 
 
 def tell(run_dir: Path, event: str, **fields) -> None:
@@ -23,8 +25,17 @@ def read_history(run_dir: Path) -> list[dict]:
     path = run_dir / HISTORY_FILE
     if not path.is_file():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    found = [_line(text) for text in lines]
+    if None in found:
+        raise InputError(f"line {found.index(None) + 1} of {path} is damaged; repair or remove it")
+    return found
+
+
+def _line(text: str) -> dict | None:
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); repair or remove it") from None
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(line, dict) and isinstance(line.get("event"), str) and is_number(line.get("time"), 0, LATEST)
+    return line if whole else None

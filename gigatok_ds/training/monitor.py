@@ -14,9 +14,12 @@ import numpy as np
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
+from gigatok_ds.training.history import LATEST
 from gigatok_ds.training.wandb_log import WandbRun, as_wandb_image
+from gigatok_ds.untrusted import is_number
 
 METRICS_FILE = "metrics.jsonl"
+LARGEST_STEP = 2**53
 NOT_FINITE = "not_finite_latents"  # of a micro batch, on average; the tokenizer counts them
 EVENTS_DIRECTORY = "events"
 _REFRESH_SECONDS = {True: 0.1, False: 30.0}  # of the bar, on a terminal and in a log file
@@ -150,9 +153,14 @@ def _parse(path: Path) -> list[tuple[str, dict]]:
 def _record(text: str) -> dict | None:
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    whole = is_number(record["step"], 0, LARGEST_STEP) and is_number(record.get("time"), 0, LATEST)
+    figures = all(value is None or is_number(value) or (name == "warning" and isinstance(value, str))
+                  for name, value in record.items())
+    return record if whole and figures else None
 
 
 def _truncate(path: Path, last_step: int) -> None:

@@ -18,7 +18,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
 from gigatok_ds.parallel.cuda_queues import order_kernels
 from gigatok_ds.ownership import is_ours, owned_by_first
-from gigatok_ds.training.branch import check_branch, record_branch
+from gigatok_ds.training.branch import OWN_KEYS, check_branch, record_branch
 from gigatok_ds.training.wandb_log import check_wandb
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
     from gigatok_ds.training.frozen_weights import check_frozen
 
     check_wandb(recipe.monitor.wandb_project)
+    warmup, steps = recipe.schedule.warmup_steps, recipe.training.steps
+    if warmup > steps:
+        raise InputError(f"schedule.warmup_steps is {warmup}, but training.steps is {steps}: the learning rate would never be "
+                         "reached; make the warm-up shorter, or the run longer")
     _check_data(recipe)
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} exists and is not a directory")
@@ -43,8 +47,10 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
     if earlier.is_file():
         differing = differing_keys(load_recipe(str(earlier)), recipe)
         if differing:
+            branch = ("" if set(differing) - set(OWN_KEYS) else
+                      f", and continue there from this run's constant learning rate with --branch-from {run_dir}")
             raise InputError(f"{run_dir} was started with another recipe: {', '.join(differing)} differ; "
-                             "choose another --out")
+                             f"choose another --out{branch}")
     check_frozen(recipe)
     return check_branch(recipe, run_dir, branch_from)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
-from gigatok_ds.training.history import read_history
-from gigatok_ds.training.monitor import METRICS_FILE, read_metrics
+from gigatok_ds.training.history import LATEST, read_history
+from gigatok_ds.training.monitor import LARGEST_STEP, METRICS_FILE, read_metrics
 from gigatok_ds.training.watchdog import HEARTBEAT
+from gigatok_ds.untrusted import is_number, read_json
 
 FAULTS = ("failed", "stopped", "skipped", "rewound", "damaged")  # events of a history
 ALIVE_SECONDS = 120.0  # since the last heartbeat, or the last of anything else that a run writes
@@ -28,11 +28,11 @@ def status(run_dir: Path, now: float | None = None) -> dict:
         raise InputError(f"{run_dir} is not a training run: it has no {RECIPE_FILE}")
     recipe, history = load_recipe(str(run_dir / RECIPE_FILE)), read_history(run_dir)
     metrics = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
-    heartbeat = json.loads((run_dir / HEARTBEAT).read_text()) if (run_dir / HEARTBEAT).is_file() else {}
+    heartbeat = _heartbeat(run_dir / HEARTBEAT)
     checkpoints = complete_checkpoints(run_dir)
     step = max([line["step"] for line in metrics] + [heartbeat.get("step", 0)], default=0)
     heard = max([line["time"] for line in [*metrics, *history]] + [heartbeat.get("time", 0.0)], default=0.0)
-    speed = next((line for line in reversed(metrics) if "throughput/step_seconds" in line), {})
+    speed = next((line for line in reversed(metrics) if is_number(line.get("throughput/step_seconds"), 0, LATEST)), {})
     total, seconds = recipe.training.steps, speed.get("throughput/step_seconds")
     return {
         "run": str(run_dir), "recipe": recipe.name,
@@ -40,13 +40,26 @@ def status(run_dir: Path, now: float | None = None) -> dict:
         "seconds_since_heard": round(now - heard, 1) if heard else None,
         "seconds_per_step": seconds,
         "per_second": {name.removeprefix("throughput/").removesuffix("_per_second"): value
-                       for name, value in speed.items() if name.endswith("_per_second")},
+                       for name, value in speed.items() if name.endswith("_per_second") and is_number(value)},
         "seconds_left": None if seconds is None else round((total - step) * seconds, 1),
         "newest_checkpoint": str(checkpoints[-1][1]) if checkpoints else None,
         "starts": sum(line["event"] == "started" for line in history),
         "faults": [line for line in history if line["event"] in FAULTS],
         "warnings": [line["warning"] for line in metrics if "warning" in line],
     }
+
+
+def _heartbeat(path: Path) -> dict:
+    """Step and time of the last sign of life; of none, nothing."""
+    if not path.is_file():
+        return {}
+    found = read_json(path, advice="it is written again when the run goes on; remove it")
+    for name, most in (("step", LARGEST_STEP), ("time", LATEST)):
+        value = found.get(name, 0)
+        if not is_number(value, 0, most) or (name == "step" and type(value) is not int):
+            raise InputError(f"{path} is damaged ({name} is {repr(value)[:80]}); it is written again when the run goes on; "
+                             "remove it")
+    return found
 
 
 def _state(history: list[dict], silence: float) -> str:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: the machine is wanted back. Training stops after its step, saves, and can be queued again."""
+"""SIGTERM, SIGUSR1 and SIGHUP: the machine is wanted back. Training stops after its step, saves, and can be queued again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import threading
 
 REQUEUE = 75  # the exit code of a run that was asked to stop and has saved: BSD's "temporary failure", try again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequests:
@@ -23,7 +23,8 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS
+                            if signal.getsignal(number) is not signal.SIG_IGN}  # nohup's choice
         return self
 
     def __exit__(self, *_) -> None:

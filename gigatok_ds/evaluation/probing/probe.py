@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,6 +30,7 @@ from gigatok_ds.files import write_atomically
 from gigatok_ds.models.initialisation import truncated_normal
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import torch_stream
+from gigatok_ds.untrusted import reading
 
 STATE = "probe.safetensors"
 
@@ -166,8 +167,7 @@ class ProbeRun:
     def _read(self) -> tuple[dict[str, Tensor] | None, dict]:
         if not self.file.is_file():
             return None, {}
-        try:
-            with safe_open(self.file, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        except SafetensorError as error:
-            raise InputError(f"{self.file} is damaged ({error}); remove it to start the probe anew") from None
+        with reading(self.file, "remove it to start the probe anew"), safe_open(self.file, "pt") as file:
+            metadata = file.metadata() or {}
+            int(metadata.get("step", ""))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata

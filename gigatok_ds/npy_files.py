@@ -1,0 +1,58 @@
+"""Arrays in `.npy` and `.npz` files that somebody else wrote: plain ones only, of no more bytes than there are."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from gigatok_ds.untrusted import read_bytes, reading
+
+ARRAY_BYTES = 16 * 1024**3
+
+
+def read_npy(path: Path, most: int = ARRAY_BYTES) -> np.ndarray:
+    """A plain array of a `.npy` file. Raises InputError when it is not one, or claims more than the file holds."""
+    with reading(path):
+        return parse_npy(read_bytes(path, most))
+
+
+def read_npz(source: Path | bytes, most: int = ARRAY_BYTES, name: object = None) -> dict[str, np.ndarray]:
+    """All arrays of an `.npz`, by name. Raises InputError when it is damaged, not one, or unpacks to more than `most` bytes."""
+    with reading(name or source):
+        with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
+            return {member.filename.removesuffix(".npy"): parse_npy(unpacked(archive, member, most))
+                    for member in archive.infolist()}
+
+
+def unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int = ARRAY_BYTES) -> bytes:
+    """A member's content. Raises ValueError when it is longer than `most` bytes."""
+    with archive.open(member) as file:
+        data = file.read(min(member.file_size, most) + 1)
+    if len(data) > min(member.file_size, most):
+        raise ValueError(f"{member.filename} is longer than it says, or than the {most:,} bytes that it may have")
+    return data
+
+
+def parse_npy(data: bytes) -> np.ndarray:
+    """The plain array that is the content of a `.npy`. Raises whatever numpy does, or ValueError."""
+    file = io.BytesIO(data)
+    shape, _, dtype = npy_header(file)
+    size = math.prod(shape) * dtype.itemsize
+    if len(data) - file.tell() < size:
+        raise ValueError(f"its header claims {size:,} bytes, there are {len(data) - file.tell():,}")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type of the plain array whose `.npy` begins here. Raises whatever numpy does, or ValueError."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if dtype.hasobject or not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"it is no plain array ({dtype}, {shape})")
+    return shape, fortran_order, dtype
