@@ -13,13 +13,13 @@ import torch
 from gigatok_ds import InputError
 from gigatok_ds.config.deepspeed import (
     BUNDLED,
-    DECIDED_ELSEWHERE,
-    KNOWN_KEYS,
     read_settings,
     resolve_deepspeed,
+    scaler_search,
     zero3_worth_it,
     zero_settings,
 )
+from gigatok_ds.config.deepspeed_keys import DECIDED_ELSEWHERE, KNOWN_KEYS
 from gigatok_ds.config.load import load_recipe
 
 FOLDER = Path(__file__).parent.parent / "ds_configs"
@@ -89,8 +89,6 @@ def test_what_is_silently_wrong_or_useless_is_said():
     with pytest.raises(InputError, match="stage 0 in fp16 with tensor parallelism .* use stage 1"):
         resolve_deepspeed(zero_settings(0), sharded, data_parallel_size=8)
     resolve_deepspeed(zero_settings(1), sharded, data_parallel_size=8)
-    useless = zero_settings(1) | {"activation_checkpointing": {"partition_activations": True}}
-    assert "partition_activations does nothing" in resolve_deepspeed(useless, RECIPE, data_parallel_size=8)[1][0]
     assert "136M" in zero3_worth_it(136_000_000) and zero3_worth_it(2_900_000_000) is None
 
 
@@ -192,12 +190,13 @@ def test_the_input_is_not_changed():
 
 def test_values_that_agree_and_values_that_are_only_deepspeeds_stay():
     given = {"train_batch_size": 256, "gradient_clipping": 1, "steps_per_print": 10,
-             "wall_clock_breakdown": True,
+             "wall_clock_breakdown": False,
              "fp16": {"enabled": True, "loss_scale_window": 500}, "zero_allow_untested_optimizer": "auto",
              "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
     settings, warnings = resolve(given)
     assert settings["fp16"] == {"enabled": True, "loss_scale_window": 500}
-    assert settings["steps_per_print"] == 10 and settings["wall_clock_breakdown"] is True
+    assert settings["steps_per_print"] == 10 and settings["wall_clock_breakdown"] is False
+    assert settings["log_level"] == "info", "else DeepSpeed would print nothing every 10 steps"
     assert settings["zero_allow_untested_optimizer"] is True
     assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": "auto"}
     assert warnings == []
@@ -324,7 +323,6 @@ def test_missing_files_name_the_bundled_ones(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"activation_checkpointing": {"partition_activations": True}}, "partition_activations does nothing"),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
      "offload_param does nothing below"),
     ({}, "bf16 is less precise at ZeRO stage 0"),

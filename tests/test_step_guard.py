@@ -1,6 +1,7 @@
 """A step that is not finite, or a spike, changes nothing: neither generator nor discriminator, in memory or on the disk."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from saved_runs import read_everything
 from training_runs import prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, read_state
+from gigatok_ds.config.deepspeed import resolve_deepspeed, scaler_search, zero_settings
 from gigatok_ds.config.faults import FaultConfig
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import single_process
 from gigatok_ds.training.history import read_history
+from gigatok_ds.training.live_gradients import LiveGradients
 from gigatok_ds.training.monitor import read_metrics
 from gigatok_ds.training.status import status
 from gigatok_ds.training.step_guard import ENOUGH, StepGuard
@@ -67,7 +70,10 @@ def test_a_step_of_one_rank_that_is_not_finite_is_left_out_of_everything(data, t
     skipped, = events(out, "skipped")
     assert skipped["step"] == 6 and skipped["reason"] == said
     assert [line.get("skipped_steps") for line in read_metrics(out) if "loss" in line] == [None] * 5 + [1, 1][:2]
-    assert status(out)["faults"] == [skipped] and status(out)["state"] == "finished"
+    found = status(out)
+    assert found["faults"] == [skipped] and found["state"] == "finished"
+    assert (found["steps_left_out"], found["share_left_out"]) == (1, 0.125)
+    assert [line["skipped_share"] for line in read_metrics(out) if "skipped_share" in line] == [1 / 6, 1 / 7, 1 / 8]
     whole = saved(out, 8)
     for step in (7, 8):
         folder_of = checkpoint_path(out, step)
@@ -181,13 +187,52 @@ def decide(guard, loss=1.0, **values):
 
 def test_in_fp16_the_scaler_of_the_network_that_overflowed_hears_of_it():
     engines = {"generator": Fake(), "discriminator": Fake(finite=False)}
-    guard = StepGuard(FaultConfig(in_a_row=1), engines, single_process(), fp16=True)
+    guard = StepGuard(FaultConfig(in_a_row=1), engines, single_process(), fp16=True, scaler_search=17)
     verdict = decide(guard, **{"term_grad/entropy": float("inf")})
     assert (verdict.kind, verdict.expected) == ("skip", True)
     assert engines["generator"].did == ["drop", "restore"]
     assert engines["discriminator"].did == ["step", "restore"], "DeepSpeed leaves it out, and lowers the scale"
     assert guard.skipped == 1 and guard.in_a_row == 0
     assert decide(guard, loss=float("nan")).kind == "stop", "a loss is not a matter of scaling"
+
+
+def test_in_fp16_the_search_for_a_scale_has_an_end():
+    """From 65536 to 1, and then `faults.in_a_row` as in any precision; a run that is started again goes on counting."""
+    def new():
+        return StepGuard(FaultConfig(in_a_row=10), {"gpt": Fake(finite=False)}, single_process(), fp16=True, scaler_search=17)
+
+    guard = new()
+    for number in range(1, 27):
+        verdict = decide(guard)
+        assert (verdict.kind, verdict.expected) == ("skip", number <= 17), number
+        if number == 20:
+            state = json.loads(json.dumps(guard.state()))
+            guard = new()
+            guard.restore(state)
+    verdict = decide(guard)
+    assert verdict.kind == "stop" and "the gradient of the gpt is not finite, 10 times in a row" in verdict.reason
+    guard.engines["gpt"].finite = True
+    assert decide(guard).kind == "accept" and (guard.searched, guard.in_a_row, guard.skipped) == (0, 0, 27)
+
+
+def test_a_fixed_scale_that_overflows_ends_the_run():
+    given = zero_settings(1) | {"fp16": {"enabled": True, "loss_scale": 1e12}}
+    search = scaler_search(resolve_deepspeed(given, load_recipe("GPT-B"), data_parallel_size=1)[0])
+    guard = StepGuard(FaultConfig(in_a_row=3), {"gpt": Fake(finite=False)}, single_process(), fp16=True, scaler_search=search)
+    assert [(verdict.kind, verdict.expected) for verdict in (decide(guard) for _ in range(3))] == [
+        ("skip", False), ("skip", False), ("stop", False)]
+
+
+def test_deepspeed_itself_does_not_end_a_search_with_a_traceback(monkeypatch):
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
+    scaler = DynamicLossScaler(init_scale=2.0, scale_window=1000, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
+    LiveGradients(SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler)), stage=1)
+    for _ in range(5):
+        scaler.update_scale(True)
+    assert scaler.cur_scale == 1
 
 
 def test_decisions_follow_from_the_saved_state():

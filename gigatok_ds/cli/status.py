@@ -39,6 +39,8 @@ def _lines(found: dict):
     if found["seconds_per_step"] is not None:
         speeds = "".join(f", {value:.4g} {unit} a second" for unit, value in found["per_second"].items())
         yield f"{found['seconds_per_step']:.4g} s a step{speeds}; {_duration(found['seconds_left'])} left at that speed"
+    if found["steps_left_out"]:
+        yield f"left out {found['steps_left_out']:,} steps ({found['share_left_out']:.1%}), which changed nothing"
     yield f"newest checkpoint: {found['newest_checkpoint'] or 'none'}"
     yield f"started {found['starts']} times, {len(found['faults'])} stops and faults, {len(found['warnings'])} warnings"
     for line in found["faults"]:

@@ -6,12 +6,19 @@ Nothing here imports DeepSpeed, so a wrong setting is found before any rank star
 from __future__ import annotations
 
 import copy
-import difflib
 import json
-from collections.abc import Iterable
+import math
 from pathlib import Path
 from typing import Any
 
+from gigatok_ds.config.deepspeed_keys import (
+    DECIDED_ELSEWHERE,
+    KNOWN_KEYS,
+    REPORTING,
+    SECTIONS,
+    nearest,
+    refuse_unsupported,
+)
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 
@@ -22,34 +29,6 @@ BUCKET = 50_000_000  # elements that are communicated at once
 BUNDLED = {"zero0": (0, False), "zero1": (1, False), "zero2": (2, False), "zero3": (3, False),
            "zero3_offload": (3, True)}
 
-# Keys of DeepSpeed 0.19.8 that something else decides here.
-DECIDED_ELSEWHERE = {
-    "optimizer": "the recipe's optimizer section decides",
-    "scheduler": "the recipe's schedule section decides",
-    "torch_autocast": "the recipe's training.precision decides",
-    "bfloat16": "it is an old name of 'bf16'",
-    "data_efficiency": "the recipe's data section decides",
-    "dataloader_drop_last": "DeepSpeed does not load the data here",
-    "managed_gradient_accumulation": "the training loop lets DeepSpeed count micro batches",
-    "gradient_allreduce_op": "gradients are averaged over data ranks",
-    **dict.fromkeys(
-        ("tensor_parallel", "expert_parallel", "pipeline", "sequence_parallel_size", "data_parallel_size",
-         "use_data_before_expert_parallelism", "hybrid_engine", "weight_quantization", "autotuning"),
-        "this feature of DeepSpeed is not used here",
-    ),
-}
-
-# Every top-level key that DeepSpeed 0.19.8 reads, without those it has removed (amp, elasticity, ...).
-KNOWN_KEYS = frozenset({
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "bf16", "fp16",
-    "data_types", "communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "disable_allgather", "activation_checkpointing", "compile", "checkpoint",
-    "datastates_ckpt", "aio", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
-    "log_level", "timers", "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet",
-    "disable_python_gc", "vocabulary_size", *DECIDED_ELSEWHERE,
-})
-
 # Settings that the recipe decides too, and where.
 _RECIPE_KEYS = {
     "train_batch_size": "training.global_batch_size",
@@ -59,6 +38,7 @@ _RECIPE_KEYS = {
     "bf16.enabled": "training.precision",
     "fp16.enabled": "training.precision",
 }
+_PER_RANK = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def zero_settings(stage: int, *, offload: bool = False) -> dict:
@@ -108,7 +88,7 @@ def read_settings(path_or_name: str | Path) -> dict:
         text = Path(path_or_name).read_text(encoding="utf-8-sig")
         settings = json.loads(text, object_pairs_hook=_without_repeats)
     except FileNotFoundError:
-        hint = _hint(str(path_or_name), BUNDLED, allowed=BUNDLED)
+        hint = nearest(str(path_or_name), BUNDLED, allowed=BUNDLED)
         raise InputError(f"there is no DeepSpeed settings file {path_or_name}; {hint}") from None
     except (InputError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path_or_name} is not valid JSON: {error}") from None
@@ -117,15 +97,15 @@ def read_settings(path_or_name: str | Path) -> dict:
     return settings
 
 
-def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *,
-                      data_parallel_size: int) -> tuple[dict, list[str]]:
+def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *, data_parallel_size: int,
+                      source: str | None = None) -> tuple[dict, list[str]]:
     """Settings for DeepSpeed with every `auto` filled in, and warnings about those without effect.
 
-    settings is a path, a bundled name or a dictionary. What it states must agree with the recipe: batch
+    settings is a path, a bundled name or a dictionary; errors call it `source`. What it states must agree with the recipe: batch
     sizes, clipping and precision. Raises InputError naming both sources when it does not, for keys that
     DeepSpeed does not know, and for combinations known to train wrongly.
     """
-    source = "the DeepSpeed settings" if isinstance(settings, dict) else str(settings)
+    source = source or _source(settings)
     given = copy.deepcopy(settings) if isinstance(settings, dict) else read_settings(settings)
     _check_keys(given, source, recipe)
     for key, value in _from_recipe(recipe, data_parallel_size).items():
@@ -141,6 +121,8 @@ def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *,
     zero = _section(given, "zero_optimization", source, create=True)
     zero.setdefault("stage", 0)
     _fill(given, "zero_allow_untested_optimizer", True)
+    if any(given.get(key, AUTO) not in (AUTO, None, False) for key in REPORTING):
+        _fill(given, "log_level", "info")  # else what was asked for would not be shown
     _fill(given, "steps_per_print", 10**9)  # never: the loop reports
     if zero.get("offload_optimizer"):
         _fill(given, "zero_force_ds_cpu_optimizer", False)
@@ -149,7 +131,34 @@ def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *,
     if left:
         raise InputError(f"{source}: {left[0]} cannot be {AUTO!r}; give a value or leave it out")
     _refuse_harmful(given, source, recipe)
+    refuse_unsupported(given, source, recipe)
     return given, _warnings(given, source)
+
+
+def check_settings(settings: str | Path | dict, recipe: Recipe) -> tuple[dict, str]:
+    """Settings of which nothing is refused, with `auto` resolved as far as no number of ranks is needed, and what they are called.
+
+    Raises InputError as `resolve_deepspeed` does, except for what depends on the number of ranks.
+    """
+    source = _source(settings)
+    given = copy.deepcopy(settings) if isinstance(settings, dict) else read_settings(settings)
+    for key in _PER_RANK:
+        given.pop(key, None)
+    return resolve_deepspeed(given, recipe, data_parallel_size=1, source=source)[0], source
+
+
+def _source(settings: str | Path | dict) -> str:
+    return "the DeepSpeed settings" if isinstance(settings, dict) else str(settings)
+
+
+def scaler_search(settings: dict) -> int:
+    """How many steps in a row fp16's loss scaling may leave out on its way from its initial scale to its lowest, by resolved
+    settings; 0 without a scale that is searched for."""
+    fp16 = settings["fp16"]
+    if not fp16["enabled"] or fp16.get("loss_scale", 0):
+        return 0
+    halvings = fp16.get("initial_scale_power", 16) - math.log2(fp16.get("min_loss_scale", 1))
+    return math.ceil(halvings) + fp16.get("hysteresis", 2) - 1
 
 
 def zero3_worth_it(parameters: int) -> str | None:
@@ -170,8 +179,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
 
 def _check_keys(settings: dict, source: str, recipe: Recipe) -> None:
     for key, value in settings.items():
+        if key in SECTIONS:
+            _section(settings, key, source)
         if key not in KNOWN_KEYS:
-            hint = _hint(key, KNOWN_KEYS, allowed=KNOWN_KEYS - DECIDED_ELSEWHERE.keys())
+            hint = nearest(key, KNOWN_KEYS, allowed=KNOWN_KEYS - DECIDED_ELSEWHERE.keys())
             raise InputError(f"{source}: unknown key {key!r}; {hint}")
         if key in DECIDED_ELSEWHERE:
             reason = DECIDED_ELSEWHERE[key]
@@ -188,11 +199,6 @@ def _rival(key: str, section: Any, recipe: Recipe) -> str:
         kind = section.get("type")
         return f" (type here: {kind!r}, kind in recipe {recipe.name}: {recipe.schedule.kind!r})"
     return ""
-
-
-def _hint(name: str, known: Iterable[str], *, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(allowed))}"
 
 
 def _from_recipe(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
@@ -265,10 +271,6 @@ def _refuse_harmful(settings: dict, source: str, recipe: Recipe) -> None:
     if zero["stage"] == 0 and half and tensor_ranks > 1:
         raise InputError(f"{source}: ZeRO stage 0 in {half} with tensor parallelism counts cut parameters of one rank "
                          f"only, and so clips by a wrong norm ({tensor_ranks} tensor ranks); use stage 1")
-    for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device") == "nvme":
-            raise InputError(f"{source}: zero_optimization.{key}.device is nvme, from where no checkpoint could be written; "
-                             "use cpu")
     if zero.get("offload_optimizer") and settings["zero_force_ds_cpu_optimizer"]:
         raise InputError(f"{source}: zero_force_ds_cpu_optimizer must be false: AdamW is torch's here")
 
@@ -276,10 +278,6 @@ def _refuse_harmful(settings: dict, source: str, recipe: Recipe) -> None:
 def _warnings(settings: dict, source: str) -> list[str]:
     zero = settings["zero_optimization"]
     warnings = []
-    for key, value in _section(settings, "activation_checkpointing", source).items():
-        if value:
-            warnings.append(f"{source}: activation_checkpointing.{key} does nothing: the recipe's "
-                            "parallel.recompute_every and parallel.sequence decide what is kept of activations")
     if zero["stage"] < 3 and "offload_param" in zero:
         warnings.append(f"{source}: zero_optimization.offload_param does nothing below ZeRO stage 3")
     if zero["stage"] == 0 and settings["bf16"]["enabled"]:

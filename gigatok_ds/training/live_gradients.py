@@ -17,6 +17,9 @@ class LiveGradients:
 
     def __init__(self, engine, stage: int, topology: Topology):
         self._engine, self._stage, self._topology = engine, stage, topology
+        if getattr(getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale", False):
+            # How many steps in a row may be left out is the step guard's to say, in one line.
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def finite(self) -> Tensor:
         """Whether all of them are, as a boolean on the device."""

@@ -68,13 +68,14 @@ class Task(Watched, Protocol):
 
 
 def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int, end: End,
-          branch: Path | None = None) -> None:
+          branch: Path | None = None, *, scaler_search: int = 0) -> None:
     """Train `task` to recipe.training.steps, from the newest complete checkpoint of `run_dir` or else from `branch`.
 
-    A run that stalls is ended by `end`. One that SIGTERM or SIGUSR1 asks to stop saves and raises SystemExit(REQUEUE).
+    scaler_search is how many steps in a row fp16's loss scaling may leave out. A run that stalls is ended by `end`. One that SIGTERM or SIGUSR1 asks to stop saves and raises SystemExit(REQUEUE).
     Afterwards `probe.npz` holds the trained model's own outputs on a few inputs.
     """
-    guard = StepGuard(recipe.faults, task.engines, topology, fp16=recipe.training.precision == "fp16")
+    guard = StepGuard(recipe.faults, task.engines, topology, fp16=recipe.training.precision == "fp16",
+                      scaler_search=scaler_search)
     start = _resume(task, run_dir, topology, guard, branch)
     if start < recipe.training.steps:
         writer = CheckpointWriter(run_dir, recipe.checkpoint, topology, stage=next(iter(task.engines.values())).stage,
@@ -188,17 +189,19 @@ class _Steps:
 
     def _rewind(self, checkpoint: Path) -> None:
         """Take weights and optimizer from `checkpoint`; what has been left out so far still counts."""
-        counted = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
+        counted = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row, "searched": self.guard.searched}
         self.guard.restore(load_checkpoint(checkpoint, self.task.engines, self.topology).guard | counted)
 
     def _log(self, watch: Watch, window: Window, step: int, lr: float) -> None:
         means = norms(window.mean(self.topology))
         of_engines = {f"grad_norm/{name}": norm for name, engine in self.task.engines.items()
                       if (norm := engine.gradient_norm()) is not None}
-        skipped = {"skipped_steps": self.guard.skipped} if self.guard.skipped else {}
+        left_out = self.guard.skipped
+        skipped = {"skipped_steps": left_out, "skipped_share": left_out / step} if left_out else {}
         peak = self.topology.max_over_ranks(peak_memory(self.topology.device))
         watch.log(step, means | of_engines | skipped | {"lr": lr, "memory/peak_gb": peak})
-        self.monitor.progress(step, {name: means[name] for name in ("loss",) if name in means})
+        shown = {name: means[name] for name in ("loss",) if name in means}
+        self.monitor.progress(step, shown | ({"left_out": left_out / step} if left_out else {}))
         if not self.memory_told:
             self.monitor.note(memory_line(peak, next(iter(self.task.engines.values())).stage, self.recipe))
             self.memory_told = True

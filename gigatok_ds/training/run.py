@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
-from gigatok_ds.config.deepspeed import resolve_deepspeed, zero3_worth_it
+from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
 from gigatok_ds.config.load import differing_keys, load_recipe, save_resolved
 from gigatok_ds.config.location import masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
@@ -90,19 +91,21 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.training.compile import left_eager
     from gigatok_ds.training.data_record import record_data
+    from gigatok_ds.training.deepspeed_schema import check_with_deepspeed
     from gigatok_ds.training.faults import watch_ranks
     from gigatok_ds.training.history import tell
     from gigatok_ds.training.loop import train
 
     order_kernels(recipe.parallel.tensor)
     branch = check_run(recipe, run_dir, branch_from)
-    parallel = recipe.parallel
+    check_with_deepspeed(*check_settings(deepspeed, recipe))
+    parallel, begun = recipe.parallel, threading.Event()
     topology = start_process_group(tensor_size=parallel.tensor, sequence_parallel=parallel.sequence,
                                    timeout=collective_timeout(recipe.monitor.stall_seconds))
     try:
         def told(text: str) -> None:
-            if is_ours(run_dir):  # another's is left alone
-                tell(run_dir, "failed", reason=_last_line(text))
+            if begun.is_set() and is_ours(run_dir):  # another's is left alone
+                tell(run_dir, "failed", reason=told_reason(text))
 
         with ExitStack() as held, watch_ranks(topology, told) as end:
             settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
@@ -111,6 +114,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                 warnings += left_eager(recipe, topology.device, settings)
                 _prepare(recipe, run_dir, settings, warnings, branch)
                 tell(run_dir, "started", ranks=topology.world_size, command=list(map(masked, sys.argv)))
+                begun.set()
             topology.barrier()
             task = _task(recipe)(recipe, topology, settings)
             outlast_watchdog(recipe.monitor.stall_seconds)
@@ -119,16 +123,20 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
 
                 task = inject(task, faults, run_dir, topology)
             record_data(task.data_identity(), run_dir, topology)
-            train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch)
+            train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch,
+                  scaler_search=scaler_search(settings))
             if topology.is_first:
                 tell(run_dir, "finished", step=recipe.training.steps)
     finally:
         stop_process_group(topology)
 
 
-def _last_line(text: str) -> str:
-    """Of a report: the exception of a traceback, or all of a single line."""
-    return text.strip().splitlines()[-1].strip()
+def told_reason(text: str) -> str:
+    """Of a report, in one line: the exception of a traceback, with all of its message, or a single line as it is."""
+    lines = text.strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    after = (line for line in lines[frames[-1] + 1:] if line and not line.startswith("    ")) if frames else lines
+    return " ".join(" ".join(after).split())[:1000]
 
 
 def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], branch: Path | None) -> None:

@@ -33,6 +33,7 @@ def status(run_dir: Path, now: float | None = None) -> dict:
     step = max([line["step"] for line in metrics] + [heartbeat.get("step", 0)], default=0)
     heard = max([line["time"] for line in [*metrics, *history]] + [heartbeat.get("time", 0.0)], default=0.0)
     speed = next((line for line in reversed(metrics) if is_number(line.get("throughput/step_seconds"), 0, LATEST)), {})
+    skipped = next((line["skipped_steps"] for line in reversed(metrics) if "skipped_steps" in line), 0)
     total, seconds = recipe.training.steps, speed.get("throughput/step_seconds")
     return {
         "run": str(run_dir), "recipe": recipe.name,
@@ -42,6 +43,7 @@ def status(run_dir: Path, now: float | None = None) -> dict:
         "per_second": {name.removeprefix("throughput/").removesuffix("_per_second"): value
                        for name, value in speed.items() if name.endswith("_per_second") and is_number(value)},
         "seconds_left": None if seconds is None else round((total - step) * seconds, 1),
+        "steps_left_out": int(skipped), "share_left_out": round(skipped / step, 4) if step else 0.0,
         "newest_checkpoint": str(checkpoints[-1][1]) if checkpoints else None,
         "starts": sum(line["event"] == "started" for line in history),
         "faults": [line for line in history if line["event"] in FAULTS],

@@ -42,21 +42,25 @@ class StepGuard:
     offload, where it updates, and with faults.spike_deviations, which the losses before this one define.
     """
 
-    def __init__(self, config: FaultConfig, engines: Mapping[str, Engine], topology: Topology, *, fp16: bool):
+    def __init__(self, config: FaultConfig, engines: Mapping[str, Engine], topology: Topology, *, fp16: bool,
+                 scaler_search: int = 0):
+        """scaler_search: how many steps in a row fp16's loss scaling may leave out while it looks for a scale."""
         self.config, self.engines, self.topology, self.fp16 = config, engines, topology, fp16
         self.on_device = (not fp16 and config.spike_deviations is None
                           and all(engine.decides_on_device for engine in engines.values()))
         self.losses: deque[float] = deque(maxlen=WINDOW)
-        self.skipped = self.in_a_row = 0
+        self.scaler_search = scaler_search
+        self.skipped = self.in_a_row = self.searched = 0
         self._undecided: _Question | None = None
 
     def state(self) -> dict:
-        return {"losses": list(self.losses), "skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"losses": list(self.losses), "skipped": self.skipped, "in_a_row": self.in_a_row, "searched": self.searched}
 
     def restore(self, state: Mapping) -> None:
         """Of what a checkpoint holds; one of a start point holds nothing."""
         self.losses = deque(state.get("losses", ()), maxlen=WINDOW)
         self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
+        self.searched = state.get("searched", 0)
 
     def begin(self) -> None:
         """Before the first forward pass of a step."""
@@ -96,10 +100,11 @@ class StepGuard:
         verdict = replace(self._judge(wrong_values, wrong_engines, loss), asked=asked)
         if verdict.kind == "accept":
             self.losses.append(loss)
-            self.in_a_row = 0
+            self.in_a_row = self.searched = 0
         else:
             self.skipped += 1
             self.in_a_row += not verdict.expected
+            self.searched += verdict.expected
         if not self.on_device:
             self._carry_out(verdict, question.rates, wrong_engines)
         elif verdict.kind != "accept":
@@ -132,7 +137,7 @@ class StepGuard:
         if wrong_values or wrong_engines:
             wrong = [*wrong_values, *(f"the gradient of the {name}" for name in wrong_engines)]
             reason = f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not finite"
-            return self._bounded(Verdict("skip", reason, expected=self.fp16 and not wrong_values))
+            return self._bounded(Verdict("skip", reason, expected=not wrong_values and self.searched < self.scaler_search))
         limit = self._limit()
         if limit is not None and loss > limit:
             reason = (f"a loss of {loss:.4g} is a spike (the last {len(self.losses)} have a mean of {fmean(self.losses):.4g}, "
