@@ -56,12 +56,28 @@ def test_hostfile_is_read_as_deepspeed_reads_it(hostfile):
     ("-oProxyCommand=x slots=1", "is not a host name"),
     ("me@a slots=1", "is not a host name"),
     ("# nothing\n", "names no host"),
+    ("w1 slots=8, w2 slots=8\n", "line 1: 'w1 slots=8, w2 slots=8' is not of the form HOST slots=N"),
+    ("a slots=1\nworker[1-4] slots=8\n", "line 2: 'worker[1-4] slots=8' stands for several hosts; give each host a line"),
+    ("worker{1,2} slots=8", "stands for several hosts"),
+    ("worker [1-4] slots=8", "line 1: "),
+    ("a slots=8.5", "line 1: 'a slots=8.5' is not of the form"),
+    ("a slots=8x", "is not of the form"), ("a slots=\u0668", "is not of the form"), ("a slots=-1", "is not of the form"),
+    ("a slots=1 slots=2", "is not of the form"), ("a slots=1 b slots=2", "is not of the form"),
+    ("a:8", "is not of the form"), ("a 8", "is not of the form"), ("a slots=1; b slots=2", "is not of the form"),
+    ("a slots=1\x0bb slots=2", "line 1: "), ("a slots=1\u2028b slots=2", "line 1: "),
+    ("\ufeffa slots=1", "line 1: it begins with a byte-order mark"), ("a,b slots=1", "is not a host name"),
+    ("a\ufeff slots=1", "is not a host name"), ("h\u00f6st slots=1", "is not a host name"), ("$(id) slots=1", "is not a host name"),
 ])
 def test_a_bad_hostfile_is_refused_with_its_line(tmp_path, text, message):
-    (tmp_path / "hosts").write_text(text)
+    (tmp_path / "hosts").write_text(text, encoding="utf-8")
     with pytest.raises(InputError) as error:
         read_hostfile(tmp_path / "hosts", {})
     assert message in str(error.value) and str(tmp_path / "hosts") in str(error.value)
+
+
+def test_a_hostfile_from_another_system_is_read_like_one_from_here(tmp_path):
+    (tmp_path / "hosts").write_bytes(b"# two\r\nworker-1.a slots=2  # rack 7\r\nworker_2\tslots=4 max_slots=8\r\n")
+    assert read_hostfile(tmp_path / "hosts", {}) == [Host(name="worker-1.a", slots=2), Host(name="worker_2", slots=4)]
 
 
 def test_ranks_meet_at_the_first_host_unless_told_otherwise():

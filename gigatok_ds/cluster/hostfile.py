@@ -9,7 +9,9 @@ from pathlib import Path
 
 from gigatok_ds.errors import InputError
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")  # as DeepSpeed matches it: whatever follows is ignored
+# DeepSpeed ignores whatever follows the digits, and would start fewer ranks than a line means.
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})(\s+max_slots=[0-9]+)?(\s+#.*)?")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_PORT = 29500
 
 
@@ -35,20 +37,25 @@ def read_hostfile(path: str | Path, environment: Mapping[str, str]) -> list[Host
     Raises InputError, with the number of the line, for what DeepSpeed would refuse or misunderstand.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # as DeepSpeed counts lines
     except FileNotFoundError:
         raise InputError(f"there is no hostfile {path}; see launch/hostfile.example") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file; see launch/hostfile.example") from None
+    if lines[0].startswith("\ufeff"):
+        raise InputError(f"{path} line 1: it begins with a byte-order mark, which would become part of the host's name; save the "
+                         "file as UTF-8 without one")
     hosts: dict[str, Host] = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
             continue
-        where, match = f"{path} line {number}", _LINE.match(line)
+        where, match = f"{path} line {number}", _LINE.fullmatch(line)
+        if "[" in line.split("slots=")[0] or "{" in line.split("slots=")[0]:
+            raise InputError(f"{where}: {line!r} stands for several hosts; give each host a line of its own")
         if not match:
-            raise InputError(f"{where}: {line!r} is not of the form HOST slots=N")
+            raise InputError(f"{where}: {line!r} is not of the form HOST slots=N; give each host a line of its own")
         name, slots = match[1], int(match[2])
-        if name.startswith("-") or "," in name or "@" in name or ":" in name:
+        if not _NAME.fullmatch(name):
             raise InputError(f"{where}: {name!r} is not a host name; give user and port in ~/.ssh/config")
         if slots < 1:
             raise InputError(f"{where}: {name} has slots={slots}; at least 1 is needed, or remove the line")
