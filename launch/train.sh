@@ -51,4 +51,4 @@ if ! python="$(type -P python || type -P python3)" ||
     echo "train.sh: error: ${python:-python} is not Python 3.11; activate the environment that has DeepSpeed" >&2
     exit 2
 fi
-exec "$python" -m gigatok_ds.cluster.launch "$@"
+exec "$python" -m gigatok_ds.cli.launcher "$@"

@@ -21,15 +21,15 @@ def record_on_a_rank(identities, folder):
 
 def test_ranks_with_other_data_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(RanksFailed, match="InputError: data.train is not"):
-        run_ranks(record_on_a_rank, 2, ["one", "other"], tmp_path)
+        run_ranks(record_on_a_rank, 2, [{"train": "one"}, {"train": "other"}], tmp_path)
     assert not list(tmp_path.iterdir())
-    run_ranks(record_on_a_rank, 2, ["one", "one"], tmp_path)
+    run_ranks(record_on_a_rank, 2, [{"train": "one"}, {"train": "one"}], tmp_path)
     assert json.loads((tmp_path / DATA_FILE).read_text()) == {"train_sha256": "one"}
 
 
 def damaged_record_on_a_rank(folder):
     (folder / DATA_FILE).write_text("{")
-    record_on_a_rank(["one"], folder)
+    record_on_a_rank([{"train": "one"}], folder)
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -47,3 +47,24 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path):
     code, output = start(arguments)
     assert code == 2 and "Traceback" not in output, output
     assert f"data.train is not what {tmp_path / 'run'} began with" in output, output
+
+
+def test_the_same_data_elsewhere_is_the_same_data(tmp_path, monkeypatch):
+    """By a relative path, by an absolute one, and moved; a run and its branch."""
+    data = prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    constant = ["schedule.kind=const", "schedule.warmup_steps=0"]
+    assert start(["gpt.yaml", "--out", "run", "data.train=codes", "data.validation=test_codes", *constant,
+                  "training.steps=4"])[0] == 0
+    (tmp_path / "run" / "checkpoints" / "step-0000004" / "state.json").unlink()
+    code, output = start(["gpt.yaml", "--out", "run", *data["gpt"], *constant, "training.steps=4"])
+    assert code == 0, output
+    (tmp_path / "codes").rename(tmp_path / "moved")
+    moved = ["data.train=moved", "data.validation=./test_codes", *constant]
+    code, output = start(["gpt.yaml", "--out", "cool", "--branch-from", "run", *moved, "training.steps=5"])
+    assert code == 0, output
+    code_shards(tmp_path / "others", 40, seed=5)
+    for changed, said in (("data.train=others", "data.train is not what run began with"),
+                          ("data.validation=others", "data.validation is not what run began with")):
+        code, output = start(["gpt.yaml", "--out", "other", "--branch-from", "run", *moved, changed, "training.steps=5"])
+        assert code == 2 and said in output and "Traceback" not in output, output

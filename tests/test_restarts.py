@@ -12,7 +12,8 @@ from test_rank_failure import ranks_below, wait_for
 from training_runs import LAUNCHER, launch, prepare
 
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints
-from gigatok_ds.cluster.launch import Options, main
+from gigatok_ds.cli.launcher import main
+from gigatok_ds.cluster.launch import Launch, Options
 from gigatok_ds.cluster.restarts import newest_checkpoint, run_with_restarts
 from gigatok_ds.training.history import read_history
 from gigatok_ds.training.stop_requests import REQUEUE
@@ -67,11 +68,37 @@ def test_signals_reach_the_job_and_end_the_tries():
     assert time.monotonic() - began < 20
 
 
-def test_the_newest_checkpoint_is_found_by_the_arguments(tmp_path):
-    assert newest_checkpoint(["GPT-B", "--out", str(tmp_path)]) is None and newest_checkpoint(["GPT-B"]) is None
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest").write_text("step-0000004\n")
-    assert newest_checkpoint(["GPT-B", "--out", str(tmp_path), "a=b"]) == "step-0000004"
+@pytest.mark.parametrize("words", [
+    ["GPT-B", "--out", "DIR"], ["GPT-B", "--out=DIR"], ["--out=DIR", "GPT-B", "training.steps=3"], ["GPT-B", "--ou", "DIR"],
+    ["--out", "other", "GPT-B", "--zero=3", "--out", "DIR"], ["GPT-B", "--deepspeed", "--out=DIR", "--out", "DIR"],
+])
+def test_progress_is_looked_for_where_the_arguments_say(tmp_path, monkeypatch, words):
+    """As `gigatok-ds train` reads them: three faults, each after a new checkpoint, with one restart in a row allowed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gigatok_ds.cluster.restarts.FIRST_WAIT", 0.01)
+    script = ("import pathlib, sys; folder = pathlib.Path('DIR/checkpoints'); folder.mkdir(parents=True, exist_ok=True); "
+              "latest = folder / 'latest'; before = latest.read_text() if latest.exists() else ''; "
+              "latest.write_text(before + 'x'); sys.exit(len(before) < 3)")
+    planned = Launch(command=[sys.executable, "-c", script], env_file=None)
+    monkeypatch.setattr("gigatok_ds.cli.launcher.plan", lambda *_, **__: planned)
+    if "--deepspeed" in words:  # which takes a value, so that this is no command line of train
+        with pytest.raises(SystemExit) as caught:
+            main(["--max-restarts", "1", *words])
+        assert caught.value.code == 2 and not (tmp_path / "DIR").exists()
+        return
+    assert main(["--max-restarts", "1", *words]) == 0
+    assert (tmp_path / "DIR" / "checkpoints" / "latest").read_text() == "xxxx"
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [["optimizer.lr=high"], ["optimizer.rl=1"], ["--zero", "9"], ["--deepspeed", "none.json"]])
+def test_an_error_of_the_command_line_is_not_tried_again(tmp_path, wrong):
+    names = prepare(tmp_path)["gpt"]
+    job = launch(["--max-restarts", "3", tmp_path / "gpt.yaml", "--out", tmp_path / "run", *names, *wrong], 2)
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 2 and "restart 1" not in output and "Traceback" not in output, output
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_try_that_cannot_be_made_is_a_try():
@@ -115,10 +142,11 @@ def test_a_host_that_is_gone_is_left_out(tmp_path):
     (tmp_path / "hosts").write_text("gone slots=2\ngood-1 slots=2\ngood-2 slots=2\n")
     script = f"""
 import sys
+from gigatok_ds.cli import launcher
 from gigatok_ds.cluster import launch, restarts
 launch._deepspeed = lambda: {str(tools / "deepspeed")!r}
 restarts.FIRST_WAIT = 0.1
-sys.exit(launch.main(sys.argv[1:]))
+sys.exit(launcher.main(sys.argv[1:]))
 """
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "HOSTFILE": "hosts",
                                 "PYTHONPATH": str(LAUNCHER.parent.parent)}

@@ -1,6 +1,4 @@
-"""Start `gigatok-ds train` on every rank by DeepSpeed's launcher; launch/train.sh is its front door.
-
-    python -m gigatok_ds.cluster.launch [--dry-run] [--max-restarts N] [--min-hosts N] ARGUMENT... of gigatok-ds train
+"""Start `gigatok-ds train` on every rank by DeepSpeed's launcher; launch/train.sh is its front door (cli/launcher.py).
 
 Reads HOSTFILE, GPUS, MASTER_ADDR, MASTER_PORT and FORCE_SSH from the environment, as launch/train.sh --help explains.
 """
@@ -114,8 +112,12 @@ class Options:
         return options, rest
 
 
-def start(launch: Launch, options: Options, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Become DeepSpeed's launcher or, with restarts, start it as often as is needed and return its exit code."""
+def start(launch: Launch, options: Options, arguments: Sequence[str], environment: Mapping[str, str],
+          run_dir: Path | None = None) -> int:
+    """Become DeepSpeed's launcher or, with restarts, start it as often as is needed and return its exit code.
+
+    run_dir is where the job's checkpoints tell that it makes progress; for restarts only.
+    """
     sys.stdout.flush()
     if not options.max_restarts:
         command, variables, _ = _ready(launch, environment)
@@ -141,7 +143,7 @@ def start(launch: Launch, options: Options, arguments: Sequence[str], environmen
             for descriptor in (*descriptors, *inherited):
                 os.close(descriptor)
 
-    return run_with_restarts(again, options.max_restarts, lambda: newest_checkpoint(arguments))
+    return run_with_restarts(again, options.max_restarts, lambda: newest_checkpoint(run_dir))
 
 
 def _ready(launch: Launch, environment: Mapping[str, str]) -> tuple[list[str], dict[str, str], tuple[int, ...]]:
@@ -161,22 +163,3 @@ def _in_memory(name: str, text: str) -> int:
     os.write(memory, text.encode())
     os.set_inheritable(memory, True)
     return memory
-
-
-def main(argv: Sequence[str]) -> int:
-    try:
-        options, arguments = Options.taken_from(argv)
-        launch = plan(arguments, os.environ, home=Path.home(), working_dir=Path.cwd())
-        if launch.note:
-            print(f"train.sh: {launch.note}", file=sys.stderr)
-        if options.dry_run:
-            print(described(launch, os.environ))
-            return 0
-        return start(launch, options, arguments, os.environ)
-    except (InputError, OSError) as error:
-        print(f"train.sh: error: {error}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 # Done; an error that the user has to mend; interrupted; asked to stop (training.stop_requests).
@@ -58,11 +58,10 @@ def run_with_restarts(launch: Callable[[int], subprocess.Popen | None], most: in
             signal.signal(number, handler)
 
 
-def newest_checkpoint(arguments: Sequence[str]) -> str | None:
-    """The name of the newest complete checkpoint of the run that `gigatok-ds train ARGUMENTS` writes to."""
-    out = next((Path(value) for option, value in zip(arguments, arguments[1:], strict=False) if option == "--out"), None)
-    latest = out / "checkpoints" / "latest" if out else None
-    return latest.read_text().strip() if latest and latest.is_file() else None
+def newest_checkpoint(run_dir: Path) -> str | None:
+    """The name of the newest complete checkpoint of a run."""
+    latest = run_dir / "checkpoints" / "latest"
+    return latest.read_text().strip() if latest.is_file() else None
 
 
 def _as_exit_code(code: int) -> int:

@@ -32,6 +32,8 @@ _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
 _CHANGEABLE = ("log_every", "validate_every", "compile", "precision", "micro_batch_size", "workers", "cache", "cache_gb", "patience",
                "max_bad_fraction", "weights", "backbone_weights")
 _CHANGEABLE_SECTIONS = ("parallel.", "checkpoint.", "validation.", "monitor.", "faults.")
+# Where the data lies: what it is, training.data_record compares.
+DATA_LOCATIONS = ("data.train", "data.second", "data.validation", "data.tokenizer")
 _SHOWN = 3  # problems named in one error
 MOST_CHARACTERS, MOST_NODES = 250_000, 100_000  # of a recipe
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints
-from gigatok_ds.config.load import differing_keys, load_recipe
+from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe
 from gigatok_ds.config.recipe import Recipe, ScheduleConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
@@ -47,7 +47,7 @@ def branch_point(recipe: Recipe, source: Path) -> Path:
     if not recipe_file.is_file():
         raise InputError(f"{source} is neither a run directory nor one of its checkpoints: there is no {recipe_file}")
     trunk = load_recipe(str(recipe_file))
-    differing = [key for key in differing_keys(trunk, recipe) if key not in OWN_KEYS]
+    differing = [key for key in differing_keys(trunk, recipe) if key not in (*OWN_KEYS, *DATA_LOCATIONS)]
     if differing:
         raise InputError(f"a branch of {run_dir} must share its recipe, but {', '.join(differing)} differ; "
                          f"only {', '.join(OWN_KEYS)} may")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -83,10 +86,10 @@ class ExtractedCodes:
         codes.check_labels(self.recipe.model.num_classes)
         return codes
 
-    def identity(self) -> str:
-        """What tells the training data from any other; see ShardIndex.identity."""
+    def identity(self) -> dict[str, str]:
+        """What tells the data from any other; see ShardIndex.identity."""
         parts = [self.train] if self.second is None else [self.train, self.second]
-        return "+".join(part.index.identity() for part in parts)
+        return {"train": "+".join(part.index.identity() for part in parts), "validation": self.held_out.index.identity()}
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         training, topology = self.recipe.training, self.topology
@@ -124,9 +127,11 @@ class TokenizedImages:
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, device=str(topology.device))
         self._encoded: tuple[np.ndarray, np.ndarray] | None = None
 
-    def identity(self) -> str:
-        """What tells the training data from any other; see ShardIndex.identity."""
-        return self.train.identity()
+    def identity(self) -> dict[str, str]:
+        """What tells the data, and the tokenizer's weights, from any other; see ShardIndex.identity."""
+        weights = json.dumps(read_config(Path(self.recipe.data.tokenizer))["sha256"], sort_keys=True)
+        return {"train": self.train.identity(), "validation": self.held_out.identity(),
+                "tokenizer": hashlib.sha256(weights.encode()).hexdigest()}
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology

@@ -1,9 +1,10 @@
-"""Which data a run trains on: the order of its samples is a function of their index, so that must stay the same."""
+"""Which data a run is about: the order of its samples is a function of their index, so that must stay the same, wherever it lies."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from gigatok_ds.errors import InputError
@@ -13,31 +14,40 @@ from gigatok_ds.plain import from_plain
 from gigatok_ds.untrusted import brief, read_json
 
 DATA_FILE = "data.json"
+_CONSEQUENCE = {"train": ", and so would the order of samples", "tokenizer": ", and so would the codes",
+                "validation": ", and its figures would not compare"}
 
 
-def record_data(identity: str, run_dir: Path, topology: Topology) -> None:
-    """Write data.json, with what tells the training data from any other. Collective.
+def record_data(identity: Mapping[str, str], run_dir: Path, topology: Topology, since: Path | None = None) -> None:
+    """Write data.json, with what tells the data from any other (SHA-256 by setting below `data`). Collective.
 
-    Raises InputError, on all ranks, when ranks see different data or the run began with others.
+    Raises InputError, on all ranks, when ranks see different data or the run began with others; so did one that is a branch of
+    the run in the directory `since`.
     """
+    identity = dict(identity)
     differs = topology.from_first(identity) != identity
     if topology.max_over_ranks(float(differs)):
-        raise InputError("data.train is not the same on all hosts: their copies, or their indices, differ" if not differs
+        raise InputError("data.train, or other data, is not the same on all hosts: their copies, or their indices, differ" if not differs
                          else f"data.train is not on host {os.uname().nodename} what it is on the first: copies, or "
                               "indices, differ; give all hosts the same")
-    problem = _compare(identity, run_dir / DATA_FILE) if topology.is_first else None
+    recorded = next((folder / DATA_FILE for folder in (run_dir, since) if folder and (folder / DATA_FILE).is_file()), None)
+    problem = _compare(identity, run_dir / DATA_FILE, recorded) if topology.is_first else None
     if problem := topology.from_first(problem):
         raise InputError(problem)
 
 
-def _compare(identity: str, path: Path) -> str | None:
-    """What is wrong, or nothing: then it is written down."""
+def _compare(identity: dict[str, str], path: Path, recorded: Path | None) -> str | None:
+    """What is wrong with the data, or nothing: then it is written down."""
+    now = {f"{name}_sha256": digest for name, digest in identity.items()}
     try:
-        earlier = from_plain(dict[str, str], read_json(path), path.name)["train_sha256"] if path.is_file() else identity
+        earlier = from_plain(dict[str, str], read_json(recorded), recorded.name) if recorded else now
+        earlier["train_sha256"]
     except (InputError, KeyError) as error:
-        return f"{path} is damaged ({brief(error)}); remove it if data.train is what the run began with"
-    if earlier != identity:
-        return (f"data.train is not what {path.parent} began with: its shards or classes have changed, and so would the "
-                "order of samples; give it the same, or continue into another --out by --branch-from")
-    write_atomically(path, (json.dumps({"train_sha256": identity}, indent=2) + "\n").encode())
+        return f"{recorded} is damaged ({brief(error)}); remove it if data.train is what the run began with"
+    for name in identity:
+        key = f"{name}_sha256"
+        if earlier.get(key, now[key]) != now[key]:
+            return (f"data.{name} is not what {recorded.parent} began with: its content has changed{_CONSEQUENCE.get(name, '')}; "
+                    "give it the same, or begin another run (--out)")
+    write_atomically(path, (json.dumps(now, indent=2) + "\n").encode())
     return None

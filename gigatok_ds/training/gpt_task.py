@@ -40,7 +40,7 @@ class GPTTask:
         self.engines = {"gpt": self.engine}
         self.flops = GPTFlops(recipe)
 
-    def data_identity(self) -> str:
+    def data_identity(self) -> dict[str, str]:
         return self.source.identity()
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:

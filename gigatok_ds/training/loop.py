@@ -48,8 +48,8 @@ class Task(Watched, Protocol):
 
     engines: dict[str, Engine]
 
-    def data_identity(self) -> str:
-        """What tells the training data from any other; see ShardIndex.identity."""
+    def data_identity(self) -> dict[str, str]:
+        """What tells the data from any other, by setting below `data`; see ShardIndex.identity."""
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's endless stream of micro batches, from the one that `start_step` (0-based) begins with."""

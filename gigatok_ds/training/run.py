@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
-from gigatok_ds.config.load import differing_keys, load_recipe, save_resolved
+from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe, save_resolved
 from gigatok_ds.config.location import masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
@@ -46,7 +46,7 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
         raise InputError(f"{run_dir} exists and is not a directory")
     earlier = run_dir / RECIPE_FILE
     if earlier.is_file():
-        differing = differing_keys(load_recipe(str(earlier)), recipe)
+        differing = [key for key in differing_keys(load_recipe(str(earlier)), recipe) if key not in DATA_LOCATIONS]
         if differing:
             branch = ("" if set(differing) - set(OWN_KEYS) else
                       f", and continue there from this run's constant learning rate with --branch-from {run_dir}")
@@ -122,7 +122,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                 from gigatok_ds.training.injection import inject
 
                 task = inject(task, faults, run_dir, topology)
-            record_data(task.data_identity(), run_dir, topology)
+            record_data(task.data_identity(), run_dir, topology, since=branch.parent.parent if branch else None)
             train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch,
                   scaler_search=scaler_search(settings))
             if topology.is_first:

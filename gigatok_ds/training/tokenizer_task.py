@@ -66,8 +66,8 @@ class TokenizerTask:
                                               self.own_images)
         self.flops = TokenizerFlops(recipe, self.objective, self.own_images, topology.device)
 
-    def data_identity(self) -> str:
-        return self.train_index.identity()
+    def data_identity(self) -> dict[str, str]:
+        return {"train": self.train_index.identity(), "validation": self.validation_index.identity()}
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology
