@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from rank_runs import run_ranks
 from small_models import small_gpt
@@ -15,6 +17,9 @@ from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.errors import InputError
+from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
+from gigatok_ds.models.published import WeightFile
 
 
 def convert(capsys, *words):
@@ -74,6 +79,7 @@ def test_weights_that_are_not_numbers_are_equal_to_themselves(to, tmp_path, caps
     save_standalone(tmp_path / "model", gpt.config, weights)
     code, said = convert(capsys, tmp_path / "model", tmp_path / "out", "--to", to, "--verify")
     assert code == 0 and "equal bit for bit" in said, said
+    assert "warning: 1 tensors hold values that are not finite, the first of them norm.weight" in said
 
 
 def test_minus_zero_is_not_zero(model, tmp_path, capsys, monkeypatch):
@@ -135,3 +141,87 @@ def test_llamagen_files_of_either_age_and_key_are_read(key, mappable, tmp_path, 
     code, said = convert(capsys, tmp_path / "c2i.pt", tmp_path / "out", "--verify", "--recipe", tmp_path / "gpt.yaml",
                          "model.sequence_length=16", "model.positions=rope_2d")
     assert code == 0 and "equal bit for bit" in said, said
+
+
+def original(folder, content):
+    (folder / "gpt.yaml").write_text(GPT_RECIPE)
+    if isinstance(content, dict):
+        torch.save(content, folder / "c2i.pt")
+    else:
+        (folder / "c2i.pt").write_bytes(content)
+    return folder / "c2i.pt", folder / "out", "--recipe", folder / "gpt.yaml", "model.sequence_length=16", "model.positions=rope_2d"
+
+
+def gpt_weights():
+    return {name: value.clone() for name, value in small_gpt(sequence_length=16, positions="rope_2d").state_dict().items()}
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda value: value.to(torch.int8), "is of type int8, but only plain float64"),
+    (lambda value: value.to(torch.uint8), "is of type uint8"),
+    (lambda value: value.to(torch.int64), "holds whole numbers (int64) where the model has fractions"),
+    (lambda value: value.to(torch.bool), "holds whole numbers (bool)"),
+    (lambda value: value.to(torch.float8_e4m3fn), "is of type float8_e4m3fn"),
+    (lambda value: value.to(torch.complex64), "is of type complex64"),
+    (lambda value: value.to_sparse(), "is of type sparse_coo"),
+])
+def test_types_that_are_no_weights_are_refused(change, said, tmp_path, capsys):
+    weights = gpt_weights()
+    weights["norm.weight"] = change(weights["norm.weight"])
+    code, told = convert(capsys, *original(tmp_path, {"model": weights}))
+    assert code == 2 and said in told and "norm.weight" in told and len(told.splitlines()) == 1, told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_floating_point_types_are_converted(dtype, tmp_path, capsys):
+    weights = {name: value.to(dtype) for name, value in gpt_weights().items()}
+    assert convert(capsys, *original(tmp_path, {"model": weights}))[0] == 0
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_of_a_pt_that_are_not_finite_are_told(value, tmp_path, capsys):
+    weights = gpt_weights()
+    weights["norm.weight"][3] = float(value)
+    code, told = convert(capsys, *original(tmp_path, {"model": weights}))
+    assert code == 0 and "warning: 1 tensors hold values that are not finite, the first of them norm.weight" in told
+
+
+@pytest.mark.parametrize("prefixes", [("", "module."), ("_orig_mod.", "module._orig_mod."), ("module.", "_orig_mod.")])
+def test_names_that_become_one_are_refused(prefixes, tmp_path, capsys):
+    weights = {f"{prefixes[0]}{name}": value for name, value in gpt_weights().items()}
+    weights[f"{prefixes[1]}norm.weight"] = torch.zeros(32)
+    code, told = convert(capsys, *original(tmp_path, {"model": weights}))
+    assert code == 2 and f"holds both {prefixes[0]}norm.weight and {prefixes[1]}norm.weight" in told, told
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning", "it is a web page"),
+    (b"\n  <html>", "it is a web page"), (b"", "it is empty"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "it is a Git LFS pointer.*git lfs pull"),
+    (b'{"error": "not found"}', "it is JSON"), (b"\x1f\x8b\x08\x00", "it is compressed"), ("safetensors", "it is a safetensors file"),
+])
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_what_a_download_left_instead_is_told_as_what_it_is(command, content, said, tmp_path, capsys):
+    if content == "safetensors":
+        content = safetensors.torch.save({"norm.weight": torch.zeros(3)})
+    source, *words = original(tmp_path, content)
+    code = main([str(word) for word in ([command, source, *words] if command == "convert" else [command, source])])
+    told = "".join(capsys.readouterr())
+    assert code == 2 and re.search(f"c2i.pt is not a checkpoint: {said}", told) and len(told.splitlines()) == 1, told
+
+
+def test_a_frozen_networks_file_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "vgg.pth").write_bytes(b"<!doctype html>")
+    file = WeightFile(setting="loss.perceptual.weights", value=tmp_path / "vgg.pth", what="VGG-16", names=("vgg.pth",))
+    with pytest.raises(InputError, match="loss.perceptual.weights: .*vgg.pth cannot be read: it is a web page"):
+        read_frozen_weights(file)
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1, 2]), torch.tensor([1.0, float("nan")]),
+                                   torch.zeros(2).to(torch.float8_e4m3fn)])
+def test_a_frozen_network_of_other_numbers_is_refused(value):
+    with torch.device("meta"):
+        network = torch.nn.Linear(1, 2)
+    with pytest.raises(InputError, match="file: bias is of type .* quantized or damaged"):
+        fill_frozen(network, {"weight": torch.zeros(2, 1), "bias": value}, "file")

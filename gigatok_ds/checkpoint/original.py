@@ -29,6 +29,9 @@ _SHARED_ROOMS = {"cnn_decoder": "decoder", "quantizer": "quantize"}
 _PACKED = re.compile(r"^(.*(?:self_attn|multihead_attn))\.([qkv])_proj\.(weight|bias)$")
 _SEMANTIC_HEAD = "decoder.distill_mlp."
 _KEY = "model"  # under which we write a state_dict
+# Of parameters; whole numbers are counts in buffers.
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_STORED = (*_FLOATS, torch.int64, torch.int32, torch.bool)
 _USAGE = "quantizer.codebook_used"  # float32 in the original
 # What generation leaves in a GPT's state_dict, and is not learned.
 _CACHE = re.compile(r"(^|\.)(kv_cache\.|freqs_cis$|causal_mask$)")
@@ -111,12 +114,14 @@ def from_original(config: TokenizerConfig | GPTConfig, weights: Mapping[str, Ten
 
     def read(name: str) -> Tensor:
         original, third = original_entry(config, name)
-        if third is None:
-            return weights[original].to(specs[name].dtype).contiguous()
         if original not in packed:
             packed.clear()
             packed[original] = weights[original]
-        return packed[original].chunk(3)[third].to(specs[name].dtype).contiguous()
+        value, dtype = packed[original], specs[name].dtype
+        if dtype.is_floating_point and value.dtype not in _FLOATS:
+            raise InputError(f"{source}: {original} holds whole numbers ({str(value.dtype).removeprefix('torch.')}) where the "
+                             "model has fractions; a quantized file must be turned back first")
+        return (value if third is None else value.chunk(3)[third]).to(dtype).contiguous()
 
     return config, LazyTensors({name: spec.shape for name, spec in specs.items()}, read)
 
@@ -146,8 +151,18 @@ def _chosen(content: dict, priority: list[str], path: str | Path) -> dict[str, T
     strays = [name for name, value in weights.items() if not isinstance(value, Tensor)]
     if strays or not weights:
         raise InputError(f"{path}: {key} is not a state_dict ({'empty' if not weights else strays[0]})")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()
-            if not _CACHE.search(name)}
+    plain: dict[str, str] = {}  # ours, without what DDP and torch.compile put in front, to the file's
+    for name, value in weights.items():
+        if _CACHE.search(name):
+            continue
+        short = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+        if plain.setdefault(short, name) != name:
+            raise InputError(f"{path}: {key} holds both {plain[short]} and {name}, which are one parameter; leave one out")
+        if value.dtype not in _STORED or value.layout != torch.strided:
+            kind = value.dtype if value.layout == torch.strided else value.layout
+            raise InputError(f"{path}: {name} is of type {str(kind).removeprefix('torch.')}, but only plain float64, float32, "
+                             "float16 and bfloat16 are converted; turn it back into one of these first")
+    return {short: weights[name] for short, name in plain.items()}
 
 
 def save_original(path: Path, config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tensor], *,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, raw_bytes
 from gigatok_ds.errors import InputError
+from gigatok_ds.file_kinds import mistaken_weights
 from gigatok_ds.untrusted import brief
 
 _MAPPED_BYTES = 128 * 1024**2
@@ -29,6 +30,8 @@ def load_plain_data(path: Path) -> dict:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file")
+    if mistaken := mistaken_weights(path):
+        raise InputError(f"{path} is not a checkpoint: {mistaken}")
     try:
         # Original checkpoints carry the command line they were trained with. Those of old torch versions cannot be mapped.
         with torch.serialization.safe_globals([argparse.Namespace]):

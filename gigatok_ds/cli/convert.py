@@ -17,6 +17,7 @@ executed: a .pt that holds anything but tensors and plain data is refused. A fai
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -152,14 +153,23 @@ def _probe(args: argparse.Namespace, model) -> Path | None:
 
 @contextmanager
 def _progress(weights):
-    """The weights, showing on a terminal how many of them were read."""
+    """The weights, showing on a terminal how many of them were read, and telling of those that are not numbers."""
+    import torch
     from tqdm import tqdm
 
     from gigatok_ds.checkpoint.tensor_files import LazyTensors, shapes_of
 
+    broken: dict[str, None] = {}
     with tqdm(total=len(weights), unit="tensor", disable=None) as bar:
         def read(name):
             bar.update()
-            return weights[name]
+            value = weights[name]
+            # Both extremes are NaN when any value is.
+            if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+                broken[name] = None
+            return value
 
         yield LazyTensors(shapes_of(weights), read)
+    if broken:
+        print(f"warning: {len(broken)} tensors hold values that are not finite, the first of them {next(iter(broken))}; what "
+              "this model computes will not be finite either", file=sys.stderr)

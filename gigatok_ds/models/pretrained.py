@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.file_kinds import mistaken_weights
 from gigatok_ds.models.published import WeightFile
 from gigatok_ds.precision import PRECISIONS
 from gigatok_ds.streams import stream_key
+
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def read_frozen_weights(file: WeightFile) -> dict[str, Tensor]:
@@ -25,6 +29,9 @@ def read_frozen_weights(file: WeightFile) -> dict[str, Tensor]:
     Raises InputError naming the setting and the file when it is missing or unreadable.
     """
     path = file.find()
+    mistaken = None if path.suffix == ".safetensors" else mistaken_weights(path)
+    if mistaken:
+        raise InputError(f"{file.setting}: {path} cannot be read: {mistaken}; it should be {file.what}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -40,7 +47,8 @@ def read_frozen_weights(file: WeightFile) -> dict[str, Tensor]:
 def fill_frozen(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load exactly `state` into a network on the CPU or without storage, as float32.
 
-    Raises InputError beginning with `source` when a name is missing or surplus or a shape differs.
+    Raises InputError beginning with `source` when a name is missing or surplus, a shape differs, or values are no finite
+    fractions.
     """
     expected = network.state_dict()
     wrong = sorted(expected.keys() ^ state.keys()) or sorted(
@@ -48,6 +56,10 @@ def fill_frozen(network: nn.Module, state: dict[str, Tensor], source: str) -> No
     if wrong:
         raise InputError(f"{source} holds another network: {wrong[0]} is missing, surplus or of another "
                          f"shape (and {len(wrong) - 1} more)")
+    for name, value in state.items():
+        if expected[name].is_floating_point() and (value.dtype not in _FLOATS or not torch.isfinite(value).all()):
+            raise InputError(f"{source}: {name} is of type {str(value.dtype).removeprefix('torch.')} or holds values that are not "
+                             "finite; the file is quantized or damaged")
     network.load_state_dict({name: value.float() if value.is_floating_point() else value
                              for name, value in state.items()}, assign=True)
 
