@@ -21,8 +21,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from gigatok_ds.cli.dtypes import add_dtype
+
 HELP = "training run, standalone directory, original .pt: from each to each"
-DTYPES = ("fp32", "bf16", "fp16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the moving average, or the weights themselves (default: a run's average if it kept one; "
                              "of a .pt as the original does: a tokenizer's ema if present, a GPT's model)")
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters that are written (default: fp32)")
+    add_dtype(parser, "of the parameters that are written", short=True)
     parser.add_argument("--fresh", action="append", default=[], metavar="PREFIX",
                         help="with --to training: parameters whose names start so get initial values instead, such as "
                              "cls_embedding for other classes; may be repeated")

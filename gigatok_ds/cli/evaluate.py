@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gigatok_ds.cli.dtypes import add_dtype
+
 HELP = "rFID, gFID, IS, precision, recall, PSNR, LPIPS, validation loss"
 
 ALLOWANCES = ("count", "size", "dtype", "reference")
@@ -36,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="loss: encode images with this tokenizer")
     parser.add_argument("--allow", action="append", default=[], choices=ALLOWANCES,
                         help="accept another number, size or type of images, or reference; may be repeated")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="loss: of the GPT (default: float32)")
+    add_dtype(parser, "loss: of the GPT")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes of a rank that decode images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gigatok_ds.cli.dtypes import add_dtype
+
 HELP = "classes -> images, with classifier-free guidance"
 
 
@@ -39,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--batch-size", type=int, metavar="N",
                         help="images at a time (default: 32 on a CPU, on a GPU as many as half of its memory holds)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="of the GPT (default: float32; bfloat16 is the faster one on GPUs)")
+    add_dtype(parser, "of the GPT, of which bfloat16 is the faster one on GPUs")
     parser.add_argument("--compile", action="store_true", help="compile the network's part of a step: for GPUs")
     parser.add_argument("--tp", type=int, default=1, metavar="N",
                         help="ranks that share each layer of the GPT (default: 1)")

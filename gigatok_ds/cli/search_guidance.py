@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gigatok_ds.cli.dtypes import add_dtype
+
 HELP = "the guidance scale with the least gFID"
 
 
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-start", type=float, metavar="R", help="where the step schedule starts (default: 0.18)")
     parser.add_argument("--count", type=int, default=50_000, metavar="N", help="images of a trial (default: 50000)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the GPT")
+    add_dtype(parser, "of the GPT")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--keep-samples", action="store_true", help="keep every trial's images (10 GB for 50,000)")
     parser.add_argument("--allow", action="append", default=[], choices=("count", "size", "reference"),

@@ -35,6 +35,20 @@ class TokenizerOutput(NamedTuple):
     direct_reconstruction: Tensor | None
 
 
+_FAR = 10.0  # no image in [-1, 1] comes near, and hardly one in [0, 255] stays below
+
+
+def check_range(images: Tensor) -> None:
+    """Raise InputError for what is not images in [-1, 1]; a little beyond, as resampling makes it, is let pass."""
+    scaling = "expected are floating-point values in [-1, 1], which 8-bit images are after images / 127.5 - 1"
+    if not images.is_floating_point():
+        raise InputError(f"images are of type {str(images.dtype).removeprefix('torch.')}; {scaling}")
+    if images.device.type == "cpu" and images.numel() and type(images) is Tensor:
+        least, greatest = (float(value) for value in images.aminmax())
+        if not -_FAR < least <= greatest < _FAR:
+            raise InputError(f"images hold values from {least:.4g} to {greatest:.4g}; {scaling}")
+
+
 class Tokenizer(nn.Module):
     """CNN encoder, transformer encoder, quantizer, transformer decoder, CNN decoder.
 
@@ -100,7 +114,14 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [-1, 1] to codes (B, T) int64."""
+        """Images (B, 3, S, S) in [-1, 1] to codes (B, T) int64.
+
+        Raises InputError for images of another shape or of whole numbers and, of images in host memory, when values are not
+        finite or far outside the range; of those on a device nothing is read, since that would wait for it.
+        """
+        check_range(images)
+        if len(images) == 0:
+            return torch.empty(0, self.config.latent_tokens, dtype=torch.long, device=self.accept(images).device)
         return self.quantize(images).codes
 
     @torch.no_grad()

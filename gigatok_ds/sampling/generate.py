@@ -7,7 +7,9 @@ they may differ in the last bits between numbers of rows, so a sampler fills eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,20 @@ from torch import Tensor, nn
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT, Modulations
 from gigatok_ds.sampling.cache import PrefixCache
-from gigatok_ds.sampling.choose import Choice, choose_codes, uniform_numbers
+from gigatok_ds.sampling.choose import Choice, as_tokens, choose_codes, refuse_failed, uniform_numbers
 from gigatok_ds.sampling.guidance import guidance_scales, guide
 from gigatok_ds.sampling.packed import FEWEST_ROWS, can_pack, packed
 from gigatok_ds.sampling.static import StaticDecoder
+
+
+def without_autocast(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The method with autocast off: weights and caches have one type, and products of a few rows kernels of their own."""
+    @functools.wraps(method)
+    def plain(self, *arguments, **options):
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *arguments, **options)
+
+    return plain
 
 
 class Sampler:
@@ -46,6 +58,7 @@ class Sampler:
             self.decoder = EagerDecoder(packed(gpt) if packs else gpt)
 
     @torch.no_grad()
+    @without_autocast
     def codes(self, classes: Tensor, images: Sequence[int], *, seed: int = 0, cfg_scale: float = 1.0,
               cfg_schedule: str = "constant", cfg_schedule_kwargs: dict | None = None, cfg_interval: int = -1,
               temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -63,9 +76,11 @@ class Sampler:
         was_training = self.gpt.training
         self.gpt.eval()
         try:
-            return self.decoder.draw(filled, uniform, scales, choice)[:count]
+            drawn = self.decoder.draw(filled, uniform, scales, choice)[:count]
         finally:
             self.gpt.train(was_training)
+        refuse_failed(drawn, images)
+        return drawn
 
 
 class EagerDecoder:
@@ -84,8 +99,8 @@ class EagerDecoder:
             other = nobody if position == 0 else chosen
             logits = self.step(torch.cat([chosen, other]) if position < guided else chosen, position)
             logits = guide(logits, scale) if scale > 1 else logits[: len(chosen)]
-            chosen = choose_codes(logits, uniform[:, position], choice)
-            codes.append(chosen)
+            codes.append(choose_codes(logits, uniform[:, position], choice))
+            chosen = as_tokens(codes[-1])
         return torch.stack(codes, dim=1)
 
     def step(self, tokens: Tensor, position: int) -> Tensor:
@@ -107,10 +122,10 @@ def _check(gpt: GPT, classes: Tensor, choice: Choice) -> None:
     if classes.ndim != 1 or classes.is_floating_point():
         raise InputError(f"classes must be a one-dimensional integer tensor; got {tuple(classes.shape)} {classes.dtype}")
     gpt.check_classes(classes)
-    if choice.temperature < 0:
-        raise InputError(f"temperature is {choice.temperature}; it must not be negative")
-    if choice.top_k < 0:
-        raise InputError(f"top_k is {choice.top_k}; it must be 0 (off) or positive")
+    if not 0 <= choice.temperature < math.inf:
+        raise InputError(f"temperature is {choice.temperature}; it must be a finite number of at least 0")
+    if not isinstance(choice.top_k, int) or choice.top_k < 0:
+        raise InputError(f"top_k is {choice.top_k}; it must be 0 (off) or a positive whole number")
     if not 0 < choice.top_p <= 1:
         raise InputError(f"top_p is {choice.top_p}; it must be in (0, 1]")
 
@@ -124,9 +139,12 @@ def generate(gpt: GPT, classes: Tensor, *, images: Sequence[int] | None = None, 
     conditional and the unconditional sequence in one batch; the first code is fully guided whatever the schedule),
     cfg_schedule "constant" with its cfg_schedule_kwargs, cfg_interval -1 (all; n: no guidance after decoding step n,
     counted from 0 after the first code), temperature 1, top_k 0 (all; 1 is greedy), top_p 1. Whoever draws many batches
-    keeps a `Sampler`. Raises InputError for arguments out of range.
+    keeps a `Sampler`. Raises InputError for arguments out of range, and for logits that are not finite. Computes in the type of
+    the GPT's weights, whatever torch.autocast says.
     """
     classes = torch.as_tensor(classes)
+    if classes.shape == (0,):  # of an empty list torch makes fractions
+        classes = classes.long()
     images = list(range(len(classes)) if images is None else images)
     if len(images) != len(classes):
         raise InputError(f"there are {len(classes)} classes and {len(images)} image numbers; give each class a number")

@@ -62,19 +62,21 @@ def guidance_scales(steps: int, cfg_scale: float, schedule: str, kwargs: dict | 
     """The scale of each of `steps` generated codes; the first is always the full `cfg_scale`.
 
     1 is no guidance: for all codes with cfg_scale 1, and from an `interval` of 0 or more on for the codes after number
-    interval + 1 (counted from 0). Raises InputError for a scale below 1, an unknown schedule, arguments that the
+    interval + 1 (counted from 0). Raises InputError for a scale below 1 or without end, an unknown schedule, arguments that the
     schedule does not take or an interval below -1 (which is none).
     """
     if interval < -1:
         raise InputError(f"cfg_interval is {interval}; it must be the last guided step, or -1 for all of them")
-    if cfg_scale < 1:
-        raise InputError(f"cfg_scale is {cfg_scale}; it must be at least 1 (1 means no guidance)")
+    if not 1 <= cfg_scale < math.inf:
+        raise InputError(f"cfg_scale is {cfg_scale}; it must be a finite number of at least 1 (1 means no guidance)")
     if schedule not in SCHEDULES:
         raise InputError(f"unknown cfg_schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     try:
         scales = [SCHEDULES[schedule](i / (steps - 1), cfg_scale, **(kwargs or {})) for i in range(1, steps)]
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError) as error:
         raise InputError(f"cfg_schedule {schedule!r} with {kwargs or {}}: {error}") from None
+    if not all(map(math.isfinite, [*scales, *(kwargs or {}).values()])):
+        raise InputError(f"cfg_schedule {schedule!r} with {kwargs or {}} gives scales that are not finite")
     if cfg_scale == 1:
         return [1.0] * steps
     return [cfg_scale, *(1.0 if -1 < interval < i else scale for i, scale in enumerate(scales))]

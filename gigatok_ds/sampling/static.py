@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gigatok_ds.models.gpt import GPT, Modulations
 from gigatok_ds.sampling.cache import FixedCache, Slots
-from gigatok_ds.sampling.choose import Choice, choose_codes
+from gigatok_ds.sampling.choose import Choice, as_tokens, choose_codes
 from gigatok_ds.sampling.guidance import guide
 
 
@@ -92,7 +92,7 @@ class StaticDecoder:
             scale = self.scales.index_select(0, self.position)
             logits = torch.where(scale > 1, guide(logits, scale), logits[: self.batch])
         chosen = choose_codes(logits, self.uniform.index_select(1, self.position)[:, 0], self.choice)
-        self.chosen.copy_(chosen)
+        self.chosen.copy_(as_tokens(chosen))
         self.codes.index_copy_(1, self.position, chosen[:, None])
         self.position.add_(1)
 
