@@ -37,7 +37,7 @@ from gigatok_ds.data.codes import CodeDataset
 from gigatok_ds.data.devkit import devkit_classes
 from gigatok_ds.data.index import load_index
 from gigatok_ds.data.npy_codes import NpyCodes
-from gigatok_ds.data.sources import read_labels
+from gigatok_ds.data.label_files import read_labels
 from gigatok_ds.data.tar_scan import scan_tar
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_sets import NpzImages

@@ -9,7 +9,7 @@ from small_models import small_gpt, small_tokenizer
 import gigatok_ds
 from gigatok_ds.cli.main import build_parser, main, parse
 from gigatok_ds.errors import InputError
-from gigatok_ds.sampling.choose import FAILED, as_tokens, choose_codes
+from gigatok_ds.sampling.choose import FAILED, Choice, as_tokens, choose_codes
 from gigatok_ds.sampling.generate import Sampler
 
 CLASSES = torch.tensor([1, 0, 2])
@@ -52,9 +52,9 @@ def test_a_code_that_failed_is_marked_without_looking_at_it():
     with torch.device("meta"):
         logits, uniform = torch.empty(2, 5), torch.empty(2, dtype=torch.float64)
     for top_k, top_p in ((0, 1.0), (1, 1.0), (3, 0.9)):
-        assert as_tokens(choose_codes(logits, uniform, temperature=1.0, top_k=top_k, top_p=top_p)).is_meta
+        assert as_tokens(choose_codes(logits, uniform, Choice(1.0, top_k, top_p))).is_meta
     found = choose_codes(torch.tensor([[0.0, math.nan], [1.0, 0.0]]), torch.tensor([0.5, 0.0], dtype=torch.float64),
-                         temperature=1.0, top_k=0, top_p=1.0)
+                         Choice())
     assert found.tolist() == [FAILED, 0] and as_tokens(found).tolist() == [0, 0]
 
 
