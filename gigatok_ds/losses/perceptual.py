@@ -70,8 +70,7 @@ class LPIPS(PerceptualDistance):
     def distance(self, seen: list[Tensor], reconstruction: Tensor) -> Tensor:
         total = reconstruction.new_zeros(len(reconstruction), dtype=torch.float32)
         for index, (theirs, ours) in enumerate(zip(seen, self._stages(reconstruction), strict=True)):
-            difference = (_unit_channels(theirs) - _unit_channels(ours)).square()
-            total = total + self.get_submodule(f"lin{index}")(difference).mean(dim=(1, 2, 3))
+            total = total + self.get_submodule(f"lin{index}")(theirs, ours)
         return total
 
     def _stages(self, images: Tensor) -> Iterator[Tensor]:
@@ -98,14 +97,21 @@ class _Scaling(nn.Module):
 
 
 class _Head(nn.Module):
+    """The distance of two maps of one stage: of each position the weighted squared difference of what is at length one."""
+
+    compiles = True  # pointwise and sums over channels: a dozen passes over the largest maps, or one
+
     def __init__(self, channels: int, dropout: bool):
         super().__init__()
         self.model = nn.Sequential(
             nn.Dropout(0.5) if dropout else nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False)
         )
 
-    def forward(self, difference: Tensor) -> Tensor:
-        return self.model(difference)
+    def forward(self, theirs: Tensor, ours: Tensor) -> Tensor:
+        """(B,) float32 of maps (B, C, H, W)."""
+        dropout, readout = self.model
+        difference = dropout((_unit_channels(theirs) - _unit_channels(ours)).square())
+        return (difference * readout.weight).sum(1).mean((1, 2))
 
 
 def _unit_channels(feature: Tensor) -> Tensor:

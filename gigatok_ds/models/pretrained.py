@@ -57,11 +57,16 @@ def fill_frozen(network: nn.Module, state: dict[str, Tensor], source: str) -> No
         raise InputError(f"{source} holds another network: {wrong[0]} is missing, surplus or of another "
                          f"shape (and {len(wrong) - 1} more)")
     for name, value in state.items():
-        if expected[name].is_floating_point() and (value.dtype not in _FLOATS or not torch.isfinite(value).all()):
+        if expected[name].is_floating_point() and (value.dtype not in _FLOATS or _not_finite(value)):
             raise InputError(f"{source}: {name} is of type {str(value.dtype).removeprefix('torch.')} or holds values that are not "
                              "finite; the file is quantized or damaged")
     network.load_state_dict({name: value.float() if value.is_floating_point() else value
                              for name, value in state.items()}, assign=True)
+
+
+def _not_finite(value: Tensor) -> bool:
+    """Whether a tensor holds NaN or infinite values; one without storage does not."""
+    return not value.is_meta and not bool(torch.isfinite(value).all())
 
 
 def build_frozen(build: Callable[[], nn.Module], file: WeightFile,

@@ -5,9 +5,10 @@ It is the training's own code that runs, with the shapes of one tensor rank.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,14 @@ from gigatok_ds.parallel.layers import PLAIN, Layers
 from gigatok_ds.parallel.partial import is_partial
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
-from gigatok_ds.planning.local_layers import LocalLayers, Traffic
 from gigatok_ds.planning.compiled import Block, block_of, passes_of, signature_of
 from gigatok_ds.planning.floor import Floor
+from gigatok_ds.planning.local_layers import LocalLayers, Traffic
 from gigatok_ds.planning.meter import BlockPass, Meter
 from gigatok_ds.planning.rehearsed import MicroBatch, Shapes
 from gigatok_ds.planning.work import Work
 from gigatok_ds.precision import PRECISIONS
+from gigatok_ds.training.compile import parts_of
 from gigatok_ds.training.tokenizer_step import TokenizerStep
 
 META = torch.device("meta")
@@ -106,7 +108,7 @@ class Rehearsal:
     """
 
     def __init__(self, recipe: Recipe, *, compiled: bool = False, floor: Floor | None = None):
-        self.recipe = recipe
+        self.recipe, self.compiled = recipe, compiled
         self.layers = layers_of(recipe)
         self.traffic = getattr(self.layers, "traffic", Traffic(1))
         self.meter = Meter(floor)
@@ -127,9 +129,20 @@ class Rehearsal:
 
     def _compile(self, network: nn.Module) -> None:
         """Where training.compile compiles: inside of what recomputes."""
-        for block in network.modules():
-            if getattr(block, "recompute_unit", None):
-                block.forward = functools.partial(self._run_block, block, block.forward)
+        for block in parts_of(network):
+            block.forward = functools.partial(self._run_block, block, block.forward)
+
+    @contextlib.contextmanager
+    def _compiled_objective(self) -> Iterator[None]:
+        """Within, the parts of frozen networks that are compiled: they are shared with other rehearsals."""
+        parts = parts_of(self.objective) if self.compiled and self.objective else []
+        for part in parts:
+            part.forward = functools.partial(self._run_block, part, part.forward)
+        try:
+            yield
+        finally:
+            for part in parts:
+                del part.forward
 
     def _run_block(self, block: nn.Module, forward, *arguments, **options):
         described = block_of(block, forward, arguments, options)
@@ -151,7 +164,7 @@ class Rehearsal:
 
     def run(self, samples: int, step: int) -> MicroBatch:
         """As `micro_batch`, with compiled blocks still to be counted by `as_compiled`."""
-        with self.meter:
+        with self.meter, self._compiled_objective():
             for network in [*self.trained.values(), *filter(None, [self.objective])]:
                 self.meter.ignore([*network.parameters(), *network.buffers()])
             if isinstance(self.recipe, TokenizerRecipe):
@@ -171,7 +184,10 @@ class Rehearsal:
         for call, count in found.work.calls.items():
             if isinstance(call, BlockPass):
                 with dropout_at(0, torch.zeros(samples, dtype=torch.int64, device=META)):
-                    total += count * passes_of(call.signature, self.blocks[call.signature])[call.backward]
+                    block = self.blocks[call.signature]
+                    work = passes_of(call.signature, block)[call.backward]
+                    frozen = not any(parameter.requires_grad for parameter in block.module.parameters())
+                    total += count * (work.of_group("frozen networks") if frozen else work)
             else:
                 total += Work({call: count})
         self.traffic.sent = sent  # of what was traced again

@@ -88,6 +88,13 @@ class Work:
         """With `factor` times as many samples, in as many calls."""
         return Work(self.calls, self.scale * factor)
 
+    def of_group(self, group: str) -> Work:
+        """The same operations, told as `group`."""
+        total = Work(scale=self.scale)
+        for operation, count in self.calls.items():
+            total += Work({operation._replace(group=group): count}, self.scale)
+        return total
+
     def seconds(self, rates: Rates) -> float:
         """Of all operations, one after the other."""
         return sum(count * rates.seconds(operation, self.scale) for operation, count in self.calls.items())

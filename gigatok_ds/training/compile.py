@@ -1,8 +1,8 @@
 """torch.compile of a network's repeated parts: transformer layers and residual blocks, one at a time.
 
-Those are the modules that say what they are in `recompute_unit`. Compiling their inside, and not the whole network,
-keeps compilation short (equal blocks share it), and leaves outside what DeepSpeed and activation checkpointing do
-around a module's call. Layers that tensor ranks share stay as they are, and with them all that is sent: they say
+Those are the modules that say what they are in `recompute_unit`, and others that say `compiles`. Compiling their inside,
+and not the whole network, keeps compilation short (equal blocks share it), and leaves outside what DeepSpeed and
+activation checkpointing do around a module's call. Layers that tensor ranks share stay as they are, and with them all that is sent: they say
 `outside_graphs`, and what lies between them is compiled.
 """
 
@@ -67,6 +67,11 @@ def left_eager(recipe: Recipe, device: torch.device, settings: dict) -> list[str
     return []
 
 
+def parts_of(network: nn.Module) -> list[nn.Module]:
+    """The modules of a network that are compiled, each for itself."""
+    return [module for module in network.modules() if hasattr(module, "recompute_unit") or getattr(module, "compiles", False)]
+
+
 def compile_(network: nn.Module, mode: str, device: torch.device, *, stage: int, twice: str | None = None) -> list[nn.Module]:
     """Compile the inside of every block, when it first runs; returns those modules.
 
@@ -80,7 +85,7 @@ def compile_(network: nn.Module, mode: str, device: torch.device, *, stage: int,
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, VERSIONS)
     eager = set(network.get_submodule(twice).modules()) if twice and stage == 3 else set()
-    blocks = [module for module in network.modules() if hasattr(module, "recompute_unit") and module not in eager]
+    blocks = [module for module in parts_of(network) if module not in eager]
     for block in blocks:
         for module in block.modules():
             if getattr(module, "outside_graphs", False):

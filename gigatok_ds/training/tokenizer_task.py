@@ -60,6 +60,8 @@ class TokenizerTask:
             self.engines["discriminator"] = self.discriminator
         self.objective = build_objective(recipe.loss, device=topology.device, grid=recipe.model.grid,
                                          precision=recipe.training.precision)
+        if compile := compile_of(recipe.training.compile, topology.device, settings):
+            compile(self.objective)
         self.step = TokenizerStep(recipe, topology, self.generator, self.discriminator, self.objective,
                                   settings["gradient_accumulation_steps"])
         self.validation = TokenizerValidation(recipe, self.validation_index, self.objective.perceptual, topology,
