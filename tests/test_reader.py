@@ -1,8 +1,10 @@
 """The reading order: properties over random sizes and layouts; and the image loaders that follow it."""
 
+import io
 import os
 import shutil
 import subprocess
+import tarfile
 import time
 
 import numpy as np
@@ -298,8 +300,10 @@ def resident_share(path):
 def test_with_locality_a_tar_is_read_ahead_as_a_whole(tmp_path):
     directory = write(tmp_path / "shards", count=3, per_shard=3).directory
     tar, = directory.glob("*.tar")
-    with open(tar, "ab") as file:  # what follows the end of a tar is ignored; ten megabytes are not read by themselves
-        file.write(bytes(10_000_000))
+    with tarfile.open(tar, "a") as file:  # ten megabytes that are no sample's are not read by themselves
+        member = tarfile.TarInfo("filling.bin")
+        member.size = 10_000_000
+        file.addfile(member, io.BytesIO(bytes(member.size)))
     (directory / "index.json").unlink()
     index = ShardIndex.open(directory)
     batches = {"global_batch_size": 1, "micro_batch_size": 1, "stop_step": 1}

@@ -17,11 +17,16 @@ def read_later(results: Iterable[tuple[Label, Tensor]]) -> Iterator[tuple[Label,
     A tensor on a GPU is copied to pinned memory behind what computes it, so that nobody waits for an idle GPU.
     """
     waiting = None
-    for label, tensor in results:
-        started = label, *_started(tensor)
-        if waiting is not None:
+    try:
+        for label, tensor in results:
+            started = label, *_started(tensor)
+            if waiting is not None:
+                yield _arrived(*waiting)
+            waiting = started
+    except Exception:
+        if waiting is not None:  # it was there before what has gone wrong
             yield _arrived(*waiting)
-        waiting = started
+        raise
     if waiting is not None:
         yield _arrived(*waiting)
 
