@@ -13,6 +13,7 @@ import torch
 from dispatch_modes import Counter
 from group_norm_cases import CASES
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from gigatok_ds.kernels import group_norm
 from gigatok_ds.models.cnn_blocks import AdaptiveGroupNorm, ResidualBlock
@@ -220,3 +221,12 @@ def test_a_residual_block_compiles_whole():
     y = torch.compile(block, backend=backend, fullgraph=True)(without_storage(2, 32, 16, 16))
     y.sum().backward()
     assert backend.frame_count == 1 and y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("norm", [GroupNormSiLU, GroupNorm])
+def test_what_activation_checkpointing_computes_again_is_asked_for_once(norm):
+    """It hands out what was saved for a backward pass a single time. On tensors without storage, which take the way of GPUs."""
+    with torch.device("meta"):
+        module, x = norm(32, 64, eps=1e-6), torch.empty(2, 64, 8, 8, requires_grad=True)
+    checkpoint(module, x, use_reentrant=False).sum().backward()
+    assert x.grad.shape == x.shape and module.weight.grad.shape == (64,)

@@ -57,9 +57,10 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
-        gradient = gradient.contiguous(memory_format=_layout(ctx.saved_tensors[0]))
-        sums = torch.ops.gigatok.group_norm_sums(gradient, *ctx.saved_tensors, ctx.silu)
-        gradients = torch.ops.gigatok.group_norm_gradients(gradient, *ctx.saved_tensors, *sums, ctx.silu)
+        saved = ctx.saved_tensors  # once: activation checkpointing hands them out once
+        gradient = gradient.contiguous(memory_format=_layout(saved[0]))
+        sums = torch.ops.gigatok.group_norm_sums(gradient, *saved, ctx.silu)
+        gradients = torch.ops.gigatok.group_norm_gradients(gradient, *saved, *sums, ctx.silu)
         return *gradients, None, None, None
 
 

@@ -164,6 +164,9 @@ class Rehearsal:
 
     def run(self, samples: int, step: int) -> MicroBatch:
         """As `micro_batch`, with compiled blocks still to be counted by `as_compiled`."""
+        # What says which values dropouts keep is made once, some bytes for each, and is there before.
+        with dropout_at(self.recipe.training.seed, torch.zeros(1, dtype=torch.int64, device=META)):
+            pass
         with self.meter, self._compiled_objective():
             for network in [*self.trained.values(), *filter(None, [self.objective])]:
                 self.meter.ignore([*network.parameters(), *network.buffers()])
@@ -205,7 +208,7 @@ class Rehearsal:
     def _gpt(self, samples: int) -> None:
         config, engine = self.recipe.model, self.engines["gpt"]
         codes = torch.zeros((samples, config.sequence_length), dtype=torch.int64, device=META)
-        with dropout_at(0, codes[:, 0]):
+        with dropout_at(self.recipe.training.seed, codes[:, 0]):
             engine.backward(engine(codes[:, :-1], codes[:, 0], codes).mean())
         # Logits, which are computed again in any case: see parallel.cross_entropy.
         self.meter.model -= 2 * codes.numel() * config.transformer.width * config.vocab_size // self.recipe.parallel.tensor
