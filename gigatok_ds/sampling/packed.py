@@ -11,11 +11,14 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from gigatok_ds.kernels.product import few_row_product, has_few_row_product, in_panels
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.sampling.large_pages import large_empty
 
+# The oneDNN of torch 2.11 adds up in another order for other numbers of rows; that of 2.14 does not.
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and TorchVersion(torch.__version__) >= (2, 14)
 FEWEST_ROWS = 2  # oneDNN's product with one row runs another kernel, which adds up in another order
 _ROWS = 16  # what oneDNN packs weights for; any number works
 
@@ -47,7 +50,7 @@ def can_pack(gpt: GPT) -> bool:
     """On a CPU, in float32, with whole layers none of which has a bias, and something to multiply packed layers."""
     weight = gpt.output.weight
     return (gpt.config.conditioning == "prefix" and isinstance(gpt.output, nn.Linear) and weight.device.type == "cpu"
-            and weight.dtype == torch.float32 and (torch.backends.mkldnn.is_available() or has_few_row_product(weight)))
+            and weight.dtype == torch.float32 and (HAS_ONEDNN or has_few_row_product(weight)))
 
 
 def packed(gpt: GPT) -> GPT:
