@@ -140,7 +140,7 @@ def test_less_memory_computes_more_again_and_then_nothing_fits(recipes):
     tight = planner(roomy.memory.peak / 1e9 - 1e-3).recommended()
     assert tight.fits and tight.memory.peak < roomy.memory.peak and tight.layout != roomy.layout
     with pytest.raises(InputError, match=r"does not fit 1x4xH100: at least [\d.]+ GB are needed"):
-        planner(0.01).recommended()
+        planner(0.005).recommended()
     with pytest.raises(InputError, match="global batch of 64 cannot be spread"):
         Planner(recipe, parse_cluster("1x7xH100"), Assumptions()).recommended()
 
@@ -180,7 +180,7 @@ def test_the_command(recipes, tmp_path, capsys):
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["layout"]["tensor"] == 1 and found["layout"]["data"] == 8 and found["fits"]
     assert " ".join(found["arguments"]) in said and "of the GPU's memory" in said and "GPU-hours" in said
-    assert sum(found["memory"]["parts"].values()) > found["memory"]["peak"] > 0
+    assert sum(found["memory"]["parts"].values()) >= found["memory"]["peak"] > 0
     assert found["run"]["gpu_hours"] == pytest.approx(8 * 24 * found["run"]["days"])
     assert main(["plan", str(tmp_path / "gpt.yaml"), "--cluster", "1x4xH100", "--tp", "2", "--zero", "3", "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)

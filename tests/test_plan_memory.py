@@ -42,6 +42,6 @@ def test_predicted_bytes(data, kind, precision, stage, tensor):
     measured, elements = max(run_ranks(peak_bytes, 2, recipe, stage, STEP))
     settings, _ = resolve_deepspeed(settings_of(stage), recipe, data_parallel_size=2 // tensor)
     memory = memory_of(recipe, shapes_of(recipe), rehearse(recipe, 8, STEP).kept, zero=settings["zero_optimization"],
-                       data_ranks=2 // tensor, fused_update=False)
+                       data_ranks=2 // tensor)
     assert shapes_of(recipe).elements == elements
     assert memory.peak == pytest.approx(measured, rel=0.1)

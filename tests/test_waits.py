@@ -111,7 +111,7 @@ def test_only_pinned_memory_travels_without_waiting(monkeypatch):
     assert users == {"transfer.py",
                      "data/prefetch.py",  # batches of the data loader, which pins them
                      "training/code_sources.py",  # images that prefetch has brought already
-                     "sampling/extract.py",  # no step of training
+                     "sampling/read_later.py",  # no step of training, and into pinned memory
                      "training/step_guard.py", "training/host_copies.py"}  # into pinned memory
 
 

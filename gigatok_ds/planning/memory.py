@@ -40,11 +40,10 @@ class Memory:
                 "update (instead of the last three)": update}
 
 
-def memory_of(recipe: Recipe, shapes: Shapes, activations: float, *, zero: Mapping, data_ranks: int,
-              fused_update: bool) -> Memory:
-    """zero: DeepSpeed's zero_optimization; fused_update as for `state_of`."""
+def memory_of(recipe: Recipe, shapes: Shapes, activations: float, *, zero: Mapping, data_ranks: int) -> Memory:
+    """zero: DeepSpeed's zero_optimization."""
     training = recipe.training
     states = {name: state_of(sizes, zero=zero, data_ranks=data_ranks, precision=training.precision,
-                             average=training.ema_decay is not None and name != "discriminator", fused_update=fused_update)
+                             average=training.ema_decay is not None and name != "discriminator")
               for name, sizes in shapes.trained.items()}
     return Memory(states=states, frozen=shapes.frozen, buffers=shapes.buffers, activations=activations)

@@ -113,8 +113,7 @@ class Planner:
         time = step_time(micro, traffic, cluster=self.cluster, accumulation=accumulation, precision=recipe.training.precision,
                          stage=layout.stage, elements=elements, own_elements=elements / (data if layout.stage else 1),
                          average=recipe.training.ema_decay is not None, assumptions=self.assumptions)
-        memory = memory_of(recipe, networks, max(each.kept for each in by_step.values()), zero=zero, data_ranks=data,
-                           fused_update=True)
+        memory = memory_of(recipe, networks, max(each.kept for each in by_step.values()), zero=zero, data_ranks=data)
         return Plan(layout=layout, accumulation=accumulation, data_ranks=data, memory=memory, usable=self.usable,
                     traffic=traffic, time=time, micro=micro)
 

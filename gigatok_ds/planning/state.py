@@ -37,20 +37,16 @@ class State(NamedTuple):
         return sum(self[:5])
 
 
-def state_of(sizes: Sequence[int], *, zero: Mapping, data_ranks: int, precision: str, average: bool,
-             fused_update: bool) -> State:
+def state_of(sizes: Sequence[int], *, zero: Mapping, data_ranks: int, precision: str, average: bool) -> State:
     """Of a network with parameters of so many elements each on a tensor rank.
 
-    zero: the section zero_optimization of DeepSpeed's settings. fused_update: AdamW treats all tensors at once, as on GPUs.
+    zero: the section zero_optimization of DeepSpeed's settings.
     """
     elements, stage = sum(sizes), zero["stage"]
     low = 4 if precision == "fp32" else 2
     part = elements / data_ranks
     own = part if stage >= 1 else elements  # of the optimizer's
     has_masters = stage >= 1 or low == 2
-    # Adam's root of the second moments and, tensor by tensor, its quotient beside it.
-    largest = own if stage >= 1 else max(sizes, default=0)
-    update = (4 * own if has_masters else 0) + (4 * own if fused_update else 8 * largest)
     return State(
         parameters=low * (part if stage == 3 else elements),
         gradients=low * (part if stage >= 2 else elements),
@@ -59,7 +55,7 @@ def state_of(sizes: Sequence[int], *, zero: Mapping, data_ranks: int, precision:
         average=4 * part if average else 0,
         buckets=low * _buckets(zero),
         gathered=low * _gathered(sizes, zero) if stage == 3 else 0,
-        update=update,
+        update=4 * own if has_masters else 0,  # the gradients in float32; Adam's fused kernel needs nothing
     )
 
 

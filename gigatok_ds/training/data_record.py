@@ -27,9 +27,9 @@ def record_data(identity: Mapping[str, str], run_dir: Path, topology: Topology, 
     identity = dict(identity)
     differs = topology.from_first(identity) != identity
     if topology.max_over_ranks(float(differs)):
-        raise InputError("data.train, or other data, is not the same on all hosts: their copies, or their indices, differ" if not differs
-                         else f"data.train is not on host {os.uname().nodename} what it is on the first: copies, or "
-                              "indices, differ; give all hosts the same")
+        raise InputError("data.train is not the same on all hosts, or other data is not: their copies, or their indices, differ"
+                         if not differs else f"data.train is not on host {os.uname().nodename} what it is on the first, or other "
+                                             "data is not: copies, or indices, differ; give all hosts the same")
     recorded = next((folder / DATA_FILE for folder in (run_dir, since) if folder and (folder / DATA_FILE).is_file()), None)
     problem = _compare(identity, run_dir / DATA_FILE, recorded) if topology.is_first else None
     if problem := topology.from_first(problem):
