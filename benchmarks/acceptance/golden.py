@@ -14,6 +14,7 @@ from torch import Tensor
 from acceptance.findings import Findings
 from acceptance.section import Setting
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.precision import float32_arithmetic
 
 TOLERANCE = 1e-4  # absolute, in fp32: that of the CPU tests
 MARGIN = 1e-5  # of squared distances, below which a code may be another
@@ -22,9 +23,8 @@ MARGIN = 1e-5  # of squared distances, below which a code may be another
 BOUNDS = {torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
+@float32_arithmetic()
 def run(setting: Setting, found: Findings) -> None:
-    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        switch.allow_tf32 = False
     cases: list[tuple[str, Callable]] = [("GPT-B", _gpt), ("VQ_SS256", _tokenizer), ("VQ_SS256_2d", _tokenizer)]
     for name, look in cases[:1] if setting.quick else cases:
         if not found.has_time(name, 5):

@@ -17,6 +17,7 @@ from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.dropout import name_dropouts
 from gigatok_ds.parallel.topology import single_process
+from gigatok_ds.precision import float32_arithmetic
 from gigatok_ds.training.tokenizer_step import TokenizerStep
 
 TOLERANCE = 1e-4  # relative; a loss or norm below 0.1 counts as 0.1
@@ -29,9 +30,8 @@ SMALL = ["model.image_size=64", "model.latent_tokens=16", "model.encoder={width:
          "model.cnn={base_channels: 32, encoder_multipliers: [1, 1, 1], decoder_multipliers: [1, 1, 1], residual_blocks: 1}"]
 
 
+@float32_arithmetic()
 def run(setting: Setting, found: Findings) -> None:
-    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        switch.allow_tf32 = False
     changes = [change for change in EVERY_LOSS if not (setting.quick and change.startswith("loss.semantic"))]
     recipe = load_recipe("VQ_SS256", changes + SMALL * setting.quick)
     ours = passes(recipe, torch.device(setting.device))
