@@ -15,7 +15,6 @@ from gigatok_ds.config.deepspeed import (
     BUNDLED,
     read_settings,
     resolve_deepspeed,
-    scaler_search,
     zero3_worth_it,
     zero_settings,
 )

@@ -19,7 +19,7 @@ from gigatok_ds.planning.auto import cluster_here
 from gigatok_ds.planning.by_layers import rehearse
 from gigatok_ds.planning.calibration import calibrated, read_run
 from gigatok_ds.planning.cluster import parse_cluster
-from gigatok_ds.planning.devices import DEVICES, device_named, parse_gpu_spec
+from gigatok_ds.planning.devices import DEVICES, device_named
 from gigatok_ds.planning.phases import fullest, longest, phases_of
 from gigatok_ds.planning.planner import BLOCKS, EVERYTHING, NOTHING, Layout, Planner
 from gigatok_ds.planning.rehearsal import Rehearsal, shapes_of

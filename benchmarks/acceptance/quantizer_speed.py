@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from quantizer import CODES, DIM, MODES, WORDS
+from quantizer import peak_of as peak_bytes_of
 
 from acceptance.findings import Findings
 from acceptance.section import Setting
-from acceptance.timing import extra_bytes, seconds_of
+from acceptance.timing import seconds_of
 from gigatok_ds.kernels import native
 from gigatok_ds.training.throughput import peak_of
 
@@ -62,7 +63,7 @@ def _notes(setting: Setting, function: Callable, latents: torch.Tensor, codebook
            seconds: dict[str, float], peak: float | None) -> str:
     words = []
     if setting.on_gpu:
-        words.append(f"{extra_bytes(lambda: function(latents, codebook)) / 2**20:.1f} MiB beyond the inputs")
+        words.append(f"{peak_bytes_of(lambda: function(latents, codebook), setting.device) / 2**20:.1f} MiB beyond the inputs")
     if peak:
         operations = 2 * len(latents) * len(codebook) * DIM * PRODUCTS[task]
         words.append(f"{operations / (1e12 * peak) / seconds[name]:.0%} of the roofline of {PRODUCTS[task]} products at "

@@ -32,13 +32,3 @@ def _by_the_clock(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def extra_bytes(function: Callable[[], object]) -> int:
-    """Most bytes that torch held on the GPU during a call beyond those held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
