@@ -11,7 +11,8 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +31,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes `path` at the end, whole even after a power failure, or is removed.
 
-    Of a process that is killed a hidden file stays, named `path.name` between dots.
+    SIGTERM and SIGHUP undo it as Ctrl-C does. Of a process that is killed a hidden file stays, named `path.name` between dots.
     """
     with scratch_beside(path) as scratch, open(scratch, "wb") as file:
         yield file
@@ -42,14 +43,13 @@ def scratch_beside(path: Path) -> Iterator[Path]:
 
     It has the permissions that the umask gives to new files.
     """
-    scratch = _hidden(path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)))
-    try:
+    def make(name: Path) -> None:
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+    with undone_by_signals(), _hidden(path, make, remove=lambda name: name.unlink(missing_ok=True)) as scratch:
         yield scratch
         sync(scratch)
         os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -60,27 +60,35 @@ def directory_beside(path: Path, *, replaceable: Callable[[Path], object] | None
     new one is, and is deleted then. SIGTERM and SIGHUP undo it as Ctrl-C does; of a process that is killed a hidden
     directory stays. The permissions are those that the umask gives.
     """
-    with undone_by_signals():
-        scratch = _hidden(path, os.mkdir)
+    # what is removed at the end is what was not finished, or what was replaced
+    with undone_by_signals(), _hidden(path, os.mkdir, remove=partial(shutil.rmtree, ignore_errors=True)) as scratch:
+        yield scratch
+        if replaceable and path.exists():
+            replaceable(path)
+            _take_the_place(scratch, path)
+        else:
+            os.rename(scratch, path)
+        sync(path.parent)
+
+
+@contextmanager
+def _hidden(path: Path, make: Callable[[Path], object], remove: Callable[[Path], object]) -> Iterator[Path]:
+    """A new name beside `path`, at which `make` has made something; `remove` takes away what has it at the end.
+
+    A signal that arrives while it is made or removed waits. One that arrives as removing begins has removing begin again.
+    """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
         try:
+            with _ending.waits():
+                make(scratch)
             yield scratch
-            if replaceable and path.exists():
-                replaceable(path)
-                _take_the_place(scratch, path)
-            else:
-                os.rename(scratch, path)
-            sync(path.parent)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)  # what was not finished, or what was replaced
-
-
-def _hidden(path: Path, make: Callable[[Path], object]) -> Path:
-    """A new name beside `path`, at which `make` has made something."""
-    while True:
-        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        with suppress(FileExistsError):
-            make(scratch)
-            return scratch
+            with _ending.waits():
+                remove(scratch)
+    finally:
+        with _ending.waits():
+            remove(scratch)
 
 
 def _take_the_place(new: Path, old: Path) -> None:
@@ -91,13 +99,14 @@ def _take_the_place(new: Path, old: Path) -> None:
     if _exchanged(new, old):
         return
     aside = new.with_name(new.name + _REPLACED)
-    try:
+    with _ending.waits():
         os.rename(old, aside)
-        os.rename(new, old)
-    except BaseException:
-        put_back(old)
-        raise
-    os.rename(aside, new)
+        try:
+            os.rename(new, old)
+        except OSError:
+            put_back(old)
+            raise
+        os.rename(aside, new)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
@@ -116,18 +125,47 @@ def put_back(path: Path) -> None:
         return
 
 
+class _Ending:
+    """A handler of signals that end a process: it raises an exception, at once or, while it waits, afterwards."""
+
+    def __init__(self):
+        self.waiting, self.arrived = 0, []
+
+    def __call__(self, number: int, _frame=None) -> None:
+        if self.waiting:
+            self.arrived.append(number)
+        else:
+            self.arrived.clear()
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Within, in the main thread, nothing is raised; for what arrived it is afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+            if self.arrived and not self.waiting:
+                self(self.arrived[0])
+
+
+_ending = _Ending()
+
+
 @contextmanager
 def undone_by_signals() -> Iterator[None]:
     """Within, SIGTERM and SIGHUP raise SystemExit, unless they have a handler already: scratch files are removed."""
-
-    def leave(number: int, _frame) -> None:
-        raise SystemExit(128 + number)
-
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)
-                  if signal.getsignal(number) is signal.SIG_DFL}
+        before = {number: handler for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                  if (handler := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler)}
     try:
+        for number in before:
+            signal.signal(number, _ending)
         yield
     finally:
         for number, handler in before.items():

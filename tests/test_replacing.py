@@ -141,6 +141,28 @@ def test_killed_at_random_moments_the_old_or_the_new_is_there(tmp_path):
     check_replacing(tmp_path, 3)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["os.mkdir", "shutil.rmtree", "os.rename"])
+def test_a_signal_in_the_midst_of_making_replacing_or_removing_leaves_nothing_half_made(place, number, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    module, name = getattr(files, place.split(".")[0]), place.split(".")[1]
+    todo = getattr(module, name)
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(number)
+        todo(*arguments, **options)
+
+    monkeypatch.setattr(module, name, interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        with directory_beside(out, replaceable=lambda path: None) as scratch:
+            (scratch / "a").touch()
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["out"]
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
 @pytest.mark.slow
 def test_killed_at_many_random_moments_the_old_or_the_new_is_there(tmp_path):
     check_replacing(tmp_path, 150)
