@@ -289,7 +289,7 @@ class PlainLPIPS(nn.Module):
     def __init__(self, other: nn.Module):
         super().__init__()
         self.scale, self.features = other.scaling_layer, other.features
-        self.heads = nn.ModuleList(other.get_submodule(f"lin{index}") for index in range(len(READOUTS)))
+        self.heads = nn.ModuleList(other.get_submodule(f"lin{index}.model") for index in range(len(READOUTS)))
 
     def stages(self, x: Tensor) -> list[Tensor]:
         found, x = [], self.scale(x)

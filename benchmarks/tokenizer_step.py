@@ -46,7 +46,8 @@ TARGETS = {"cpu": 1.3, "cuda": 1.8}  # how many times faster ours must be
 MFU_TARGET = 0.4
 # Relative, of every loss and gradient norm; a loss that is a difference of larger numbers counts as at least 0.1. On a CPU ours
 # convolves by Winograd's transform (models/convolution.py), within 5e-6 a layer: up to 2e-4 of a gradient's norm.
-TOLERANCE = {"fp32": 5e-4, "bf16": 3e-2}
+# At 64 pixels the plain step's gradient norm in float32 is 7.5e-4 from its own in float64, and ours 3e-5.
+TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 SEED = 0
 
 

@@ -82,6 +82,15 @@ def test_two_benchmarks_in_their_quick_form(tmp_path):
     assert "all logits, float32" in (tmp_path / "report" / "cross-entropy.txt").read_text()
 
 
+@pytest.mark.slow
+def test_all_that_need_no_gpu_run_in_their_quick_form(run_all, tmp_path):
+    names = [name for name, benchmark in run_all.BENCHMARKS.items() if not benchmark.gpus]
+    finished = subprocess.run([sys.executable, SCRIPT, "--quick", "--only", *names, "--out", tmp_path / "report.md"],
+                              capture_output=True, text=True, check=False, timeout=3600)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert {row[0] for row in table(tmp_path / "report.md")[2:]} == set(names)
+
+
 def test_a_failure_is_named_and_the_others_are_run(run_all, script, tmp_path, capsys):
     script("missing-its-target", f"figures.write(path, [{ROW} target='at least 2', met=False)])\nsys.exit(1)")
     script("crashing", "sys.exit('no such thing')")
