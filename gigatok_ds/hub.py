@@ -50,7 +50,8 @@ class _OnHub(ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".gigatok-ds.", dir=save_directory.parent) as scratch:
-            written = save_standalone(Path(scratch) / "model", self.config, self.state_dict(), provenance=self.origin)
+            written = save_standalone(Path(scratch) / "model", self.config, self.state_dict(), provenance=self.origin,
+                                      classes=getattr(self, "class_names", ()))
             for pattern in WEIGHTS:  # an index of weights that were here before would be read instead of the new ones
                 for file in save_directory.glob(pattern):
                     file.unlink()

@@ -62,6 +62,18 @@ def test_codes_get_the_numbers_of_their_classes_names(tmp_path):
     assert held_out.labels.tolist() == [1, 2, 2]
 
 
+def test_names_that_two_classes_have_are_refused_unless_the_lists_are_the_same(tmp_path):
+    train = CodeDataset.open(codes(tmp_path, "train", ["crane", "ant", "crane"], [0, 1, 2]))
+    same = CodeDataset.open(codes(tmp_path, "same", ["crane", "ant", "crane"], [2, 0, 0]))
+    assert same.number_as(train.index.classes, "train").labels.tolist() == [2, 0, 0]
+    for name, classes in (("one", ["ant", "crane"]), ("two", ["ant", "crane", "crane"])):
+        other = CodeDataset.open(codes(tmp_path, name, classes, [0, 1, 1]))
+        with pytest.raises(InputError, match=f"two classes called 'crane' in .*{name} or train"):
+            other.number_as(train.index.classes, "train")
+    ant = CodeDataset.open(codes(tmp_path, "ant", ["ant"], [0, 0, 0]))
+    assert ant.number_as(train.index.classes, "train").labels.tolist() == [1, 1, 1]
+
+
 def test_a_gpts_validation_images_are_numbered_as_its_training_images(tmp_path):
     prepare(tmp_path)
     tokenizer = small_tokenizer()

@@ -25,6 +25,7 @@ from test_shards import plain_tar
 from test_sources import devkit
 from training_runs import GPT
 
+from gigatok_ds.checkpoint.class_names import classes_bytes, read_classes
 from gigatok_ds.checkpoint.fragments import Layout, SavedEngine
 from gigatok_ds.checkpoint.inspection import inspect
 from gigatok_ds.checkpoint.pt_file import load_plain_data
@@ -158,12 +159,14 @@ class World:
     def __init__(self, root):
         self.root = root
         gpt = small_gpt()
-        save_standalone(root / "model", gpt.config, gpt.state_dict(), provenance={"recipe": "r", "metrics": {"loss": 1.0}})
+        save_standalone(root / "model", gpt.config, gpt.state_dict(), provenance={"recipe": "r", "metrics": {"loss": 1.0}},
+                        classes=["cat", "dog"])
         torch.save({"model": gpt.state_dict(), "steps": 3}, root / "new.pt")
         torch.save({"model": gpt.state_dict()}, root / "old.pt", _use_new_zipfile_serialization=False)
         run = root / "run"
         (run / "checkpoints").mkdir(parents=True)
         (run / "recipe.yaml").write_text(GPT)
+        (run / "classes.json").write_bytes(classes_bytes(["cat", "dog"]))
         (run / "history.jsonl").write_text("".join(json.dumps({"time": 1.7e9 + n, "event": event, "step": n, "reason": "r"}) + "\n"
                                                    for n, event in enumerate(("started", "skipped", "failed"))))
         (run / "metrics.jsonl").write_text("".join(
@@ -221,6 +224,7 @@ KINDS = {
     "history.jsonl": ("run/history.jsonl", damaged_json, lambda path: status(path.parent)),
     "metrics.jsonl": ("run/metrics.jsonl", damaged_json, lambda path: status(path.parent)),
     "recipe.yaml": ("run/recipe.yaml", lambda data, rng: corrupted(data, rng), lambda path: load_recipe(str(path))),
+    "classes.json": ("run/classes.json", damaged_json, read_classes),
     "config.json": ("model/config.json", damaged_json, lambda path: (inspect(path.parent), identify(path.parent),
                                                                      open_model(path.parent), load_gpt(path.parent))),
     "model.safetensors": ("model/model.safetensors", lambda data, rng: corrupted(data, rng), lambda path: load_gpt(path.parent)),

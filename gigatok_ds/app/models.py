@@ -35,7 +35,8 @@ class Models:
 
 
 def open_models(paths: Sequence[Path], *, device: str = "cpu", class_names: Path | None = None) -> Models:
-    """Load the standalone models at `paths`; see `find_models`. class_names is a text file with one name a line.
+    """Load the standalone models at `paths`; see `find_models`. class_names is a text file with one name a line; without it,
+    classes are called what the GPT calls them.
 
     Raises InputError when they are not one tokenizer and at most one GPT of its codes, or names and classes differ in
     number.
@@ -47,8 +48,8 @@ def open_models(paths: Sequence[Path], *, device: str = "cpu", class_names: Path
         check_pair(gpt, tokenizer)
     if class_names is not None and gpt is None:
         raise InputError("--class-names belongs to a GPT, and there is none among the checkpoints; name its directory, too")
-    names = [] if class_names is None else _read_names(class_names, gpt.config.num_classes)
-    return Models(tokenizer=tokenizer, gpt=gpt, class_names=names or [str(label) for label in _labels(gpt)])
+    names = _known_names(gpt) if class_names is None else _read_names(class_names, gpt.config.num_classes)
+    return Models(tokenizer=tokenizer, gpt=gpt, class_names=names)
 
 
 def find_models(paths: Sequence[Path]) -> dict[str, Path]:
@@ -83,8 +84,12 @@ def _checkpoints(path: Path) -> list[Path]:
     return folders
 
 
-def _labels(gpt: GPT | None) -> range:
-    return range(gpt.config.num_classes if gpt is not None else 0)
+def _known_names(gpt: GPT | None) -> list[str]:
+    """What to show for each class of a GPT: its number and, if it has one, its name."""
+    if gpt is None:
+        return []
+    named = [f"{label}: {name}" for label, name in enumerate(gpt.class_names)]
+    return named + [str(label) for label in range(len(named), gpt.config.num_classes)]
 
 
 def _read_names(path: Path, classes: int) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gigatok_ds.checkpoint.class_names import CLASSES_FILE, read_classes
 from gigatok_ds.checkpoint.fragments import SavedEngine
 from gigatok_ds.checkpoint.pt_file import load_plain_data
 from gigatok_ds.checkpoint.run_directory import (
@@ -71,6 +72,8 @@ def _complete(path: Path, check: bool) -> dict:
              "topology": {"ranks": state.world_size, "tensor": state.tensor_size,
                           "data": state.world_size // state.tensor_size, "zero_stage": state.stage},
              "metrics": state.metrics, "parts": {part: _engine(path / part) for part in state.parts}}
+    if classes := read_classes(path / CLASSES_FILE):
+        found["classes"] = classes
     if (path / RECIPE_FILE).is_file():
         found["recipe"] = _recipe(path / RECIPE_FILE)
     found["sha256"] = state.files
@@ -103,6 +106,7 @@ def _standalone(path: Path, check: bool) -> dict:
     found = {"what": f"standalone {description['kind']}", "complete": True, "bytes": folder_bytes(path),
              "numbers": sum(sizes), "tensors": len(tensors),
              "types": sorted({files.type(file, name) for file, name in tensors}), "model": description["model"],
+             **({"classes": description["classes"]} if description["classes"] else {}),
              "provenance": description["provenance"], "sha256": description["sha256"]}
     if check:
         found["damaged"] = damaged_weights(path)

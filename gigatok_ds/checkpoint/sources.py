@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from gigatok_ds.checkpoint.class_names import CLASSES_FILE, read_classes
 from gigatok_ds.checkpoint.fragments import EMA, WEIGHTS, SavedEngine
 from gigatok_ds.checkpoint.original import from_original, read_original
 from gigatok_ds.checkpoint.run_directory import (
@@ -29,11 +30,13 @@ from gigatok_ds.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """weights are a state_dict of the network that `config` describes, read a tensor at a time."""
+    """weights are a state_dict of the network that `config` describes, read a tensor at a time; classes are the names of its
+    classes, where they are known."""
 
     config: TokenizerConfig | GPTConfig
     weights: Mapping[str, Tensor]
     provenance: dict
+    classes: Sequence[str] = ()
 
     def __post_init__(self):
         """Raises InputError when the weights are too few for such a model: before it is built."""
@@ -71,7 +74,7 @@ def open_model(path: Path, *, choice: str | None = None, recipe: Recipe | None =
         raise InputError(f"{option} chooses from what a run or a .pt holds; {path} holds one set of weights")
     description = read_config(path)
     return Model(config=described_config(path, description["kind"]), weights=lazy_weights(path),
-                 provenance=description.get("provenance", {}))
+                 provenance=description["provenance"], classes=description["classes"])
 
 
 def open_original(path: Path, config: TokenizerConfig | GPTConfig, choice: str | None = None, *,
@@ -89,8 +92,7 @@ def open_run(path: Path, *, choice: str | None = None, step: int | None = None) 
     By default the newest, and the moving average where the run kept one.
     """
     checkpoint = _checkpoint(path, step)
-    recipe_file = next((folder / RECIPE_FILE for folder in (checkpoint, checkpoint.parent.parent)
-                        if (folder / RECIPE_FILE).is_file()), None)
+    recipe_file, classes_file = (_beside(checkpoint, name) for name in (RECIPE_FILE, CLASSES_FILE))
     if recipe_file is None:
         raise InputError(f"{path} is not a training run: it has no {RECIPE_FILE}")
     recipe = load_recipe(str(recipe_file))
@@ -103,7 +105,13 @@ def open_run(path: Path, *, choice: str | None = None, step: int | None = None) 
     if choice == "ema" and not saved.has(EMA):
         raise InputError(f"{checkpoint} holds no averaged weights: the run had training.ema_decay=null")
     provenance = {"recipe": recipe.name, "checkpoint": checkpoint.name, "weights": choice, "metrics": state.metrics}
-    return Model(config=recipe.model, weights=saved.tensors(EMA if choice == "ema" else WEIGHTS), provenance=provenance)
+    return Model(config=recipe.model, weights=saved.tensors(EMA if choice == "ema" else WEIGHTS), provenance=provenance,
+                 classes=read_classes(classes_file) if classes_file else ())
+
+
+def _beside(checkpoint: Path, name: str) -> Path | None:
+    """A file of a checkpoint or, if it has none of that name, of its run."""
+    return next((folder / name for folder in (checkpoint, checkpoint.parent.parent) if (folder / name).is_file()), None)
 
 
 def _checkpoint(path: Path, step: int | None) -> Path:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -63,14 +63,15 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tensor], *,
-                    provenance: dict | None = None, dtype: torch.dtype | None = None, overwrite: bool = False,
-                    check: Callable[[Path], object] = lambda written: None) -> Path:
+                    provenance: dict | None = None, classes: Sequence[str] = (), dtype: torch.dtype | None = None,
+                    overwrite: bool = False, check: Callable[[Path], object] = lambda written: None) -> Path:
     """Write a standalone checkpoint directory, complete or not at all; few tensors are in memory at a time.
 
     weights are the model's own state_dict, perhaps a lazy one; parameters are converted to dtype, if given, and buffers
-    stay as they are. provenance is stored in config.json as it is. check is given the directory before it takes its place
-    and may raise: then what was there stays. Raises InputError when `path` exists, unless `overwrite` is set and it is a
-    standalone checkpoint itself with nothing else in it, and when the weights are not those of the model.
+    stay as they are. provenance and the names of a GPT's classes, if they are known, are stored in config.json. check is
+    given the directory before it takes its place and may raise: then what was there stays. Raises InputError when `path`
+    exists, unless `overwrite` is set and it is a standalone checkpoint itself with nothing else in it, and when the weights
+    are not those of the model.
     """
     path = Path(path).resolve() if overwrite else Path(path)  # a link stays one
     check_destination(path, overwrite=overwrite)
@@ -82,6 +83,7 @@ def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weigh
             "format": FORMAT,
             "kind": "tokenizer" if isinstance(config, TokenizerConfig) else "gpt",
             "model": dataclasses.asdict(config),
+            **({"classes": list(classes)} if classes else {}),
             "provenance": provenance or {},
             "sha256": _write_weights(scratch, weights, written_specs(network, dtype)),
         }
@@ -122,6 +124,7 @@ def read_config(path: str | Path) -> dict:
         raise InputError(f"{file} is damaged: kind is missing; copy it again")
     for name, kind in (("model", dict), ("provenance", dict), ("sha256", dict[str, str])):
         from_plain(kind, description.setdefault(name, {}), f"{file}: {name}")
+    from_plain(list[str], description.setdefault("classes", []), f"{file}: classes")
     return description
 
 
@@ -193,6 +196,8 @@ def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: tor
             value = cuts[name].cut(value, tensor_rank, tensor_size)
         state[name] = value.to(device=device, dtype=dtype if usual.is_floating_point else usual)
     model.load_state_dict(state, assign=True)
+    if kind == "gpt":
+        model.class_names = read_config(path)["classes"]
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -212,6 +217,8 @@ def described_config(path: str | Path, kind: str) -> TokenizerConfig | GPTConfig
     except InputError as error:
         raise InputError(f"{Path(path) / CONFIG_FILE}: the model section is not valid ({error})") from None
     check_size(config, lazy_weights(path).shapes, str(Path(path) / CONFIG_FILE))
+    if (named := len(description["classes"])) > (most := getattr(config, "num_classes", 0)):
+        raise InputError(f"{Path(path) / CONFIG_FILE} names {named} classes of a model that has {most}; copy it again")
     return config
 
 

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINTS",
                         help="standalone tokenizer and, for samples, GPT; or a directory that holds them")
     parser.add_argument("--class-names", type=Path, metavar="FILE",
-                        help="text file with a class name a line, in the order of the classes (default: their numbers)")
+                        help="text file with a class name a line, in the order of the classes (default: what the GPT calls "
+                             "them, or their numbers)")
     parser.add_argument("--host", default="127.0.0.1",
                         help="address to listen on; another than this machine's own has no password (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")

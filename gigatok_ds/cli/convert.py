@@ -95,7 +95,7 @@ def _write(args: argparse.Namespace, model, check) -> Path:
     with _progress(model.weights) as weights:
         if args.to == "original":
             return save_original(args.out, model.config, weights, **how)
-        return save_standalone(args.out, model.config, weights, provenance=model.provenance, **how)
+        return save_standalone(args.out, model.config, weights, provenance=model.provenance, classes=model.classes, **how)
 
 
 def _to_training(args: argparse.Namespace, model, recipe) -> int:
@@ -105,7 +105,7 @@ def _to_training(args: argparse.Namespace, model, recipe) -> int:
     if model.kind != recipe.kind:
         raise InputError(f"{args.source} holds a {model.kind}, but recipe {recipe.name} trains a {recipe.kind}")
     with _progress(model.weights) as weights:
-        write_start_point(recipe, weights, args.out, fresh=args.fresh)
+        write_start_point(recipe, weights, args.out, fresh=args.fresh, classes=model.classes)
     print(f"wrote {args.out}; train it with: gigatok-ds train {args.out}/recipe.yaml --out {args.out}")
     return 0
 

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 
 HELP = "say what a run, a checkpoint or a .pt is, and whether it is whole"
-_LONG = ("recipe", "model", "sha256")  # sections that only --json gives in full
+_LONG = ("recipe", "model", "classes", "sha256")  # sections that only --json gives in full
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +68,15 @@ def _one_line(checkpoint: dict) -> str:
             f"(tensor {topology['tensor']}, data {topology['data']}, ZeRO {topology['zero_stage']}){figures}{state}")
 
 
-def _summary(name: str, value: dict | None) -> str:
+def _summary(name: str, value: dict | list | None) -> str:
     if not value:
         return "none"
     if name == "sha256" and isinstance(value, dict):
         return f"of {len(value)} files (--json)"
     if isinstance(value, str):
         return value
+    if name == "classes":
+        return f"{len(value)} names, from {value[0]} to {value[-1]} (--json)"
     return f"{value['name']} (--json)" if "name" in value else f"{len(value)} settings (--json)"
 
 

@@ -89,12 +89,12 @@ def loss(args: argparse.Namespace, topology: Topology) -> Results:
     """A GPT's validation loss on stored codes, or on images through a tokenizer."""
     gpt = load_gpt(args.source, device=str(topology.device), dtype=DTYPES[args.dtype])
     if args.tokenizer is None:
-        dataset = CodeDataset.open(args.data)
+        dataset = CodeDataset.open(args.data).number_as(gpt.class_names, args.source)
         batches, origin = stored_codes(dataset, topology, args.batch_size), {"codes": dataset.metadata["provenance"]}
     else:
         tokenizer = load_tokenizer(args.tokenizer, device=str(topology.device))
         images = CroppedImages(args.data, tokenizer.config.image_size)
-        images.check_classes()
+        images.number_as(gpt.class_names, args.source)
         batches = codes_of_images(tokenizer, images, topology, args.batch_size, workers=args.workers)
         origin = {"tokenizer_sha256": checkpoint_hash(args.tokenizer), "data_sha256": images.identity()}
     figures = validation_loss(gpt, batches, topology)

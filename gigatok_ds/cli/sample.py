@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpt", type=Path, required=True, metavar="DIR", help="standalone GPT checkpoint")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="standalone tokenizer checkpoint")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--classes", metavar="A,B,...", help="a grid of these classes, numbers separated by commas")
+    what.add_argument("--classes", metavar="A,B,...", help="a grid of these classes, separated by commas: numbers, or the names "
+                                                         "that the GPT has for them")
     what.add_argument("--count", type=int, metavar="N", help="N images of classes drawn at random (see --balanced)")
     parser.add_argument("--out", type=Path, required=True, metavar="PATH",
                         help="the grid's PNG; with --count a directory for PNGs, or a file ending in .npz")
@@ -54,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.precision import float32_arithmetic
     from gigatok_ds.sampling.many import Job, draw_grid, draw_many, join_ranks
 
-    if args.classes and not all(part.strip().isdigit() for part in args.classes.split(",")):
-        raise InputError(f"--classes is {args.classes!r}; give class numbers separated by commas, e.g. 207,980")
-    if args.classes and args.balanced:
+    if args.classes is not None and args.balanced:
         raise InputError("--balanced belongs to --count; a grid has the classes that --classes names")
     if args.count is not None and args.per_class is not None:
         raise InputError("--per-class belongs to --classes; --count says how many images there are")
@@ -71,12 +70,12 @@ def run(args: argparse.Namespace) -> int:
                 "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     job = Job(gpt=args.gpt, tokenizer=args.tokenizer, settings=settings, seed=args.seed, batch_size=args.batch_size,
               dtype=args.dtype, compile=args.compile)
+    classes = _classes(args)
     topology = join_ranks(args.device, args.tp)
     try:
         with float32_arithmetic():
-            if args.classes:
-                draw_grid(job, topology, [int(part) for part in args.classes.split(",")], args.out,
-                          per_class=8 if args.per_class is None else args.per_class)
+            if args.classes is not None:
+                draw_grid(job, topology, classes, args.out, per_class=8 if args.per_class is None else args.per_class)
                 said = f"wrote {args.out}"
             else:
                 drawn = draw_many(job, topology, args.out, count=args.count, balanced=args.balanced)
@@ -86,3 +85,14 @@ def run(args: argparse.Namespace) -> int:
     if topology.is_first:
         print(said)
     return 0
+
+
+def _classes(args: argparse.Namespace) -> list[int]:
+    """What --classes says, as numbers; none without it."""
+    from gigatok_ds.checkpoint.class_names import ClassNames, class_numbers
+    from gigatok_ds.checkpoint.standalone import read_config
+
+    if args.classes is None:
+        return []
+    return class_numbers([word.strip() for word in args.classes.split(",")],
+                         ClassNames(read_config(args.gpt)["classes"], str(args.gpt)))

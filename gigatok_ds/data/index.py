@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from gigatok_ds.data.class_labels import renumbered
 from gigatok_ds.data.freshness import check_fresh
 from gigatok_ds.data.rereading import reread
 from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles
@@ -367,22 +368,6 @@ def load_index(directory: Path) -> Contents:
     except Exception as error:
         raise InputError(brief(error)) from None
     return Contents(shards, classes, table, problems)
-
-
-def renumbered(labels: np.ndarray, names: list[str], classes: list[str], location: str | Path,
-               source: str | Path) -> np.ndarray:
-    """Labels (N,), positions in `names`, as positions of the same names in `classes`; see `ShardIndex.number_as`."""
-    if not names or not classes or names == classes:
-        return labels
-    used = sorted({int(label) for label in np.unique(labels) if 0 <= label < len(names)})
-    unknown = [names[label] for label in used if names[label] not in classes]
-    if unknown:
-        raise InputError(f"{location} has a class {unknown[0]!r} ({len(unknown)} such) that {source} does not have; give data "
-                         "of the same classes")
-    number = {name: position for position, name in enumerate(classes)}
-    position = np.arange(max(len(names), int(labels.max()) + 1), dtype=labels.dtype)
-    position[used] = [number[names[label]] for label in used]
-    return np.where(labels >= 0, position[labels], labels)
 
 
 def _check_table(count: int, shards: list[Shard], table: dict[str, np.ndarray]) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from gigatok_ds.data.class_labels import renumbered
 from gigatok_ds.data.folder import scan_image_folder
-from gigatok_ds.data.index import renumbered
 from gigatok_ds.data.loader import BatchLoader, image_name
 from gigatok_ds.data.remote import open_shards
 from gigatok_ds.data.tar_members import is_tar

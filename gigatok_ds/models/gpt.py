@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -132,6 +133,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, layers: Layers = PLAIN):
         super().__init__()
         self.config = config
+        self.class_names: Sequence[str] = ()  # where they are known
         width = config.transformer.width
         self.cls_embedding = ClassEmbedding(config.num_classes, width)
         self.tok_embeddings = layers.vocab_embedding(config.vocab_size, width)

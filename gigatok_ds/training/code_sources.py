@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gigatok_ds.checkpoint.class_names import ClassNames
 from gigatok_ds.checkpoint.standalone import load_tokenizer, read_config
 from gigatok_ds.config.model import tokenizer_config_from_dict
 from gigatok_ds.config.recipe import GPTRecipe
@@ -28,6 +29,8 @@ VALIDATION_BATCH = 32  # images that a rank encodes at once
 
 
 class CodeSource(Protocol):
+    class_names: Sequence[str]  # what labels 0, 1, ... mean, where that is known
+
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         """This data rank's endless micro batches: `codes` int64 (B, T), `labels` and, on the CPU, `position` (B,)."""
 
@@ -53,10 +56,13 @@ def check_sources(recipe: GPTRecipe) -> None:
                {"codebook_size": config.quantizer.codebook_size, "latent_tokens": config.latent_tokens})
 
 
-def open_source(recipe: GPTRecipe, topology: Topology, micro_batch_size: int) -> CodeSource:
-    """What the recipe's data section describes, for micro batches of that many sequences per data rank."""
+def open_source(recipe: GPTRecipe, topology: Topology, micro_batch_size: int, classes: ClassNames = ClassNames()) -> CodeSource:
+    """What the recipe's data section describes, for micro batches of that many sequences per data rank.
+
+    Labels mean the same names in all of it: those of `classes` if there are any, else those of the training data.
+    """
     kind = TokenizedImages if recipe.data.tokenizer else ExtractedCodes
-    return kind(recipe, topology, micro_batch_size)
+    return kind(recipe, topology, micro_batch_size, classes)
 
 
 def _check_fit(recipe: GPTRecipe, source: str, found: dict) -> None:
@@ -69,20 +75,23 @@ def _check_fit(recipe: GPTRecipe, source: str, found: dict) -> None:
 class ExtractedCodes:
     """Code shards, with one of their augmentations for each access; validation takes the first."""
 
-    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int):
+    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int, classes: ClassNames = ClassNames()):
         self.recipe, self.topology, self.micro_batch_size = recipe, topology, micro_batch_size
         data = recipe.data
-        self.train = self._open(data.train)
-        self.held_out = self._open(data.validation).number_as(self.train.index.classes, data.train)
-        self.second = None if data.second is None else self._open(data.second).number_as(self.train.index.classes, data.train)
+        self.train = self._open(data.train, classes)
+        known = classes if classes.names else ClassNames(self.train.index.classes, data.train)
+        self.class_names = known.names
+        self.held_out = self._open(data.validation, known)
+        self.second = None if data.second is None else self._open(data.second, known)
         if self.second and not np.array_equal(self.second.labels, self.train.labels):
             raise InputError(f"data.second {data.second} is not of the same images as data.train {data.train}: it has "
                              f"{len(self.second)} samples beside {len(self.train)}, or other labels")
 
-    def _open(self, path: str) -> CodeDataset:
-        """Code shards that fit this GPT; InputError naming what differs."""
+    def _open(self, path: str, known: ClassNames) -> CodeDataset:
+        """Code shards that fit this GPT, numbered by the names of its classes; InputError naming what differs."""
         codes = CodeDataset.open(path, ShardCache.of(self.recipe.data.cache, self.recipe.data.cache_gb, self.recipe.data.patience))
         _check_fit(self.recipe, path, codes.metadata)
+        codes = codes.number_as(known.names, known.source)
         codes.check_labels(self.recipe.model.num_classes)
         return codes
 
@@ -115,13 +124,16 @@ class ExtractedCodes:
 class TokenizedImages:
     """Image shards, and a frozen tokenizer in float32. The tensor ranks of a data rank share the images to encode."""
 
-    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int):
+    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int, classes: ClassNames = ClassNames()):
         self.recipe, self.topology = recipe, topology
         self.own_images = micro_batch_size // topology.tensor_size
         data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
         self.train = open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction)
         self.held_out = open_shards(data.validation, cache=cache)
-        self.held_out.number_as(self.train.classes, data.train)
+        self.train.number_as(classes.names, classes.source)
+        known = classes if classes.names else ClassNames(self.train.classes, data.train)
+        self.class_names = known.names
+        self.held_out.number_as(known.names, known.source)
         self.train.check_labels(recipe.model.num_classes, data.max_bad_fraction)
         self.held_out.check_labels(recipe.model.num_classes)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, device=str(topology.device))

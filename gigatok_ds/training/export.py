@@ -16,4 +16,5 @@ def export_run(run_dir: Path, out: Path, *, choice: Literal["ema", "model"] | No
     has no checkpoint, one that does not fit its recipe, or no average and one is asked for.
     """
     model = open_run(run_dir, choice=choice)
-    return save_standalone(out, model.config, model.weights, provenance=model.provenance, overwrite=overwrite)
+    return save_standalone(out, model.config, model.weights, provenance=model.provenance, classes=model.classes,
+                           overwrite=overwrite)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gigatok_ds.checkpoint.class_names import ClassNames
 from gigatok_ds.config.recipe import GPTRecipe
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.parallel.dropout import dropout_at
@@ -27,10 +28,12 @@ PROBE_SEQUENCES = 16
 class GPTTask:
     """A single engine over a GPT, fed with pre-extracted codes or with those of a frozen tokenizer."""
 
-    def __init__(self, recipe: GPTRecipe, topology: Topology, settings: dict):
+    def __init__(self, recipe: GPTRecipe, topology: Topology, settings: dict, classes: ClassNames = ClassNames()):
+        """classes: what a model that training goes on with calls them; labels are those of the same names."""
         self.recipe, self.topology = recipe, topology
         self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
-        self.source = open_source(recipe, topology, self.micro_batch_size)
+        self.source = open_source(recipe, topology, self.micro_batch_size, classes)
+        self.class_names = self.source.class_names[: recipe.model.num_classes]
         self.engine = Engine(
             lambda: GPT(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology,
             seed=recipe.training.seed, compile=compile_of(recipe.training.compile, topology.device, settings),

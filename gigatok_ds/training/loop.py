@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gigatok_ds.checkpoint.class_names import CLASSES_FILE
 from gigatok_ds.checkpoint.run_directory import (
     RECIPE_FILE,
     complete_checkpoints,
@@ -40,13 +41,14 @@ from gigatok_ds.training.watch import Watch, Watched, wandb_of
 from gigatok_ds.training.watchdog import Watchdog
 
 # Files of the run directory that each checkpoint has a copy of, so that it explains itself.
-ATTACHMENTS = (RECIPE_FILE, "deepspeed.json", "environment.json")
+ATTACHMENTS = (RECIPE_FILE, CLASSES_FILE, "deepspeed.json", "environment.json")
 
 
 class Task(Watched, Protocol):
     """What is trained: its engines, its data, and one micro batch's forward and backward passes."""
 
     engines: dict[str, Engine]
+    class_names: Sequence[str]  # of the model's classes, where it has any and their names are known
 
     def data_identity(self) -> dict[str, str]:
         """What tells the data from any other, by setting below `data`; see ShardIndex.identity."""

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gigatok_ds.checkpoint.class_names import ClassNames, classes_of_run, record_classes
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
 from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe, save_resolved
@@ -23,7 +24,9 @@ from gigatok_ds.training.branch import OWN_KEYS, check_branch, record_branch
 from gigatok_ds.training.wandb_log import check_wandb
 
 if TYPE_CHECKING:
+    from gigatok_ds.parallel.topology import Topology
     from gigatok_ds.training.injection import Fault
+    from gigatok_ds.training.loop import Task
 
 DEEPSPEED_FILE = "deepspeed.json"
 
@@ -116,13 +119,15 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                 tell(run_dir, "started", ranks=topology.world_size, command=list(map(masked, sys.argv)))
                 begun.set()
             topology.barrier()
-            task = _task(recipe)(recipe, topology, settings)
+            since = branch.parent.parent if branch else None
+            task = _task(recipe, topology, settings, classes_of_run(run_dir, topology, since))
             outlast_watchdog(recipe.monitor.stall_seconds)
             if faults:
                 from gigatok_ds.training.injection import inject
 
                 task = inject(task, faults, run_dir, topology)
-            record_data(task.data_identity(), run_dir, topology, since=branch.parent.parent if branch else None)
+            record_data(task.data_identity(), run_dir, topology, since=since)
+            record_classes(task.class_names, run_dir, topology)
             train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch,
                   scaler_search=scaler_search(settings))
             if topology.is_first:
@@ -161,11 +166,11 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     write_environment(run_dir, command=sys.argv)
 
 
-def _task(recipe: Recipe):
+def _task(recipe: Recipe, topology: Topology, settings: dict, classes: ClassNames) -> Task:
     if isinstance(recipe, TokenizerRecipe):
         from gigatok_ds.training.tokenizer_task import TokenizerTask
 
-        return TokenizerTask
+        return TokenizerTask(recipe, topology, settings)
     from gigatok_ds.training.gpt_task import GPTTask
 
-    return GPTTask
+    return GPTTask(recipe, topology, settings, classes)

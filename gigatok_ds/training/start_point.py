@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gigatok_ds.checkpoint.class_names import CLASSES_FILE, classes_bytes
 from gigatok_ds.checkpoint.fragments import WEIGHTS, Fragment, Layout, Snapshot
 from gigatok_ds.checkpoint.original import build_on_meta, written_specs
 from gigatok_ds.checkpoint.run_directory import MODEL_PARTS, RECIPE_FILE, STATE_FILE, State, checkpoint_path
@@ -20,21 +21,24 @@ from gigatok_ds.checkpoint.tensor_files import LazyTensors, groups_of, shapes_of
 from gigatok_ds.config.load import save_resolved
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import directory_beside, told_failures, write_atomically
+from gigatok_ds.files import directory_beside, sha256, told_failures, write_atomically
 from gigatok_ds.models.initialisation import initial_fills
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.streams import stream_key, torch_stream
 
 # Weights are written in as many files as there would be data ranks with this much of them each.
 FILE_BYTES = 512 * 1024**2
+CLASS_TABLE = "cls_embedding.embedding_table.weight"  # a GPT's parameter, a row for each class
 
 
-def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, *, fresh: Sequence[str] = ()) -> Path:
+def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, *, fresh: Sequence[str] = (),
+                      classes: Sequence[str] = ()) -> Path:
     """Write the run directory `out`, for `gigatok-ds train out/recipe.yaml --out out`, and return it; whole or not at all.
 
     weights are a state_dict of the recipe's model, of which few tensors are in memory at a time. Parameters whose names
-    start with one of `fresh` get their initial values instead. Raises InputError when `out` exists, or a parameter is
-    missing or of another shape.
+    start with one of `fresh` get their initial values instead. classes are the names of the classes that the weights know;
+    the run's data will be numbered by them, unless the embedding of classes is `fresh`. Raises InputError when `out` exists,
+    or a parameter is missing or of another shape.
     """
     if out.exists():
         raise InputError(f"{out} exists already; choose another directory for the run")
@@ -48,6 +52,10 @@ def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, 
         checkpoint = checkpoint_path(scratch, 0)
         files = {f"{part}/{name}": digest for part, (of, values) in parts.items()
                  for name, digest in _write_network(checkpoint / part, of, values)}
+        if classes and not CLASS_TABLE.startswith(tuple(fresh)):
+            for folder in (scratch, checkpoint):
+                write_atomically(folder / CLASSES_FILE, classes_bytes(classes))
+            files[CLASSES_FILE] = sha256(checkpoint / CLASSES_FILE)
         state = State(step=0, samples=0, parts=sorted(parts), world_size=1, tensor_size=1, stage=0, metrics={}, guard={},
                       files=files)
         save_resolved(recipe, scratch / RECIPE_FILE)

@@ -35,6 +35,8 @@ PROBE_IMAGES = 16
 class TokenizerTask:
     """Generator (the tokenizer) and, if the recipe has one, discriminator: each an engine of its own."""
 
+    class_names = ()  # labels are not learnt from
+
     def __init__(self, recipe: TokenizerRecipe, topology: Topology, settings: dict):
         self.recipe, self.topology = recipe, topology
         # Of a data rank's micro batch, the images that this tensor rank reads, convolves and judges.
