@@ -93,9 +93,9 @@ def _recipe(path: Path) -> dict | None:
     """The recipe's mapping, with defaults, as the run resolved it."""
     if not path.is_file():
         return None
-    from gigatok_ds.config.load import load_recipe, recipe_to_dict
+    from gigatok_ds.config.load import load_recipe, recipe_to_dict, without_secrets
 
-    return recipe_to_dict(load_recipe(str(path)))
+    return recipe_to_dict(without_secrets(load_recipe(str(path))))
 
 
 def _standalone(path: Path, check: bool) -> dict:

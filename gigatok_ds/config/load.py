@@ -21,6 +21,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gigatok_ds.config import losses, model, recipe
+from gigatok_ds.config.location import is_remote, masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
@@ -130,6 +131,13 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     return _validated(data, _KINDS[kind], name)
 
 
+def without_secrets(recipe: Recipe) -> Recipe:
+    """The same, with the secrets in the locations of its data masked: what may be kept and shown."""
+    given = {name: getattr(recipe.data, name.removeprefix("data."), None) for name in DATA_LOCATIONS}
+    shown = {name.removeprefix("data."): masked(location) for name, location in given.items() if is_remote(location)}
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **shown))
+
+
 def recipe_to_dict(recipe: Recipe) -> dict:
     """A recipe as plain dictionaries, lists, numbers and strings."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
@@ -156,8 +164,8 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 
 def save_resolved(recipe: Recipe, path: str | Path) -> None:
-    """Write `recipe_to_yaml` to `path`, all of it or nothing."""
-    write_atomically(Path(path), recipe_to_yaml(recipe).encode())
+    """Write `recipe_to_yaml` to `path`, all of it or nothing, `without_secrets`."""
+    write_atomically(Path(path), recipe_to_yaml(without_secrets(recipe)).encode())
 
 
 def _inherited(name: str, folder: Path, seen: tuple[str, ...]) -> dict:

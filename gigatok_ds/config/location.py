@@ -6,9 +6,12 @@ import re
 
 from gigatok_ds.errors import InputError
 
+_MASK = "***"
 _USER = re.compile(r"(\w://)[^/\s@'\"]+@")
 _QUERY = re.compile(r"(\w://[^\s?'\"]*)\?[^\s'\"]+")
 _HEADER = re.compile(r"(?i)((?:authorization|x-[\w-]*(?:token|key)[\w-]*)\s*:\s*)[^'\"\n]+")
+_OPTION = re.compile(r"((?:\s-u|--(?:proxy-)?user)[\s=]*['\"]?[^\s:'\"]+:)[^\s'\"]+")
+_NAMED = re.compile(r"(?i)((?:passw(?:or)?d|token|secret(?:[\w-]*key)?)=['\"]?)[^\s'\"]+")
 
 
 def is_remote(location: object) -> bool:
@@ -17,9 +20,19 @@ def is_remote(location: object) -> bool:
 
 
 def masked(text: object) -> str:
-    """A text without the secrets of the URLs and commands in it: users and passwords, queries, and headers that log in."""
-    text = _USER.sub(r"\1***@", str(text))
-    return _HEADER.sub(r"\1***", _QUERY.sub(r"\1?***", text))
+    """A text without the secrets of the URLs and commands in it: users and passwords, queries, headers that log in, and what is
+    assigned to a password, token or secret key.
+    """
+    text = _USER.sub(rf"\1{_MASK}@", str(text))
+    text = _QUERY.sub(rf"\1?{_MASK}", text)
+    for pattern in (_HEADER, _OPTION, _NAMED):
+        text = pattern.sub(rf"\1{_MASK}", text)
+    return text
+
+
+def is_masked(location: object) -> bool:
+    """Whether a location is what `masked` made of one with secrets, so that nothing can be read there."""
+    return is_remote(location) and _MASK in location
 
 
 def check_cache(cache: str | None, cache_gb: float | None, **locations: str | None) -> None:

@@ -14,7 +14,7 @@ from gigatok_ds.checkpoint.class_names import ClassNames, classes_of_run, record
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
 from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe, save_resolved
-from gigatok_ds.config.location import masked
+from gigatok_ds.config.location import is_masked, masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
@@ -67,6 +67,10 @@ def _check_data(recipe: Recipe) -> None:
     from gigatok_ds.data.transforms import training_transform
 
     data = recipe.data
+    for name in DATA_LOCATIONS:
+        if is_masked(location := getattr(data, name.removeprefix("data."), None)):
+            raise InputError(f"{name} is {location}, as a run writes it down without its secrets; give {name}=... as when the "
+                             "run was begun")
     training_transform(1, decoding=data.decoding)
     of_codes = isinstance(recipe, GPTRecipe) and data.tokenizer is None
     for split in ("train", "validation"):

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from gigatok_ds.config.load import recipe_to_dict
+from gigatok_ds.config.load import recipe_to_dict, without_secrets
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.training.alerts import alerts_of
@@ -86,4 +86,4 @@ def wandb_of(recipe: Recipe, run_dir: Path, topology: Topology) -> AbstractConte
     project = recipe.monitor.wandb_project
     if project is None or not topology.is_first:
         return None
-    return wandb_run(project, run_dir, name=run_dir.name, recipe=recipe_to_dict(recipe))
+    return wandb_run(project, run_dir, name=run_dir.name, recipe=recipe_to_dict(without_secrets(recipe)))
