@@ -144,6 +144,7 @@ def test_the_tests_that_the_docs_name_exist():
         tree = ast.parse((ROOT / "tests" / file).read_text())
         functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         assert not name or name in functions, f"{file} has no {name}"
-    scenarios = text.partition("\n## Scenarios")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (\d+) \|", scenarios, re.MULTILINE)
-    assert list(map(int, rows)) == list(range(1, 21)), "each of the twenty scenarios has its line"
+    for table, lines in (("Scenarios", 20), ("Nothing lost", 23), ("No image lost", 23)):
+        section = text.partition(f"\n## {table}")[2].partition("\n## ")[0]
+        rows = re.findall(r"^\| (\d+) \|.*`tests/.*\|$", section, re.MULTILINE)
+        assert list(map(int, rows)) == list(range(1, lines + 1)), f"each line of {table} has its test"
