@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from gigatok_ds.config.location import is_remote, masked
+from gigatok_ds.data.http_client import OtherPart
 from gigatok_ds.data.index import (
     Contents,
     Shard,
@@ -34,9 +35,20 @@ from gigatok_ds.data.patterns import expanded, local_tars, names_tars
 from gigatok_ds.data.shard_cache import ShardCache, lock_of, locked
 from gigatok_ds.data.shard_files import INDEX_FILE, TABLE_FILE
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
-from gigatok_ds.data.transports import Missing, Unreachable, beside, persistently, transport_of
+from gigatok_ds.data.transports import (
+    Missing,
+    Opened,
+    Unreachable,
+    beside,
+    check_end,
+    persistently,
+    transport_of,
+    whole,
+)
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
+from gigatok_ds.npy_files import ARRAY_BYTES
+from gigatok_ds.untrusted import JSON_BYTES
 
 _FEW = 2  # attempts where there is an earlier copy to go on with
 _AT_ONCE = 16  # tars whose sizes are asked for
@@ -190,12 +202,10 @@ class RemoteTars:
             logger.warning("%s; going on with the copy in %s", error, self.directory)
             return copy.read_bytes()
 
-    def read(self, url: str, attempts: int | None = None) -> bytes:
+    def read(self, url: str, attempts: int | None = None, most: int = JSON_BYTES) -> bytes:
         def attempt() -> bytes:
             with transport_of(url).open(url) as opened:
-                data = opened.stream.read()
-                _check_end(len(data), opened.size)
-            return data
+                return whole(opened, url, most)
 
         return self.persistently(attempt, url, attempts)
 
@@ -207,31 +217,45 @@ class RemoteTars:
         url = self.url(path.name)
         with written_aside(path) as file:
             copied = _Copied()
-            self.persistently(lambda: self._copy(url, file, copied), url)
+            self.persistently(lambda: self._copy(url, file, copied, expected), url)
             size, digest = copied.size, copied.digest.hexdigest()
             if expected is not None and (size, digest) != (expected.size, expected.sha256):
-                raise InputError(f"{masked(url)} has changed since it was indexed: {size} bytes with SHA-256 {digest[:8]}..., "
-                                 f"not {expected.size} with {expected.sha256[:8]}...; {self.advice}")
+                raise self._changed(url, f"{size} bytes with SHA-256 {digest[:8]}..., not", expected)
         self.cache.shrink()
 
-    def _copy(self, url: str, file: BinaryIO, copied: _Copied) -> None:
+    def _changed(self, url: str, found: str, expected: Shard) -> InputError:
+        return InputError(f"{masked(url)} has changed since it was indexed: {found} {expected.size} with "
+                          f"{expected.sha256[:8]}...; {self.advice}")
+
+    def _copy(self, url: str, file: BinaryIO, copied: _Copied, expected: Shard | None) -> None:
         """Write the rest of a tar into the file, or all of it where the rest cannot be had."""
-        with transport_of(self.source).open(url, copied.size, copied.tag) as opened:
-            if opened.start != copied.size:
-                copied.size, copied.digest = 0, hashlib.sha256()
-            file.seek(copied.size)
-            file.truncate()
-            copied.tag = opened.tag
-            while data := opened.stream.read(_CHUNK):
-                try:
-                    file.write(data)
-                    file.flush()
-                except OSError as error:
-                    raise InputError(f"{self.directory} cannot be written ({error.strerror}); make room, bound "
-                                     "data.cache_gb, or let data.cache name another directory") from None
-                copied.digest.update(data)
-                copied.size += len(data)
-            _check_end(copied.size, opened.size)
+        try:
+            with transport_of(self.source).open(url, copied.size, copied.tag) as opened:
+                if opened.start != copied.size:
+                    copied.size, copied.digest = 0, hashlib.sha256()
+                file.seek(copied.size)
+                file.truncate()
+                copied.tag = opened.tag
+                for data in iter(lambda: opened.stream.read(_CHUNK), b""):
+                    self._append(data, file, copied)
+                    if expected is not None and copied.size > expected.size:  # perhaps without end
+                        raise self._changed(url, "more than", expected)
+                check_end(copied.size, opened.size)
+                if expected is not None and not opened.delimited and copied.size < expected.size:
+                    check_end(copied.size, expected.size)
+        except OtherPart:
+            copied.tag = None  # so that the next attempt asks for all of it
+            raise
+
+    def _append(self, data: bytes, file: BinaryIO, copied: _Copied) -> None:
+        try:
+            file.write(data)
+            file.flush()
+        except OSError as error:
+            raise InputError(f"{self.directory} cannot be written ({error.strerror}); make room, bound "
+                             "data.cache_gb, or let data.cache name another directory") from None
+        copied.digest.update(data)
+        copied.size += len(data)
 
 
 @dataclass
@@ -241,11 +265,6 @@ class _Copied:
     size: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
     tag: str | None = None
-
-
-def _check_end(got: int, size: int | None) -> None:
-    if size is not None and got != size:
-        raise OSError(f"cut off after {got} of {size} bytes")
 
 
 def _index(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> Contents:
@@ -295,7 +314,7 @@ def _adopt(tars: RemoteTars, description: bytes) -> None:
     scratch = tars.directory / ".new-index"
     scratch.mkdir(exist_ok=True)
     (scratch / INDEX_FILE).write_bytes(description)
-    (scratch / TABLE_FILE).write_bytes(tars.read(tars.url(TABLE_FILE)))
+    (scratch / TABLE_FILE).write_bytes(tars.read(tars.url(TABLE_FILE), most=ARRAY_BYTES))
     try:
         shards = load_index(scratch).shards
     except InputError as error:

@@ -15,15 +15,15 @@ from http.client import InvalidURL
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
-from urllib.request import Request, urlopen
 
 from gigatok_ds.config.location import masked
+from gigatok_ds.data.http_client import OtherPart, open_url, part_of
 from gigatok_ds.data.tar_members import is_tar
 from gigatok_ds.errors import InputError, MachineError
 
 ATTEMPTS = 6  # at least
 BACKOFF, LONGEST = 1.0, 60.0  # seconds, at most, before the second attempt; the next waits are up to twice as long each
-TIMEOUT = 60.0  # seconds without a byte after which a connection counts as broken
+LISTING_BYTES = 256 * 1024**2
 
 _REFUSALS = set(range(400, 500)) - {408, 425, 429}  # HTTP statuses that will not be others a little later
 _MISTAKES = (TypeError, AttributeError, NameError, AssertionError)  # of programs, not of networks
@@ -42,12 +42,16 @@ class Unreachable(MachineError):
 
 
 class Opened(NamedTuple):
-    """A file, from byte `start` on; how many bytes it has in all, and what identifies this content of it, if known."""
+    """A file, from byte `start` on; how many bytes it has in all, and what identifies this content of it, if known.
+
+    `delimited` says whether its end can be told from a connection that broke.
+    """
 
     stream: BinaryIO
     size: int | None = None
     start: int = 0
     tag: str | None = None
+    delimited: bool = True
 
 
 class Transport(Protocol):
@@ -125,42 +129,58 @@ def _said(error: Exception) -> str:
     return masked(" ".join(str(error).split())) or type(error).__name__
 
 
+def whole(opened: Opened, name: str, most: int) -> bytes:
+    """All of a small file. Raises OSError when it is cut off, and InputError when it has more than `most` bytes."""
+    if (opened.size or 0) > most or len(data := opened.stream.read(most + 1)) > most:
+        raise InputError(f"{masked(name)} has more than the {most:,} bytes that such a file may have; check the location")
+    check_end(len(data), opened.size)
+    return data
+
+
+def check_end(got: int, size: int | None) -> None:
+    """Raise OSError when so many bytes are not as many as were announced."""
+    if size is not None and got != size:
+        raise OSError(f"cut off after {got} of {size} bytes" if got < size else f"more than the {size} bytes that were announced")
+
+
 class Http:
-    """By Python's own client, which works in forked processes; it heeds the usual proxy variables."""
+    """http and https, by `data.http_client`."""
 
     def tars(self, directory: str) -> dict[str, int | None]:
-        with urlopen(_request(beside(directory, "")), timeout=TIMEOUT) as response:
+        with open_url(beside(directory, "")) as response:
             links = _Links(response.url)
-            links.feed(response.read().decode("utf-8", "replace"))
+            links.feed(whole(Opened(response, response.length), directory, LISTING_BYTES).decode("utf-8", "replace"))
         return dict.fromkeys(links.tars)
 
     def size(self, url: str) -> int | None:
         try:
-            with urlopen(_request(url, "HEAD"), timeout=TIMEOUT) as response:
-                length = response.headers["Content-Length"]
+            with open_url(url, "HEAD") as response:
+                length = response.headers["Content-Length"] or ""
         except HTTPError as error:
             if error.code in (400, 401, 403, 405, 501):  # a server without HEAD, or a URL signed for GET: that will tell
                 return None
             raise
-        return None if length is None else int(length)
+        return int(length) if length.isdecimal() and len(length) < 19 else None
 
     @contextmanager
     def open(self, url: str, start: int = 0, tag: str | None = None) -> Iterator[Opened]:
-        request = _request(url)
-        if start and tag:
-            request.add_header("Range", f"bytes={start}-")
-            request.add_header("If-Range", tag)
-        with urlopen(request, timeout=TIMEOUT) as response:
+        part = {"Range": f"bytes={start}-", "If-Range": tag} if start and tag else {}
+        try:
+            response = open_url(url, headers=part)
+        except HTTPError as error:
+            if error.code == 416 and part:
+                raise OtherPart(f"the server has nothing from byte {start} on") from None
+            raise
+        with response:
             etag, changed = response.headers["ETag"], response.headers["Last-Modified"]
-            tag = etag if etag and not etag.startswith("W/") else changed
-            if response.status == 206 and start:
-                yield Opened(response, None if response.length is None else start + response.length, start, tag)
+            now = etag if etag and not etag.startswith("W/") else changed
+            if response.status == 206:
+                size = part_of(response, start if part else 0)
+                if part and now not in (None, tag):
+                    raise OtherPart(f"the server answered with a part of {now[:60]!r}, not of {tag!r}")
+                yield Opened(response, size, start if part else 0, tag if part else now)
             else:
-                yield Opened(response, response.length, 0, tag)
-
-
-def _request(url: str, method: str = "GET") -> Request:
-    return Request(url, headers={"User-Agent": "gigatok-ds"}, method=method)
+                yield Opened(response, response.length, 0, now, delimited=response.length is not None or response.chunked)
 
 
 class _Links(HTMLParser):
