@@ -118,7 +118,8 @@ class Ours:
         topology = start_process_group()
         self.device = topology.device
         settings, _ = resolve_deepspeed(zero_settings(zero), recipe, data_parallel_size=1)
-        self.task = tokenizer_task.TokenizerTask(recipe, topology, settings)
+        self.task = tokenizer_task.TokenizerTask(recipe, topology, settings,
+                                                 tokenizer_task.TokenizerTask.open_data(recipe, topology, settings))
         self.guard = StepGuard(recipe.faults, self.task.engines, topology, fp16=False)
         self.positions, self.lr = torch.arange(recipe.training.global_batch_size), recipe.optimizer.lr
 

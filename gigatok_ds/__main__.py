@@ -5,7 +5,10 @@ import contextlib
 import os
 import sys
 
-from gigatok_ds.cli.main import main
+try:
+    from gigatok_ds.cli.main import main
+except KeyboardInterrupt:  # later ones are main's
+    raise SystemExit(130) from None
 
 
 def end(code: int) -> None:

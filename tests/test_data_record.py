@@ -8,13 +8,14 @@ from rank_runs import RanksFailed, run_ranks
 from training_runs import code_shards, prepare, start
 
 from gigatok_ds.parallel.topology import start_process_group, stop_process_group
-from gigatok_ds.training.data_record import DATA_FILE, record_data
+from gigatok_ds.training.data_record import DATA_FILE, check_identity, write_identity
 
 
 def record_on_a_rank(identities, folder):
     topology = start_process_group()
     try:
-        record_data(identities[topology.rank], folder, topology)
+        check_identity(identities[topology.rank], folder, topology)
+        write_identity(identities[topology.rank], folder)
     finally:
         stop_process_group(topology)
 
@@ -44,9 +45,12 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path):
     (tmp_path / "run" / "checkpoints" / "step-0000008" / "state.json").unlink()
     shutil.rmtree(tmp_path / "codes")
     code_shards(tmp_path / "codes", 40, seed=5)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     code, output = start(arguments)
     assert code == 2 and "Traceback" not in output, output
     assert f"data.train is not what {tmp_path / 'run'} began with" in output, output
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == before, "nothing is written before the data is compared"
 
 
 def test_the_same_data_elsewhere_is_the_same_data(tmp_path, monkeypatch):

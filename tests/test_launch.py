@@ -19,6 +19,7 @@ SCRIPTS = ("train.sh", "train_tokenizer.sh", "train_gpt.sh", "torchrun.sh", "slu
 BIN = str(Path(sys.executable).parent)
 AWKWARD = ["runs/a b", "optimizer.betas=[0.9,0.95]", 'name="q" $HOME `id` \\ \'s\'', "it's", "a*{b,c};(d)", "100%h %n",
            "tab\there", "$(id)", "~", "back\\slash", ""]
+LINES = ["runs/new\nline", "a new\nline; touch pwned", "\n$(touch pwned)", "'\n`touch pwned`\n\"", "x\n"]
 
 
 def launch(script, *arguments, folder, path=(), timeout=60, **variables):
@@ -177,6 +178,40 @@ def test_dry_runs_without_ssh(tmp_path):
     assert "torch.distributed.run" in outside[1]
 
 
+HOSTILE = ["$(touch pwned)", "`touch pwned`", "a; touch pwned", "a\ntouch pwned", "' ; touch pwned ; '", '" ; touch pwned ; "',
+           "a && touch pwned", "a[$(touch pwned)]", "| touch pwned", "> pwned", "a b\tc"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_of_a_path_is_executed(text, tmp_path):
+    """Paths with spaces, quotes and new lines, as arguments, in variables, as the hostfile's name and in it."""
+    def words(script, *arguments, **variables):
+        finished = launch(script, "--dry-run", *arguments, folder=tmp_path, **variables)
+        assert finished.returncode == 0, finished.stderr
+        said = "\n" + finished.stdout
+        return shlex.split(said[said.rindex("\n" + (shlex.quote(str(Path(BIN) / ("python" if script == "torchrun.sh" else "deepspeed"))))) :])
+
+    short = words("train_gpt.sh", f"x={text}", CODES=text, OUT=text, RECIPE=text, ZERO=text, TP=text)
+    assert short[short.index("train"):] == ["train", text, "--out", text, "--zero", text, f"data.train={text}/train",
+                                            f"data.validation={text}/val", "--tp", text, f"x={text}"]
+    short = words("train_tokenizer.sh", SHARDS=text, WEIGHTS=text, OUT=text)
+    assert short[short.index("train") + 3] == text and f"data.train={text}/train" in short
+    assert words("torchrun.sh", text, MASTER_ADDR=text)[-1] == text
+    named = tmp_path / text.replace("/", "_")
+    named.write_text("worker-1 slots=2\nworker-2 slots=2\n")
+    several = words("train.sh", "r", HOSTFILE=str(named))
+    assert several[several.index("--hostfile") + 1] == str(named)
+    for line in (f"{text} slots=2", f"worker-1 slots={text}", f"worker-1 slots=2 {text}"):
+        (tmp_path / "hosts").write_text(f"{line}\nworker-2 slots=2\n")
+        finished = launch("train.sh", "r", folder=tmp_path, HOSTFILE="hosts", path=[str(tmp_path)])
+        assert finished.returncode == 2 and "hosts line 1" in finished.stderr and len(finished.stderr.splitlines()) == 1
+    for variable in ("GPUS", "MASTER_PORT"):
+        finished = launch("train.sh", "r", folder=tmp_path, **{variable: text})
+        assert finished.returncode == 2 and f"{variable} is" in finished.stderr and len(finished.stderr.splitlines()) == 1
+    launch("slurm.sbatch", "--dry-run", text, folder=tmp_path, SLURM_JOB_ID=text, SLURM_SUBMIT_DIR=str(LAUNCH.parent))
+    assert not (tmp_path / "pwned").exists()
+
+
 def test_a_slurm_job_starts_torchrun_on_each_node(tmp_path):
     tools = {"scontrol": "echo node7; echo node8", "srun": 'printf "%s\\n" "$MASTER_ADDR" "$NNODES" "$@"'}
     for name, body in tools.items():
@@ -240,7 +275,7 @@ def test_arguments_and_environment_arrive_through_deepspeed_and_a_shell(hostfile
         (tmp_path / name).chmod(0o755)
     (tmp_path / ".deepspeed_env").write_text("# a comment, which DeepSpeed alone would stop at\nMINE=x y\n")
     given = {"HF_HOME": '/cache "of" $USER 50%n', "NCCL_DEBUG": "WARN", "DS_ACCELERATOR": "cpu"}
-    finished = launch("train.sh", *AWKWARD, folder=tmp_path, path=[str(tmp_path)], HOSTFILE=hostfile, **given)
+    finished = launch("train.sh", *AWKWARD, *LINES, folder=tmp_path, path=[str(tmp_path)], HOSTFILE=hostfile, **given)
     assert finished.returncode == 0, finished.stderr
     sent = (tmp_path / "sent").read_text()
     received = sent.replace("%%", "\0").replace("%n", "1").replace("\0", "%")
@@ -249,8 +284,9 @@ def test_arguments_and_environment_arrive_through_deepspeed_and_a_shell(hostfile
                                lambda _: f"{sys.executable} -c {shlex.quote(SHOW)}", received)
     assert launchers == 1
     words, folder, environment = json.loads(subprocess.run(
-        ["sh", "-c", shown], capture_output=True, text=True, check=True, env={"PATH": "/bin"}, cwd="/").stdout)
-    assert words[words.index("train") + 1:] == AWKWARD
+        ["sh", "-c", shown], capture_output=True, text=True, check=True, env={"PATH": "/bin"}, cwd=tmp_path).stdout)
+    assert words[words.index("train") + 1:] == AWKWARD + LINES
+    assert not (tmp_path / "pwned").exists()
     assert "--node_rank=1" in words and folder == str(tmp_path)
     assert environment["MINE"] == "x y" and environment["PYTHONPATH"] == str(LAUNCH.parent)
     assert {name: environment[name] for name in given} == given

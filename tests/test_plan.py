@@ -190,6 +190,39 @@ def test_the_command(recipes, tmp_path, capsys):
         assert line in capsys.readouterr().err
 
 
+def test_figures_replace_figures_of_ours_only(recipes, tmp_path, capsys):
+    (tmp_path / "gpt.yaml").write_text(GPT)
+    out, words = tmp_path / "plan.json", ["plan", str(tmp_path / "gpt.yaml"), "--cluster", "1x1xH100", "--json"]
+    for precious in (b'{"recipe": "mine"}', b"precious", b"[]", b""):
+        out.write_bytes(precious)
+        assert main([*words, str(out)]) == 2
+        assert "left alone" in capsys.readouterr().err and out.read_bytes() == precious
+    out.unlink()
+    for _ in range(2):
+        assert main([*words, str(out)]) == 0
+    assert main([*words, str(tmp_path)]) == 2 and "left alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("deepspeed.json", "{", "deepspeed.json is damaged"), ("deepspeed.json", "[]", "deepspeed.json is damaged"),
+    ("deepspeed.json", '{"zero_optimization": {"stage": "2"}, "train_micro_batch_size_per_gpu": 1}', "deepspeed.json is damaged"),
+    ("deepspeed.json", '{"zero_optimization": 2}', "deepspeed.json is damaged"),
+    ("history.jsonl", "", "on how many ranks"), ("history.jsonl", '{"time": 1, "event": "started", "ranks": "2"}\n', "on how many ranks"),
+    ("metrics.jsonl", '{"time": 1, "step": 1, "throughput/step_seconds": null}\n' * 5, "has logged 0 times"),
+])
+def test_a_damaged_run_is_no_measurement(name, text, said, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(GPT)
+    files = {"deepspeed.json": '{"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 8}',
+             "history.jsonl": '{"time": 1, "event": "started", "ranks": 1}\n',
+             "metrics.jsonl": "".join(f'{{"time": {i}, "step": {i}, "throughput/step_seconds": 0.5}}\n' for i in range(1, 6))}
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    assert read_run(tmp_path).seconds == 0.5
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_run(tmp_path)
+
+
 def test_training_takes_what_is_recommended_and_calibrates_it(tmp_path, capsys):
     names = prepare(tmp_path)["gpt"]
     out = tmp_path / "run"

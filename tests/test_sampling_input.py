@@ -79,6 +79,18 @@ def test_weights_that_are_not_finite_end_a_command_in_one_line(gpt, tmp_path, ca
     assert not (tmp_path / "grid.png").exists()
 
 
+@pytest.mark.parametrize("words, said", [
+    (["--classes", "1", "--cfg", "nan"], "cfg_scale is nan"), (["--count", "3", "--cfg", "0"], "cfg_scale is 0"),
+    (["--count", "3", "--temperature", "nan"], "temperature is nan"), (["--classes", "1", "--top-k", "-1"], "top_k is -1"),
+    (["--count", "3", "--top-p", "0"], "top_p is 0"), (["--count", "3", "--batch-size", "0"], "batch_size is 0"),
+    (["--count", "3", "--cfg-interval", "-2"], "cfg_interval is -2"), (["--count", "0"], "count is 0"),
+    (["--classes", "1", "--per-class", "0"], "per_class is 0"), (["--classes", "1", "--cfg-schedule", "step"], "cfg_schedule 'step'"),
+])
+def test_numbers_are_refused_before_models_are_loaded(words, said, tmp_path, capsys):
+    code = main(["sample", "--gpt", str(tmp_path / "none"), "--tokenizer", str(tmp_path / "none"), "--out", str(tmp_path / "x.png"), *words])
+    assert code == 2 and said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("settings, said", [
     ({"cfg_scale": math.nan}, "cfg_scale is nan"), ({"cfg_scale": math.inf}, "cfg_scale is inf"),
     ({"cfg_scale": 2.0, "cfg_schedule": "triangular", "cfg_schedule_kwargs": {"peak": 1.0}}, "triangular"),

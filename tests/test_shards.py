@@ -449,7 +449,7 @@ def test_safe_keys():
 
 
 def test_few_files_stay_open(shards, monkeypatch):
-    monkeypatch.setattr(index_module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(index_module, "most_open", lambda: 2)
     index = ShardIndex.open(shards)
     for i in np.random.default_rng(0).permutation(23):
         index.read(int(i))

@@ -74,6 +74,22 @@ def test_one_process_saves_once_and_goes_on_bitwise(data, tmp_path, signals):
     assert all(torch.equal(whole[name], rest[name]) for name in whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_before_the_first_step_there_is_nothing_to_save(data, tmp_path, number):
+    """A run that is asked while it begins ends at once, as asked; so it is not taken for a fault, and not tried again."""
+    folder, names = data
+    command = [folder / "gpt.yaml", "--out", tmp_path / "run", *names]
+    job = launch(command, 1)
+    wait_for(lambda: "started" in events(tmp_path / "run") or job.poll() is not None, 120)
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == REQUEUE and "Traceback" not in output, output
+    assert f"stopped by {number.name}" in output and events(tmp_path / "run")[-1] == "stopped"
+    assert status(tmp_path / "run")["state"] == "stopped"
+    code, said = start(command)
+    assert code == 0 and events(tmp_path / "run")[-1] == "finished", said
+
+
 def test_a_signal_to_one_of_two_ranks_stops_both(data, tmp_path):
     folder, names = data
     job = launch([folder / "gpt.yaml", "--out", tmp_path / "run", *names, *LONG], 2)

@@ -56,7 +56,7 @@ checkpoint: {every: 4}
 """
 
 
-def image_shards(folder, count):
+def image_shards(folder, count, **how):
     """Shards of coloured stripes: an image that a tokenizer can learn something about."""
 
     def samples():
@@ -67,7 +67,7 @@ def image_shards(folder, count):
             Image.fromarray(pixels).save(buffer, format="png")
             yield Sample(key=f"s{number}", image_bytes=buffer.getvalue(), extension="png", label=number % 5)
 
-    write_shards(samples(), folder, prefix="stripes", classes=list("abcde"))
+    write_shards(samples(), folder, prefix="stripes", classes=list("abcde"), **how)
 
 
 def code_shards(folder, count, seed, tokens=8):

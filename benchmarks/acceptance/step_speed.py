@@ -127,12 +127,12 @@ def _step_of(recipe: Recipe, topology: Topology) -> _Step:
     settings, _ = resolve_deepspeed(zero_settings(1), recipe, data_parallel_size=1)
     count = recipe.training.global_batch_size
     if isinstance(recipe, GPTRecipe):
-        task, number = GPTTask(recipe, topology, settings), 1
+        task, number = GPTTask(recipe, topology, settings, GPTTask.open_data(recipe, topology, settings)), 1
         codes = torch.randint(recipe.model.vocab_size, (count, recipe.model.sequence_length), device=device)
         labels = torch.arange(count, device=device) % recipe.model.num_classes
         batch = {"codes": codes, "labels": labels, "position": torch.arange(count)}
     else:
-        task = TokenizerTask(recipe, topology, settings)
+        task = TokenizerTask(recipe, topology, settings, TokenizerTask.open_data(recipe, topology, settings))
         number = recipe.loss.adversarial.start_step  # every network takes part
         batch = {"images": images_of(recipe, device), "position": torch.arange(count)}
     guard = StepGuard(recipe.faults, task.engines, topology, fp16=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
+import signal
 import socket
 import sys
 import time
@@ -15,6 +17,7 @@ from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError, MachineError, exit_code
 from gigatok_ds.untrusted import printable
 
+UNREAD = 128 + signal.SIGPIPE  # as the shell has it of other programs
 TURN_SECONDS = 6.0  # after which another rank says what the first should have said
 
 # Command name -> module with HELP, add_arguments(parser) and run(args). The order is that of --help.
@@ -60,19 +63,48 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0 on success, 2 for an error that the user has to mend, 1 for one that may pass."""
-    args = parse(argv)
+    """Run one command. Returns its exit code: 0 on success, 2 for an error that the user has to mend, 1 for one that may pass,
+    130 after Ctrl-C, UNREAD when nobody reads any more what it prints."""
+    try:
+        try:
+            return _run(parse(argv))
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever does not want to wait for the end asks again
+            print("interrupted; running the same command again continues where it stopped", file=sys.stderr)
+            return 130
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _print_no_more()
+        return UNREAD
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         _check_out(args)
         return args.run(args)
     except (InputError, MachineError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            raise
         if os.environ.get("GIGATOK_TRACEBACK"):
             raise
         print(f"gigatok-ds {args.command}: error: {one_rank_first()}{printable(masked(_one_line(error)))}", file=sys.stderr)
         return exit_code(error)
-    except KeyboardInterrupt:
-        print("interrupted; running the same command again continues where it stopped", file=sys.stderr)
-        return 130
+
+
+def _is_unread() -> bool:
+    """Whether the reader of what is printed has gone, as `head` does, and it is not another connection that is broken."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _print_no_more() -> None:
+    """Let what is still to be printed vanish: the interpreter would complain about it at its end."""
+    with open(os.devnull, "wb") as nowhere:
+        for descriptor in (1, 2):
+            os.dup2(nowhere.fileno(), descriptor)
 
 
 def _check_out(args: argparse.Namespace) -> None:

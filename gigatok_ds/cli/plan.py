@@ -44,9 +44,11 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.planning.cluster import parse_cluster
     from gigatok_ds.planning.devices import parse_gpu_spec
     from gigatok_ds.planning.planner import Planner
-    from gigatok_ds.planning.report import figures, text
+    from gigatok_ds.planning.report import check_figures, figures, text
     from gigatok_ds.planning.speed import Assumptions
 
+    if args.json and args.json != Path("-"):
+        check_figures(args.json)
     recipe = load_recipe(args.recipe, args.overrides)
     described = None if args.gpu_spec is None else parse_gpu_spec(args.gpu_spec)
     cluster = parse_cluster(args.cluster, memory_gb=args.memory_gb, network_gbps=args.network_gbps, described=described)

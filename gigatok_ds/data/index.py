@@ -27,7 +27,7 @@ from tqdm import tqdm
 from gigatok_ds.data.class_labels import renumbered
 from gigatok_ds.data.freshness import check_fresh
 from gigatok_ds.data.rereading import reread
-from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles
+from gigatok_ds.data.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles, most_open
 from gigatok_ds.data.tar_members import is_compressed_tar, is_tar
 from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, LABELS, SAMPLES, Entry, in_words, is_key, left_out, scan_tar
 from gigatok_ds.errors import InputError
@@ -38,7 +38,6 @@ from gigatok_ds.untrusted import brief, parse_json
 
 FORMAT = "gigatok-ds-shards/2"
 PATIENCE = 600.0  # seconds for which what cannot be read is tried again, unless said otherwise
-OPEN_SHARDS = 128  # files held open at once by one index in one process; far below the usual limit of 1024
 
 _READ_AHEAD = 2**17  # bytes: Linux reads no more for one request
 
@@ -324,7 +323,7 @@ class ShardIndex:
                 file = open(path, "rb", buffering=0)
             self._check_size(shard, file.fileno())
             self._files[number] = file
-            if len(self._files) > OPEN_SHARDS:
+            if len(self._files) > most_open():
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(number)
         return self._files[number]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 
@@ -23,6 +26,7 @@ from gigatok_ds.streams import numpy_stream, torch_stream
 MAX_REPLACEMENTS = 16  # undecodable images in a row before the data as a whole is taken to be bad
 
 _PICKLED = 4096  # bytes
+_SHARED = "/dev/shm"
 _sockets = itertools.count()  # of this process
 _HANDED_OVER = (InputError, MachineError)
 _BAD = "bad"  # a batch's BadSamples, on their way from a worker
@@ -60,6 +64,20 @@ def _prepare_worker(worker: int) -> None:
     connection.arbitrary_address = lambda family: f"\0gigatok-ds-{os.getpid()}-{next(_sockets)}"
 
 
+def _told(error: RuntimeError | OSError) -> Exception | None:
+    """What to tell of an error of torch's loader; None of one that is not of its own making."""
+    text = str(error)
+    if any(words in text for words in ("shared memory", "Bus error", "unable to write to file </torch_", "unable to open shared")) or (
+            isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        free = shutil.disk_usage(_SHARED).free if os.path.isdir(_SHARED) else 0
+        return InputError(f"data workers hand batches over in {_SHARED}, which has no room for them ({free / 1e6:.1f} MB are free); "
+                          "make it larger (docker run --shm-size=16g), or use fewer data.workers (0 needs none)")
+    if killed := re.search(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)", text):
+        return MachineError(f"{killed[0]}: somebody, or a lack of memory, has ended it; run the same command again, perhaps with fewer "
+                            "data.workers")
+    return None
+
+
 class BatchLoader:
     """A torch DataLoader over `batch_sampler`; its length is the sampler's. Raises the samples' InputErrors and
     MachineErrors.
@@ -79,12 +97,22 @@ class BatchLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        for batch in self._loaded():
             if isinstance(batch, _HANDED_OVER):
                 # A fresh one: a frame that raises its own variable is a reference cycle, and worker processes
                 # that are left to the garbage collector take seconds to end.
                 raise (InputError if isinstance(batch, InputError) else MachineError)(str(batch))
             yield {name: self._tensor(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
+
+    def _loaded(self) -> Iterator[Batch]:
+        """The loader's batches. What torch says of workers that end, or of shared memory that does not suffice, is one line."""
+        try:
+            yield from self._loader
+        except (RuntimeError, OSError) as error:
+            told = _told(error)
+            if told is None:
+                raise
+            raise told from None
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """torch's loader pins tensors only."""

@@ -19,13 +19,14 @@ from gigatok_ds.config.location import masked
 from gigatok_ds.data.index import PATIENCE, Shard
 from gigatok_ds.data.tar_scan import safe_key
 from gigatok_ds.errors import InputError
+from gigatok_ds.user_cache import user_cache
 
 _MARK = ".copies-of-remote-shards"  # in the directories that are ours: beside them the user may keep what he likes
 
 
 def default_root() -> Path:
     """Where copies are kept unless the user says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gigatok_ds" / "shards"
+    return user_cache() / "gigatok_ds" / "shards"
 
 
 @dataclass(frozen=True)

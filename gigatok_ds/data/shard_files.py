@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 INDEX_FILE = "index.json"
 TABLE_FILE = "index.npz"
 REBUILD = f"delete {INDEX_FILE} and {TABLE_FILE} to index the directory again"
+
+
+def most_open() -> int:
+    """How many tars one index holds open at once in one process: an eighth of the files that it may open, 128 at most."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 128 if allowed == resource.RLIM_INFINITY else min(128, allowed // 8)
 
 
 class ShardFiles(Protocol):

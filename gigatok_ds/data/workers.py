@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 from gigatok_ds.errors import InputError
 
@@ -34,7 +37,8 @@ def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> It
     waiting: deque = deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(function, *task))
+            with _deaf_to_interruptions():  # submitting starts processes
+                waiting.append(pool.submit(function, *task))
             if len(waiting) >= 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -44,6 +48,17 @@ def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> It
                          "--workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf_to_interruptions() -> Iterator[None]:
+    """Processes that are started within do not hear of Ctrl-C, which a terminal tells all: who has started them ends them."""
+    resource_tracker.ensure_running()  # which would hear of it again when it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from gigatok_ds.evaluation.image_sets import ImageSet, NpzImages, open_images
 from gigatok_ds.evaluation.inception import InceptionFeatures
 from gigatok_ds.files import write_atomically
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.user_cache import user_cache
 
 ADM_IMAGES = 10_000
 
@@ -38,7 +38,7 @@ class Reference:
 
 def default_cache() -> Path:
     """Where computed references are kept: below XDG_CACHE_HOME, which is ~/.cache if unset."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gigatok_ds" / "references"
+    return user_cache() / "gigatok_ds" / "references"
 
 
 def reference_name(images: ImageSet) -> str:

@@ -135,8 +135,9 @@ def forget_failure() -> None:
 
 
 def cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or base) / "gigatok_ds"
+    from gigatok_ds.user_cache import user_cache  # here, since setup.py reads this file without the package
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache()) / "gigatok_ds"
 
 
 def obstacles() -> list[str]:

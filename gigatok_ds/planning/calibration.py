@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,9 @@ from gigatok_ds.planning.planner import BLOCKS, EVERYTHING, NOTHING, Layout, Pla
 from gigatok_ds.planning.speed import Assumptions
 from gigatok_ds.training.history import read_history
 from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.untrusted import is_number, read_json, reading
 
+_SHORTEST = 1e-9  # seconds of a step: less is no measurement
 ENOUGH = 3  # logging steps, without the first, which warms up
 
 
@@ -34,12 +35,15 @@ def read_run(run_dir: Path) -> Measured:
     for name in ("recipe.yaml", "deepspeed.json", "history.jsonl", "metrics.jsonl"):
         if not (run_dir / name).is_file():
             raise InputError(f"--calibrate {run_dir} is not a training run: it has no {name}")
-    recipe, settings = load_recipe(str(run_dir / "recipe.yaml")), json.loads((run_dir / "deepspeed.json").read_text())
-    seconds = [line["throughput/step_seconds"] for line in read_metrics(run_dir) if "throughput/step_seconds" in line][1:]
+    recipe, settings = load_recipe(str(run_dir / "recipe.yaml")), read_json(run_dir / "deepspeed.json")
+    seconds = [line["throughput/step_seconds"] for line in read_metrics(run_dir)
+               if is_number(line.get("throughput/step_seconds"), _SHORTEST)][1:]
     if len(seconds) < ENOUGH:
         raise InputError(f"--calibrate {run_dir} has logged {len(seconds)} times after its first steps; at least {ENOUGH} are "
                          "needed")
-    starts = [line["ranks"] for line in read_history(run_dir) if line["event"] == "started"]
+    ranks = next((line.get("ranks") for line in reversed(read_history(run_dir)) if line["event"] == "started"), None)
+    if type(ranks) is not int or ranks < 1:
+        raise InputError(f"--calibrate {run_dir}: its history does not say on how many ranks it was started")
     parallel = recipe.parallel
     if parallel.recompute_every > 1:
         raise InputError(f"--calibrate {run_dir}: parallel.recompute_every is {parallel.recompute_every}; calibrate from a run "
@@ -47,9 +51,12 @@ def read_run(run_dir: Path) -> Measured:
     recompute = NOTHING if not parallel.recompute_every else BLOCKS
     if isinstance(recipe, TokenizerRecipe) and parallel.recompute_cnn:
         recompute = EVERYTHING
-    layout = Layout(tensor=parallel.tensor, sequence=parallel.sequence, stage=settings["zero_optimization"]["stage"],
-                    micro=settings["train_micro_batch_size_per_gpu"], recompute=recompute)
-    return Measured(recipe=recipe, layout=layout, ranks=starts[-1], seconds=statistics.median(seconds))
+    with reading(run_dir / "deepspeed.json"):
+        stage, micro = settings["zero_optimization"]["stage"], settings["train_micro_batch_size_per_gpu"]
+        if type(stage) is not int or stage not in range(4) or type(micro) is not int or micro < 1:
+            raise ValueError(f"its ZeRO stage is {stage!r}, its micro batch {micro!r}")
+    layout = Layout(tensor=parallel.tensor, sequence=parallel.sequence, stage=stage, micro=micro, recompute=recompute)
+    return Measured(recipe=recipe, layout=layout, ranks=ranks, seconds=statistics.median(seconds))
 
 
 def calibrated(assumptions: Assumptions, runs: list[Path], cluster: Cluster) -> Assumptions:

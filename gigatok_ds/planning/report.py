@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from contextlib import suppress
+from pathlib import Path
 
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.errors import InputError
 from gigatok_ds.planning.phases import longest
 from gigatok_ds.planning.planner import Plan, Planner
+from gigatok_ds.untrusted import read_json
 
 GB = 1e9
+
+
+FORMAT = "gigatok-ds-plan/1"
 
 
 def figures(planner: Planner, plan: Plan, choices: list[Plan]) -> dict:
@@ -17,6 +25,7 @@ def figures(planner: Planner, plan: Plan, choices: list[Plan]) -> dict:
     peak = cluster.device.peak(recipe.training.precision) * cluster.ranks
     hours = recipe.training.steps * time.seconds / 3600
     return {
+        "format": FORMAT,
         "recipe": recipe.name,
         "cluster": str(cluster),
         "parameters": planner.parameters(),
@@ -36,6 +45,16 @@ def figures(planner: Planner, plan: Plan, choices: list[Plan]) -> dict:
         "run": {"steps": recipe.training.steps, "days": hours / 24, "gpu_hours": hours * cluster.ranks},
         "assumptions": [f"all {recipe.training.steps:,} steps are like those {_most(planner)}", *planner.assumptions.lines()],
     }
+
+
+def check_figures(path: Path) -> None:
+    """InputError when there is something at `path` that does not hold the figures of a plan."""
+    if not os.path.lexists(path):
+        return
+    with suppress(InputError, OSError):
+        if read_json(path).get("format") == FORMAT:
+            return
+    raise InputError(f"{path} is there and holds no plan of ours, so it is left alone; choose another --json or remove it")
 
 
 def _by_group(planner: Planner, plan: Plan) -> dict[str, float]:

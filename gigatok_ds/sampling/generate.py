@@ -43,8 +43,7 @@ class Sampler:
     """
 
     def __init__(self, gpt: GPT, batch_size: int, *, compile: bool = False):
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        _check_batch_size(batch_size)
         self.gpt, self.batch_size = gpt, batch_size
         self.device = gpt.norm.weight.device
         packs = can_pack(gpt) and not compile
@@ -64,7 +63,8 @@ class Sampler:
               temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         """Codes (B, T) int64 of the images with these classes (B,) and numbers; `generate` says what settings mean."""
         choice = Choice(temperature, top_k, top_p)
-        _check(self.gpt, classes, choice)
+        _check_choice(choice)
+        _check_classes(self.gpt, classes)
         length, count, images = self.gpt.config.sequence_length, len(classes), list(images)
         assert count == len(images) <= self.batch_size
         scales = guidance_scales(length, cfg_scale, cfg_schedule, cfg_schedule_kwargs, cfg_interval)
@@ -118,10 +118,27 @@ def _rows(modulations: Modulations, count: int) -> Modulations:
     return [None if part is None else part[:count] for part in modulations]
 
 
-def _check(gpt: GPT, classes: Tensor, choice: Choice) -> None:
+def check_numbers(*, batch_size: int | None = None, cfg_scale: float = 1.0, cfg_schedule: str = "constant",
+                  cfg_schedule_kwargs: dict | None = None, cfg_interval: int = -1, **choice) -> None:
+    """InputError for settings of `Sampler.codes` that no model can be sampled with, before one is loaded."""
+    if batch_size is not None:
+        _check_batch_size(batch_size)
+    guidance_scales(2, cfg_scale, cfg_schedule, cfg_schedule_kwargs, cfg_interval)
+    _check_choice(Choice(**choice))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+
+
+def _check_classes(gpt: GPT, classes: Tensor) -> None:
     if classes.ndim != 1 or classes.is_floating_point():
         raise InputError(f"classes must be a one-dimensional integer tensor; got {tuple(classes.shape)} {classes.dtype}")
     gpt.check_classes(classes)
+
+
+def _check_choice(choice: Choice) -> None:
     if not 0 <= choice.temperature < math.inf:
         raise InputError(f"temperature is {choice.temperature}; it must be a finite number of at least 0")
     if not isinstance(choice.top_k, int) or choice.top_k < 0:

@@ -70,8 +70,7 @@ def sample_grid(gpt: GPT, tokenizer: Tokenizer, classes: list[int], out: Path | 
 
     out is None on tensor ranks that only help.
     """
-    if per_class < 1:
-        raise InputError(f"per_class is {per_class}; it must be at least 1")
+    check_per_class(per_class)
     if out is not None:
         check_png(out)
     wanted = torch.tensor(classes).repeat_interleave(per_class)
@@ -80,6 +79,11 @@ def sample_grid(gpt: GPT, tokenizer: Tokenizer, classes: list[int], out: Path | 
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     write_png(make_grid(images.unflatten(0, (len(classes), per_class))), out)
+
+
+def check_per_class(per_class: int) -> None:
+    if per_class < 1:
+        raise InputError(f"per_class is {per_class}; it must be at least 1")
 
 
 def write_png(pixels: np.ndarray, path: Path) -> None:

@@ -24,8 +24,8 @@ from gigatok_ds.ownership import owned_by_first
 from gigatok_ds.parallel.topology import Topology, single_process, start_process_group
 from gigatok_ds.sampling.batch_size import default_batch_size
 from gigatok_ds.sampling.collection import claim, collection_at
-from gigatok_ds.sampling.generate import Sampler
-from gigatok_ds.sampling.images import check_pair, decode_images, sample_grid
+from gigatok_ds.sampling.generate import Sampler, check_numbers
+from gigatok_ds.sampling.images import check_pair, check_per_class, decode_images, sample_grid
 from gigatok_ds.streams import numpy_stream
 
 
@@ -43,9 +43,10 @@ class Job:
     compile: bool = False
 
     def load(self, topology: Topology):
-        """GPT (this tensor rank's part) and tokenizer, on this rank's device."""
+        """GPT (this tensor rank's part) and tokenizer, on this rank's device. Numbers that make no sense are refused before."""
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        check_numbers(batch_size=self.batch_size, **self.settings)
         gpt = load_gpt_part(self.gpt, topology, DTYPES[self.dtype])
         tokenizer = load_tokenizer(self.tokenizer, device=str(topology.device))
         check_pair(gpt, tokenizer)
@@ -72,6 +73,7 @@ def draw_grid(job: Job, topology: Topology, classes: list[int], out: Path, *, pe
     if topology.data_size > 1:
         raise InputError(f"a grid is drawn by one process, or by one group with --tp, not by {topology.world_size} "
                          "ranks; --count shares its images")
+    check_per_class(per_class)
     gpt, tokenizer = job.load(topology)
     sample_grid(gpt, tokenizer, classes, out if topology.is_first else None, per_class=per_class, seed=job.seed,
                 batch_size=job.size(gpt, topology), compile=job.compile, **job.settings)

@@ -31,6 +31,9 @@ VALIDATION_BATCH = 32  # images that a rank encodes at once
 class CodeSource(Protocol):
     class_names: Sequence[str]  # what labels 0, 1, ... mean, where that is known
 
+    def identity(self) -> dict[str, str]:
+        """What tells the data from any other, by setting below `data`; see ShardIndex.identity."""
+
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         """This data rank's endless micro batches: `codes` int64 (B, T), `labels` and, on the CPU, `position` (B,)."""
 

@@ -18,8 +18,8 @@ _CONSEQUENCE = {"train": ", and so would the order of samples", "tokenizer": ", 
                 "validation": ", and its figures would not compare"}
 
 
-def record_data(identity: Mapping[str, str], run_dir: Path, topology: Topology, since: Path | None = None) -> None:
-    """Write data.json, with what tells the data from any other (SHA-256 by setting below `data`). Collective.
+def check_identity(identity: Mapping[str, str], run_dir: Path, topology: Topology, since: Path | None = None) -> None:
+    """Compare what tells the data from any other (SHA-256 by setting below `data`) with what the run began with. Collective.
 
     Raises InputError, on all ranks, when ranks see different data or the run began with others; so did one that is a branch of
     the run in the directory `since`.
@@ -31,16 +31,25 @@ def record_data(identity: Mapping[str, str], run_dir: Path, topology: Topology, 
                          if not differs else f"data.train is not on host {os.uname().nodename} what it is on the first, or other "
                                              "data is not: copies, or indices, differ; give all hosts the same")
     recorded = next((folder / DATA_FILE for folder in (run_dir, since) if folder and (folder / DATA_FILE).is_file()), None)
-    problem = _compare(identity, run_dir / DATA_FILE, recorded) if topology.is_first else None
+    problem = _compare(identity, recorded) if topology.is_first and recorded else None
     if problem := topology.from_first(problem):
         raise InputError(problem)
 
 
-def _compare(identity: dict[str, str], path: Path, recorded: Path | None) -> str | None:
-    """What is wrong with the data, or nothing: then it is written down."""
-    now = {f"{name}_sha256": digest for name, digest in identity.items()}
+def write_identity(identity: Mapping[str, str], run_dir: Path) -> None:
+    """Write data.json."""
+    write_atomically(run_dir / DATA_FILE, (json.dumps(_record(identity), indent=2) + "\n").encode())
+
+
+def _record(identity: Mapping[str, str]) -> dict[str, str]:
+    return {f"{name}_sha256": digest for name, digest in identity.items()}
+
+
+def _compare(identity: dict[str, str], recorded: Path) -> str | None:
+    """What is wrong with the data, or nothing."""
+    now = _record(identity)
     try:
-        earlier = from_plain(dict[str, str], read_json(recorded), recorded.name) if recorded else now
+        earlier = from_plain(dict[str, str], read_json(recorded), recorded.name)
         earlier["train_sha256"]
     except (InputError, KeyError) as error:
         return f"{recorded} is damaged ({brief(error)}); remove it if data.train is what the run began with"
@@ -49,5 +58,4 @@ def _compare(identity: dict[str, str], path: Path, recorded: Path | None) -> str
         if earlier.get(key, now[key]) != now[key]:
             return (f"data.{name} is not what {recorded.parent} began with: its content has changed{_CONSEQUENCE.get(name, '')}; "
                     "give it the same, or begin another run (--out)")
-    write_atomically(path, (json.dumps(now, indent=2) + "\n").encode())
     return None

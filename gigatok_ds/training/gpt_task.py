@@ -16,7 +16,7 @@ from gigatok_ds.parallel.dropout import dropout_at
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, torch_stream
-from gigatok_ds.training.code_sources import open_source
+from gigatok_ds.training.code_sources import CodeSource, open_source
 from gigatok_ds.training.compile import compile_of
 from gigatok_ds.training.engine import Engine
 from gigatok_ds.training.flops import GPTFlops
@@ -28,12 +28,11 @@ PROBE_SEQUENCES = 16
 class GPTTask:
     """A single engine over a GPT, fed with pre-extracted codes or with those of a frozen tokenizer."""
 
-    def __init__(self, recipe: GPTRecipe, topology: Topology, settings: dict, classes: ClassNames = ClassNames()):
-        """classes: what a model that training goes on with calls them; labels are those of the same names."""
-        self.recipe, self.topology = recipe, topology
+    def __init__(self, recipe: GPTRecipe, topology: Topology, settings: dict, source: CodeSource):
+        """`source` is what `open_data` has returned."""
+        self.recipe, self.topology, self.source = recipe, topology, source
         self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
-        self.source = open_source(recipe, topology, self.micro_batch_size, classes)
-        self.class_names = self.source.class_names[: recipe.model.num_classes]
+        self.class_names = source.class_names[: recipe.model.num_classes]
         self.engine = Engine(
             lambda: GPT(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology,
             seed=recipe.training.seed, compile=compile_of(recipe.training.compile, topology.device, settings),
@@ -43,8 +42,10 @@ class GPTTask:
         self.engines = {"gpt": self.engine}
         self.flops = GPTFlops(recipe)
 
-    def data_identity(self) -> dict[str, str]:
-        return self.source.identity()
+    @staticmethod
+    def open_data(recipe: GPTRecipe, topology: Topology, settings: dict, classes: ClassNames = ClassNames()) -> CodeSource:
+        """classes: what a model that training goes on with calls them; labels are those of the same names."""
+        return open_source(recipe, topology, settings["train_micro_batch_size_per_gpu"], classes)
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         return self.source.micro_batches(start_step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from gigatok_ds.checkpoint.run_directory import (
 from gigatok_ds.checkpoint.writer import CheckpointWriter
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.files import told_failures, written_aside
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import stream_key
 from gigatok_ds.training.engine import Engine
@@ -40,6 +40,7 @@ from gigatok_ds.training.term_gradients import norms
 from gigatok_ds.training.watch import Watch, Watched, wandb_of
 from gigatok_ds.training.watchdog import Watchdog
 
+PROBE_FILE = "probe.npz"
 # Files of the run directory that each checkpoint has a copy of, so that it explains itself.
 ATTACHMENTS = (RECIPE_FILE, CLASSES_FILE, "deepspeed.json", "environment.json")
 
@@ -49,9 +50,6 @@ class Task(Watched, Protocol):
 
     engines: dict[str, Engine]
     class_names: Sequence[str]  # of the model's classes, where it has any and their names are known
-
-    def data_identity(self) -> dict[str, str]:
-        """What tells the data from any other, by setting below `data`; see ShardIndex.identity."""
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's endless stream of micro batches, from the one that `start_step` (0-based) begins with."""
@@ -89,9 +87,8 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
             _Steps(recipe, task, run_dir, topology, accumulation, guard, monitor, writer, watchdog, requests).run(start)
     probe = task.probe()
     if topology.is_first:
-        scratch = run_dir / "probe.partial.npz"
-        np.savez(scratch, **probe)
-        os.replace(scratch, run_dir / "probe.npz")
+        with told_failures(run_dir / PROBE_FILE), written_aside(run_dir / PROBE_FILE) as file:
+            np.savez(file, **probe)
 
 
 @dataclass

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import write_atomically
+from gigatok_ds.files import told_failures, write_atomically
 from gigatok_ds.training.history import LATEST
 from gigatok_ds.training.wandb_log import WandbRun, as_wandb_image
 from gigatok_ds.untrusted import is_number
@@ -46,11 +47,12 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics = self.run_dir / METRICS_FILE
-        _truncate(metrics, self.start_step)
         refresh = _REFRESH_SECONDS[sys.stderr.isatty()]
-        with ExitStack() as stack:
+        with told_failures(metrics), ExitStack() as stack:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            _truncate(metrics, self.start_step)
+            stack.enter_context(_told_by_us())
             self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8"))
             self._events = stack.enter_context(
                 SummaryWriter(str(self.run_dir / EVENTS_DIRECTORY), purge_step=self.start_step + 1))
@@ -63,7 +65,8 @@ class Monitor:
         return self
 
     def __exit__(self, *error) -> None:
-        self._resources.__exit__(*error)
+        with told_failures(self.run_dir / EVENTS_DIRECTORY):
+            self._resources.__exit__(*error)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line, {"step", "time" (Unix seconds), the values}, and the same scalars to TensorBoard.
@@ -77,9 +80,10 @@ class Monitor:
         line = {"step": step, "time": round(time.time(), 3)}
         line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         self._write(line)
-        for name, number in numbers.items():
-            self._events.add_scalar(name, number, step)
-        self._events.flush()
+        with told_failures(self.run_dir / EVENTS_DIRECTORY):
+            for name, number in numbers.items():
+                self._events.add_scalar(name, number, step)
+            self._events.flush()
         if self._wandb_run:
             self._wandb_run.log({"step": step, **numbers})
 
@@ -89,22 +93,25 @@ class Monitor:
             return
         self.note(f"warning: step {step}: {text}")
         self._write({"step": step, "time": round(time.time(), 3), "warning": text})
-        self._events.add_text("warning", text, step)
-        self._events.flush()
+        with told_failures(self.run_dir / EVENTS_DIRECTORY):
+            self._events.add_text("warning", text, step)
+            self._events.flush()
         if self._wandb_run:
             self._wandb_run.log({"step": step, "warning": text})
 
     def _write(self, line: dict) -> None:
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self._metrics.flush()
+        with told_failures(self.run_dir / METRICS_FILE):
+            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+            self._metrics.flush()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Show an image, uint8 (H, W, 3), in TensorBoard (and Weights & Biases)."""
         if not self.enabled:
             return
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
-        self._events.add_image(name, image, step, dataformats="HWC")
-        self._events.flush()
+        with told_failures(self.run_dir / EVENTS_DIRECTORY):
+            self._events.add_image(name, image, step, dataformats="HWC")
+            self._events.flush()
         if self._wandb_run:
             self._wandb_run.log({"step": step, name: as_wandb_image(image)})
 
@@ -119,6 +126,22 @@ class Monitor:
             return
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         self._bar.update(step - self._bar.n)
+
+
+@contextmanager
+def _told_by_us() -> Iterator[None]:
+    """Within, a thread of TensorBoard's that cannot write prints no traceback: what it raised, the next flush raises again."""
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+            before(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:

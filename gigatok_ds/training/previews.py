@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from gigatok_ds.evaluation.image_metrics import make_grid
+from gigatok_ds.files import told_failures, written_aside
 
 PREVIEWS_DIRECTORY = "previews"
 COLUMNS = 8
@@ -33,9 +33,9 @@ def preview_grid(originals: Tensor, reconstructions: Tensor) -> np.ndarray:
 def save_preview(run_dir: Path, step: int, image: np.ndarray) -> Path:
     """Write an image, uint8 (H, W, 3), as previews/step-NNNNNNN.png of a run, all of it or nothing."""
     folder = run_dir / PREVIEWS_DIRECTORY
-    folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:07d}.png"
-    scratch = path.with_name(f".{path.name}.partial")
-    Image.fromarray(image).save(scratch, format="png")
-    os.replace(scratch, path)
+    with told_failures(path):
+        folder.mkdir(exist_ok=True)
+    with told_failures(path), written_aside(path) as file:
+        Image.fromarray(image).save(file, format="png")
     return path

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gigatok_ds.checkpoint.class_names import ClassNames, classes_of_run, record_classes
+from gigatok_ds.checkpoint.class_names import classes_of_run, record_classes
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
 from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe, save_resolved
@@ -96,48 +96,60 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     """
     from gigatok_ds.parallel.timeouts import collective_timeout, outlast_watchdog
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
-    from gigatok_ds.training.compile import left_eager
-    from gigatok_ds.training.data_record import record_data
     from gigatok_ds.training.deepspeed_schema import check_with_deepspeed
     from gigatok_ds.training.faults import watch_ranks
     from gigatok_ds.training.history import tell
     from gigatok_ds.training.loop import train
+    from gigatok_ds.training.stop_requests import leaving_at_once
 
-    order_kernels(recipe.parallel.tensor)
-    branch = check_run(recipe, run_dir, branch_from)
-    check_with_deepspeed(*check_settings(deepspeed, recipe))
-    parallel, begun = recipe.parallel, threading.Event()
-    topology = start_process_group(tensor_size=parallel.tensor, sequence_parallel=parallel.sequence,
-                                   timeout=collective_timeout(recipe.monitor.stall_seconds))
-    try:
-        def told(text: str) -> None:
-            if begun.is_set() and is_ours(run_dir):  # another's is left alone
-                tell(run_dir, "failed", reason=told_reason(text))
+    begun = threading.Event()
 
-        with ExitStack() as held, watch_ranks(topology, told) as end:
-            settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
-            held.enter_context(owned_by_first(run_dir, topology))
-            if topology.is_first:
-                warnings += left_eager(recipe, topology.device, settings)
-                _prepare(recipe, run_dir, settings, warnings, branch)
-                tell(run_dir, "started", ranks=topology.world_size, command=list(map(masked, sys.argv)))
+    def tell_if_ours(event: str, reason: str) -> None:
+        if begun.is_set() and is_ours(run_dir):  # another's is left alone
+            tell(run_dir, event, reason=reason)
+
+    with leaving_at_once(lambda name: tell_if_ours("stopped", name)):
+        order_kernels(recipe.parallel.tensor)
+        branch = check_run(recipe, run_dir, branch_from)
+        check_with_deepspeed(*check_settings(deepspeed, recipe))
+        topology = start_process_group(tensor_size=recipe.parallel.tensor, sequence_parallel=recipe.parallel.sequence,
+                                       timeout=collective_timeout(recipe.monitor.stall_seconds))
+        try:
+            with ExitStack() as held, watch_ranks(topology, lambda text: tell_if_ours("failed", told_reason(text))) as end:
+                settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
+                held.enter_context(owned_by_first(run_dir, topology))
+                since = branch.parent.parent if branch else None
+                data = _task(recipe).open_data(recipe, topology, settings, classes_of_run(run_dir, topology, since))
+                _begin(recipe, run_dir, settings, warnings, branch, topology, data.identity())
                 begun.set()
-            topology.barrier()
-            since = branch.parent.parent if branch else None
-            task = _task(recipe, topology, settings, classes_of_run(run_dir, topology, since))
-            outlast_watchdog(recipe.monitor.stall_seconds)
-            if faults:
-                from gigatok_ds.training.injection import inject
+                task = _task(recipe)(recipe, topology, settings, data)
+                outlast_watchdog(recipe.monitor.stall_seconds)
+                if faults:
+                    from gigatok_ds.training.injection import inject
 
-                task = inject(task, faults, run_dir, topology)
-            record_data(task.data_identity(), run_dir, topology, since=since)
-            record_classes(task.class_names, run_dir, topology)
-            train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch,
-                  scaler_search=scaler_search(settings))
-            if topology.is_first:
-                tell(run_dir, "finished", step=recipe.training.steps)
-    finally:
-        stop_process_group(topology)
+                    task = inject(task, faults, run_dir, topology)
+                record_classes(task.class_names, run_dir, topology)
+                train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch,
+                      scaler_search=scaler_search(settings))
+                if topology.is_first:
+                    tell(run_dir, "finished", step=recipe.training.steps)
+        finally:
+            stop_process_group(topology)
+
+
+def _begin(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], branch: Path | None, topology: Topology,
+           identity: dict[str, str]) -> None:
+    """Write down what is about to be run, unless it is of other data than before: then nothing. Collective."""
+    from gigatok_ds.training.compile import left_eager
+    from gigatok_ds.training.data_record import check_identity, write_identity
+    from gigatok_ds.training.history import tell
+
+    check_identity(identity, run_dir, topology, since=branch.parent.parent if branch else None)
+    if topology.is_first:
+        _prepare(recipe, run_dir, settings, warnings + left_eager(recipe, topology.device, settings), branch)
+        write_identity(identity, run_dir)
+        tell(run_dir, "started", ranks=topology.world_size, command=list(map(masked, sys.argv)))
+    topology.barrier()
 
 
 def told_reason(text: str) -> str:
@@ -170,11 +182,11 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     write_environment(run_dir, command=sys.argv)
 
 
-def _task(recipe: Recipe, topology: Topology, settings: dict, classes: ClassNames) -> Task:
+def _task(recipe: Recipe) -> type[Task]:
     if isinstance(recipe, TokenizerRecipe):
         from gigatok_ds.training.tokenizer_task import TokenizerTask
 
-        return TokenizerTask(recipe, topology, settings)
+        return TokenizerTask
     from gigatok_ds.training.gpt_task import GPTTask
 
-    return GPTTask(recipe, topology, settings, classes)
+    return GPTTask

@@ -4,10 +4,46 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 REQUEUE = 75  # the exit code of a run that was asked to stop and has saved: BSD's "temporary failure", try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@contextmanager
+def leaving_at_once(told: Callable[[str], None]) -> Iterator[None]:
+    """Within, the signals raise SystemExit(REQUEUE), since there is nothing to save: before training, and after it.
+
+    `told` gets the signal's name. StopRequests, inside of this context, has its own way.
+    """
+
+    def leave(number: int, _frame) -> None:
+        name = signal.Signals(number).name
+        told(name)
+        os.write(sys.__stderr__.fileno(), f"stopped by {name}: the same command goes on (exit code {REQUEUE})\n".encode())
+        raise SystemExit(REQUEUE)
+
+    before = _handled_by(leave)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _handled_by(handler: Callable) -> dict[int, object]:
+    """The handlers that were there before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN}  # nohup's choice
+
+
+def _restore(before: dict[int, object]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class StopRequests:
@@ -22,14 +58,11 @@ class StopRequests:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS
-                            if signal.getsignal(number) is not signal.SIG_IGN}  # nohup's choice
+        self._before = _handled_by(self._note)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        _restore(self._before)
 
     def _note(self, number: int, _frame) -> None:
         if self.received and os.getpid() != self.pid:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gigatok_ds.checkpoint.class_names import ClassNames
 from gigatok_ds.config.recipe import TokenizerRecipe
+from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.prefetch import on_device
 from gigatok_ds.data.remote import open_shards
@@ -32,18 +35,28 @@ from gigatok_ds.training.validation import TokenizerValidation
 PROBE_IMAGES = 16
 
 
+class Images(NamedTuple):
+    """What a tokenizer is trained on and what it is validated on."""
+
+    train: ShardIndex
+    validation: ShardIndex
+
+    def identity(self) -> dict[str, str]:
+        """What tells the data from any other, by setting below `data`; see ShardIndex.identity."""
+        return {"train": self.train.identity(), "validation": self.validation.identity()}
+
+
 class TokenizerTask:
     """Generator (the tokenizer) and, if the recipe has one, discriminator: each an engine of its own."""
 
     class_names = ()  # labels are not learnt from
 
-    def __init__(self, recipe: TokenizerRecipe, topology: Topology, settings: dict):
+    def __init__(self, recipe: TokenizerRecipe, topology: Topology, settings: dict, images: Images):
+        """`images` is what `open_data` has returned."""
         self.recipe, self.topology = recipe, topology
         # Of a data rank's micro batch, the images that this tensor rank reads, convolves and judges.
         self.own_images = settings["train_micro_batch_size_per_gpu"] // topology.tensor_size
-        data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
-        self.train_index = open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction)
-        self.validation_index = open_shards(data.validation, cache=cache)
+        self.train_index, self.validation_index = images
         seed, parallel = recipe.training.seed, recipe.parallel
         self.generator = Engine(
             lambda: Tokenizer(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology, seed=seed,
@@ -70,8 +83,11 @@ class TokenizerTask:
                                               self.own_images)
         self.flops = TokenizerFlops(recipe, self.objective, self.own_images, topology.device)
 
-    def data_identity(self) -> dict[str, str]:
-        return {"train": self.train_index.identity(), "validation": self.validation_index.identity()}
+    @staticmethod
+    def open_data(recipe: TokenizerRecipe, topology: Topology, settings: dict, _classes: ClassNames = ClassNames()) -> Images:
+        data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
+        return Images(open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction),
+                      open_shards(data.validation, cache=cache))
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology

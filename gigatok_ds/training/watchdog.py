@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gigatok_ds.files import write_atomically
+from gigatok_ds.files import told_failures, write_atomically
 from gigatok_ds.parallel.flight_recorder import last_collectives
 
 STACKS = "stacks"
@@ -49,7 +49,8 @@ class Watchdog:
         self._over.set()
         if self._backstop:
             faulthandler.cancel_dump_traceback_later()
-            self._backstop.close()
+            with contextlib.suppress(OSError):  # of stacks that could not be written
+                self._backstop.close()
             if not self.file.stat().st_size:
                 self.file.unlink()
                 with contextlib.suppress(OSError):  # those of other ranks are there
@@ -63,18 +64,23 @@ class Watchdog:
         if self.rank == 0 and self._beat - self._written > HEARTBEAT_SECONDS:
             self._written = self._beat
             told = {"step": step, "time": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
-            write_atomically(self.run_dir / HEARTBEAT, (json.dumps(told) + "\n").encode())
+            with told_failures(self.run_dir / HEARTBEAT):
+                write_atomically(self.run_dir / HEARTBEAT, (json.dumps(told) + "\n").encode())
+
+    def _write_stacks(self) -> None:
+        self._backstop.write(f"rank {self.rank}: at step {self.step} for more than {self.seconds:g} s\n")
+        self._backstop.flush()
+        faulthandler.dump_traceback(self._backstop, all_threads=True)
+        # Last, since it asks PyTorch, which may be what is stuck.
+        self._backstop.write("".join(f"collective: {line}\n" for line in last_collectives()))
+        self._backstop.flush()
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.seconds / 4)):
             if time.monotonic() - self._beat < self.seconds:
                 continue
-            self._backstop.write(f"rank {self.rank}: at step {self.step} for more than {self.seconds:g} s\n")
-            self._backstop.flush()
-            faulthandler.dump_traceback(self._backstop, all_threads=True)
-            # Last, since it asks PyTorch, which may be what is stuck.
-            self._backstop.write("".join(f"collective: {line}\n" for line in last_collectives()))
-            self._backstop.flush()
+            with contextlib.suppress(OSError):  # a full disk, perhaps what is stuck
+                self._write_stacks()
             if not self._over.wait(GATHER_SECONDS):
                 self.end(f"rank {self.rank} (host {socket.gethostname()}, pid {os.getpid()}) has been at step {self.step} "
                          f"for more than {self.seconds:g} s (monitor.stall_seconds); what every rank was doing is in "
