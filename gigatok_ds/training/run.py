@@ -44,6 +44,8 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
     if warmup > steps:
         raise InputError(f"schedule.warmup_steps is {warmup}, but training.steps is {steps}: the learning rate would never be "
                          "reached; make the warm-up shorter, or the run longer")
+    for name, place in (("--out", run_dir), ("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
+        _check_text(name, str(place))
     _check_data(recipe)
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} exists and is not a directory")
@@ -57,6 +59,15 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) ->
                              f"choose another --out{branch}")
     check_frozen(recipe)
     return check_branch(recipe, run_dir, branch_from)
+
+
+def _check_text(name: str, place: str) -> None:
+    """Refuse a path that no file of a run can name, and TensorBoard cannot write to: bytes that are no text."""
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is {place}, whose bytes are no text as this shell has it ({sys.getfilesystemencoding()}); choose "
+                         "another name, or set LC_ALL=C.UTF-8") from None
 
 
 def _check_data(recipe: Recipe) -> None:
