@@ -13,6 +13,7 @@ from gigatok_ds.checkpoint import graphs
 from gigatok_ds.checkpoint.graphs import SUFFIXES, export_graph
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
+from gigatok_ds.config.model import CNNConfig, TransformerSize
 
 LAYOUTS = {"1d": {}, "2d": {"layout": "2d", "latent_tokens": 64}}
 
@@ -20,47 +21,69 @@ WITHOUT_US = """
 import sys
 sys.modules["gigatok_ds"] = None
 import numpy as np
-inputs = np.load(sys.argv[2])
-if sys.argv[1].endswith(".pt2"):
-    import torch
-    with torch.no_grad():
-        result = torch.export.load(sys.argv[1]).module()(torch.from_numpy(inputs)).numpy()
-else:
+def run(file, inputs):
+    if file.endswith(".pt2"):
+        import torch
+        with torch.no_grad():
+            return torch.export.load(file).module()(torch.from_numpy(inputs)).numpy()
     import onnxruntime
-    session = onnxruntime.InferenceSession(sys.argv[1])
-    result = session.run(None, {session.get_inputs()[0].name: inputs})[0]
-np.save(sys.argv[3], result)
+    session = onnxruntime.InferenceSession(file)
+    return session.run(None, {session.get_inputs()[0].name: inputs})[0]
+values = np.load(sys.argv[1])
+for number, file in enumerate(sys.argv[2:]):
+    values = run(file, values[:1] if number else values)
+    np.save(file + ".npy", values)
 """
 
 
-def run_alone(file, inputs, folder):
-    """What a graph gives in a process that cannot import gigatok_ds."""
-    np.save(folder / "in.npy", inputs.numpy())
-    subprocess.run([sys.executable, "-c", WITHOUT_US, file, folder / "in.npy", folder / "out.npy"], check=True)
-    return torch.from_numpy(np.load(folder / "out.npy"))
+def shallow_tokenizer(**changes):
+    """One block of each kind, of which others are repetitions: exporting takes as long as there are operators."""
+    one = TransformerSize(width=32, layers=1, heads=2)
+    cnn = CNNConfig(base_channels=32, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), residual_blocks=1)
+    return small_tokenizer(encoder=one, decoder=one, cnn=cnn, **changes)
+
+
+def run_alone(inputs, *files):
+    """What each graph gives in a process that cannot import gigatok_ds; the second gets the first row of the first's result."""
+    source = files[0].with_name("in.npy")
+    np.save(source, inputs.numpy())
+    subprocess.run([sys.executable, "-c", WITHOUT_US, source, *files], check=True)
+    return [torch.from_numpy(np.load(f"{file}.npy")) for file in files]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(tokenizer, its graphs' files by part, what was said of each) of a layout and a format, exported once."""
+    made = {}
+
+    def export(layout, format):
+        if (layout, format) not in made:
+            tokenizer, folder = shallow_tokenizer(**LAYOUTS[layout]), tmp_path_factory.mktemp(f"{layout}-{format}")
+            files = {part: folder / (part + SUFFIXES[format]) for part in graphs.PARTS}
+            said = {part: export_graph(tokenizer, part, file, format=format) for part, file in files.items()}
+            made[layout, format] = tokenizer, files, said
+        return made[layout, format]
+
+    return export
 
 
 @pytest.mark.parametrize("layout, format", [
     ("1d", "onnx"), ("2d", "torch"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("1d", "torch"), ("2d", "onnx"))),
 ])
-def test_graphs_give_the_codes_and_images_of_the_model(layout, format, tmp_path):
+def test_graphs_give_the_codes_and_images_of_the_model(layout, format, exported):
     """Of any number of images. torch.export: exactly; ONNX Runtime: the same codes, and pixels to 1e-4."""
-    tokenizer = small_tokenizer(**LAYOUTS[layout])
-    files = {part: tmp_path / (part + SUFFIXES[format]) for part in graphs.PARTS}
-    assert "100.00% of the codes" in export_graph(tokenizer, "encoder", files["encoder"], format=format)
-    assert "pixels differ by at most" in export_graph(tokenizer, "decoder", files["decoder"], format=format)
+    tokenizer, files, said = exported(layout, format)
+    assert "100.00% of the codes" in said["encoder"] and "pixels differ by at most" in said["decoder"]
     images = torch.rand(5, 3, 16, 16) * 2 - 1
-    codes = run_alone(files["encoder"], images, tmp_path)
+    codes, pixels = run_alone(images, files["encoder"], files["decoder"])
     assert codes.dtype == torch.int64 and torch.equal(codes, tokenizer.encode(images))
-    pixels = run_alone(files["decoder"], codes[:1], tmp_path)
     assert (pixels - tokenizer.decode(codes[:1])).abs().max() <= (0 if format == "torch" else 1e-4)
 
 
-def test_a_graph_holds_the_weights_of_its_own_part_only(tmp_path):
-    tokenizer = small_tokenizer()
+def test_a_graph_holds_the_weights_of_its_own_part_only(exported):
+    tokenizer, files, _ = exported("2d", "torch")
     for part, others in (("encoder", "decoder"), ("decoder", "encoder")):
-        export_graph(tokenizer, part, tmp_path / f"{part}.pt2")
-        held = torch.export.load(tmp_path / f"{part}.pt2").state_dict
+        held = torch.export.load(files[part]).state_dict
         elsewhere = [*getattr(tokenizer, others).parameters(), *getattr(tokenizer, f"cnn_{others}").parameters()]
         numbers = sum(parameter.numel() for parameter in tokenizer.parameters()) - sum(p.numel() for p in elsewhere)
         assert sum(tensor.numel() for name, tensor in held.items() if "codebook_used" not in name) <= numbers
@@ -88,15 +111,15 @@ def test_pixels_that_differ_by_more_than_a_ten_thousandth_are_refused(wrong):
 
 def test_weights_too_many_for_an_onnx_file_are_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "ONNX_BYTES", 1000)
-    tokenizer = small_tokenizer()
+    tokenizer = shallow_tokenizer()
     export_graph(tokenizer, "encoder", tmp_path / "e.onnx", format="onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.onnx", "e.onnx.data"]
     images = torch.rand(1, 3, 16, 16)
-    assert torch.equal(run_alone(tmp_path / "e.onnx", images, tmp_path), tokenizer.encode(images))
+    assert torch.equal(run_alone(images, tmp_path / "e.onnx")[0], tokenizer.encode(images))
 
 
 def test_what_computes_something_else_is_not_kept(tmp_path, monkeypatch):
-    tokenizer = small_tokenizer()
+    tokenizer = shallow_tokenizer()
     monkeypatch.setattr(graphs, "_of_the_model", lambda tokenizer, part, inputs: tokenizer.encode(inputs).flip(1))
     with pytest.raises(InputError, match="of the model's codes; at least 100.0% are wanted"):
         export_graph(tokenizer, "encoder", tmp_path / "e.pt2")
@@ -104,7 +127,7 @@ def test_what_computes_something_else_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_as_a_command(tmp_path, capsys):
-    tokenizer = small_tokenizer()
+    tokenizer = shallow_tokenizer()
     save_standalone(tmp_path / "tok", tokenizer.config, tokenizer.state_dict())
     command = ["export-graph", str(tmp_path / "tok"), str(tmp_path / "d.pt2"), "--part", "decoder"]
     assert main(command) == 0 and "pixels differ by at most 0" in capsys.readouterr().out
