@@ -1,5 +1,6 @@
 """Plans: rehearsals in few layers equal those of all, FLOPs equal torch's, layouts fit, and training takes them."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -122,14 +123,17 @@ def test_clusters():
     assert (here.hosts, here.per_host) == (2, 4)
 
 
-def test_less_memory_computes_more_again_and_then_nothing_fits(recipes):
+def test_less_memory_computes_more_again_and_then_nothing_fits(recipes, monkeypatch):
     recipe = recipes("tokenizer", "training.global_batch_size=64", "loss.auxiliary=null", "loss.adversarial=null",
                      "loss.quantizer.entropy=0.0")
+
+    # What is rehearsed does not depend on the memory.
+    monkeypatch.setattr("gigatok_ds.planning.planner.micro_batch", functools.cache(published.micro_batch))
 
     def planner(gigabytes):
         # Kernels take no time, so that what is computed decides.
         assumptions = Assumptions(kernel_seconds=0.0, reserved=0.0, memory=1.0)
-        return Planner(recipe, parse_cluster("1x4xH100", memory_gb=gigabytes), assumptions)
+        return Planner(recipe, parse_cluster("1x4xH100", memory_gb=gigabytes), assumptions, tensor=1)
 
     roomy = planner(80).recommended()
     assert roomy.fits and roomy.layout == Layout(tensor=1, sequence=False, stage=1, micro=16, recompute=NOTHING)
