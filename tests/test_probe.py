@@ -206,7 +206,7 @@ def test_a_probe_on_pixels_learns_real_digits(tmp_path):
 
     for name, samples in zip(("train", "val"), digits_splits(16), strict=True):
         write_shards(iter(samples), tmp_path / name, prefix=name, classes=CLASSES)
-    settings = ProbeSettings(classes=10, epochs=20, warmup_epochs=2, base_lr=40.0, batch_size=128, flip=False)
+    settings = ProbeSettings(classes=10, epochs=7, warmup_epochs=1, base_lr=40.0, batch_size=128, flip=False)
     run = probe.ProbeRun(Pixels(), ShardIndex.open(tmp_path / "train"), settings, single_process(), tmp_path / "out",
                          identity={})
     assert run.run() < 1
