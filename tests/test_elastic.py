@@ -164,7 +164,7 @@ def test_a_run_that_writes_in_the_background_writes_the_same(runs):
 
 @pytest.mark.parametrize("kind, layout, more", [
     ("gpt", LAYOUTS["gpt"][5], []),
-    ("tokenizer", LAYOUTS["tokenizer"][2], []),
+    pytest.param("tokenizer", LAYOUTS["tokenizer"][2], [], marks=pytest.mark.slow),
     ("gpt", LAYOUTS["gpt"][0], ["training.precision=bf16"]),
     ("gpt", LAYOUTS["gpt"][3], ["training.precision=bf16"]),
 ], ids=str)
