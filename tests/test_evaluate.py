@@ -1,4 +1,4 @@
-"""`gigatok-ds evaluate` from files to results: on 1, 2 and 4 ranks, against plain computations, and what it refuses."""
+"""`gigatok-ds evaluate` from files to results: on one rank and several, against plain computations, and what it refuses."""
 
 import json
 
@@ -23,7 +23,7 @@ from gigatok_ds.evaluation.image_sets import FolderImages, NpzImages, open_image
 from gigatok_ds.evaluation.inception import load_inception
 from gigatok_ds.losses.perceptual import load_lpips
 
-SAMPLES, REFERENCES = 13, 9
+SAMPLES, REFERENCES, PHOTOS = 9, 5, 5
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def refused(capsys, *arguments):
 
 def generation(batches, out, *more):
     return ["evaluate", "generation", batches / "samples.npz", "--reference", batches / "reference.npz", "--inception",
-            "random", "--allow", "count", "--allow", "reference", "--cache", batches / "cache", "--batch-size", "3", "--out",
+            "random", "--allow", "count", "--allow", "reference", "--cache", batches / "cache", "--batch-size", "2", "--out",
             out, *more]
 
 
@@ -72,24 +72,24 @@ def test_generated_images_have_the_figures_of_their_features(batches, tmp_path):
     pooled, spatial = ([gaussian_of(getattr(side, part)) for side in sides] for part in ("pooled", "spatial"))
     manifolds = precision_recall(sides[0].pooled, sides[1].pooled)
     assert figures(tmp_path / "one") == {
-        "gfid_custom13_random": pytest.approx(frechet_distance(*pooled), rel=1e-6),
-        "sfid_custom13_random": pytest.approx(frechet_distance(*spatial), rel=1e-6),
-        "inception_score_13_random": pytest.approx(inception_score(sides[1].logits), rel=1e-6),
-        "precision_custom13_random": manifolds.precision,
-        "recall_custom13_random": manifolds.recall,
+        "gfid_custom9_random": pytest.approx(frechet_distance(*pooled), rel=1e-6),
+        "sfid_custom9_random": pytest.approx(frechet_distance(*spatial), rel=1e-6),
+        "inception_score_9_random": pytest.approx(inception_score(sides[1].logits), rel=1e-6),
+        "precision_custom9_random": manifolds.precision,
+        "recall_custom9_random": manifolds.recall,
     }
     assert frechet_distance(*pooled) > 0.01
     kept = list((batches / "cache").iterdir())
     assert len(kept) == 1
-    for ranks in (2, 4):  # 13 images in batches of 3: the last is one image, and the fourth rank of 4 has one batch more
-        run_ranks(on_ranks, ranks, generation(batches, tmp_path / str(ranks)))
-        assert figures(tmp_path / str(ranks)) == pytest.approx(figures(tmp_path / "one"), rel=1e-6)
+    # Nine images in batches of two: the last is one image, and one rank of four has a batch more.
+    run_ranks(on_ranks, 4, generation(batches, tmp_path / "four"))
+    assert figures(tmp_path / "four") == pytest.approx(figures(tmp_path / "one"), rel=1e-6)
     assert list((batches / "cache").iterdir()) == kept, "computed once"
     settings = json.loads((tmp_path / "one" / "results.json").read_text())["settings"]
     assert settings["reference_kind"] == "custom" and len(settings["samples_sha256"]) == 64 and "tf32_products" in settings
     page = (tmp_path / "one" / "results.html").read_text()
-    assert "gfid_custom13_random" in page and "data:image/png;base64" in page
-    assert "| gfid_custom13_random |" in (tmp_path / "one" / "results.md").read_text()
+    assert "gfid_custom9_random" in page and "data:image/png;base64" in page
+    assert "| gfid_custom9_random |" in (tmp_path / "one" / "results.md").read_text()
 
 
 def test_statistics_in_the_reference_are_used_as_they_are(batches, tmp_path):
@@ -105,7 +105,7 @@ def test_statistics_in_the_reference_are_used_as_they_are(batches, tmp_path):
     assert on_ranks(arguments) == 0
     given = Gaussian(torch.full((2048,), 0.25).double(), torch.eye(2048).double())
     expected = frechet_distance(gaussian_of(output.pooled), given)
-    assert figures(tmp_path / "out")["gfid_custom13_random"] == pytest.approx(expected, rel=1e-6)
+    assert figures(tmp_path / "out")["gfid_custom9_random"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -114,14 +114,14 @@ def test_a_set_against_itself(batches, tmp_path):
     arguments[arguments.index("--reference") + 1] = batches / "samples.npz"
     assert on_ranks(arguments) == 0
     found = figures(tmp_path / "out")
-    assert abs(found["gfid_custom13_random"]) < 1e-6 and abs(found["sfid_custom13_random"]) < 1e-6
-    assert found["precision_custom13_random"] == found["recall_custom13_random"] == 1
+    assert abs(found["gfid_custom9_random"]) < 1e-6 and abs(found["sfid_custom9_random"]) < 1e-6
+    assert found["precision_custom9_random"] == found["recall_custom9_random"] == 1
 
 
 def test_what_would_not_compare_is_refused(batches, tmp_path, capsys):
     plain = ["evaluate", "generation", batches / "samples.npz", "--reference", batches / "reference.npz", "--inception",
              "random", "--out", tmp_path / "out"]
-    assert "holds 13 images, but published figures are of 50,000" in refused(capsys, *plain)
+    assert "holds 9 images, but published figures are of 50,000" in refused(capsys, *plain)
     assert "the reference is not ADM's batch" in refused(capsys, *plain, "--allow", "count")
     np.savez(tmp_path / "large.npz", np.zeros((5, 32, 32, 3), np.uint8))
     np.savez(tmp_path / "float.npz", np.zeros((5, 16, 16, 3), np.float32))
@@ -148,13 +148,13 @@ def test_folders_and_files_hold_the_same(batches, tmp_path):
     np.save(tmp_path / "labels.npy", whole.labels)
     folder = open_images(tmp_path)
     assert isinstance(folder, FolderImages) and len(folder) == SAMPLES and folder.size == tuple(whole.size)
-    assert torch.equal(folder.read(range(3, 13)), whole.read(range(3, 13)))
+    assert torch.equal(folder.read(range(3, SAMPLES)), whole.read(range(3, SAMPLES)))
     assert folder.labels.tolist() == whole.labels.tolist() == [number % 3 for number in range(SAMPLES)]
     np.savez_compressed(tmp_path / "packed.npz", whole.read(range(SAMPLES)).permute(0, 2, 3, 1).numpy())
     assert torch.equal(open_images(tmp_path / "packed.npz").read(range(SAMPLES)), whole.read(range(SAMPLES)))
     Image.new("RGB", (8, 8)).save(tmp_path / "000020.png")
     with pytest.raises(InputError, match=r"000020.png has \(8, 8\) pixels"):
-        open_images(tmp_path).read(range(10, 14))
+        open_images(tmp_path).read(range(SAMPLES - 3, SAMPLES + 1))
 
 
 def test_damaged_and_floating_batches(tmp_path, batches):
@@ -174,7 +174,7 @@ def test_damaged_and_floating_batches(tmp_path, batches):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for number in range(7):
+    for number in range(PHOTOS):
         folder = root / f"class{number % 2}"
         folder.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"{number}.png")
@@ -185,10 +185,10 @@ def test_reconstructions_have_the_figures_of_all_images(models, photos, tmp_path
     vgg = data[0] / "vgg.pth"
     arguments = ["evaluate", "reconstruction", models / "tok", photos, "--inception", "random", "--vgg", vgg, "--allow",
                  "count", "--batch-size", "2", "--out"]
-    for ranks in (1, 2, 4):
+    for ranks in (1, 4):
         run_ranks(on_ranks, ranks, [*arguments, tmp_path / str(ranks)])
     tokenizer, images = small_tokenizer(), CroppedImages(photos, 16)
-    real = scale_pixels(images.pixels(range(7)))
+    real = scale_pixels(images.pixels(range(PHOTOS)))
     codes = tokenizer.encode(real)
     restored = tokenizer.decode(codes)
     inception = load_inception("random", "here")
@@ -199,20 +199,20 @@ def test_reconstructions_have_the_figures_of_all_images(models, photos, tmp_path
         "psnr": psnr(real, restored).mean().item(), "ssim": ssim(real, restored).mean().item(),
         "lpips": lpips.double().mean().item(), "codebook_usage": codebook_usage(codes, 64),
         "codebook_perplexity": perplexity(codes, 64),
-        "rfid_val7_random": frechet_distance(*(gaussian_of(side.pooled) for side in outputs)),
-        "rsfid_val7_random": frechet_distance(*(gaussian_of(side.spatial) for side in outputs)),
+        "rfid_val5_random": frechet_distance(*(gaussian_of(side.pooled) for side in outputs)),
+        "rsfid_val5_random": frechet_distance(*(gaussian_of(side.spatial) for side in outputs)),
     }
     assert figures(tmp_path / "1") == pytest.approx(expected, rel=1e-4)
-    for ranks in ("2", "4"):  # of four batches, each of four ranks has one; 7 is not a multiple of 2
-        assert figures(tmp_path / ranks) == pytest.approx(figures(tmp_path / "1"), rel=1e-6)
+    # Of three batches, the last of one image, one of four ranks has none.
+    assert figures(tmp_path / "4") == pytest.approx(figures(tmp_path / "1"), rel=1e-6)
     page = (tmp_path / "1" / "results.html").read_text()
     assert "the best images above their reconstructions" in page
-    assert Image.open(tmp_path / "1" / "picture-1.png").size == (7 * 18 - 2, 6 * 18 - 2)
+    assert Image.open(tmp_path / "1" / "picture-1.png").size == (PHOTOS * 18 - 2, 6 * 18 - 2)
 
 
 def test_reconstruction_needs_the_validation_set(models, photos, tmp_path, capsys):
     start = ["evaluate", "reconstruction", models / "tok"]
-    assert "holds 7 images, but published figures are of ImageNet's 50,000" in refused(capsys, *start, photos, "--out",
+    assert "holds 5 images, but published figures are of ImageNet's 50,000" in refused(capsys, *start, photos, "--out",
                                                                                        tmp_path / "o")
     assert "needs the data" in refused(capsys, *start, "--out", tmp_path / "o")
 
@@ -222,13 +222,13 @@ def test_loss_is_the_mean_over_codes(models, photos, tmp_path):
     for ranks in (1, 2):
         run_ranks(on_ranks, ranks, [*arguments, tmp_path / str(ranks)])
     tokenizer, gpt, images = small_tokenizer(), small_gpt(), CroppedImages(photos, 16)
-    codes = tokenizer.encode(scale_pixels(images.pixels(range(7))))
-    labels = torch.tensor([images[number]["labels"] for number in range(7)])
+    codes = tokenizer.encode(scale_pixels(images.pixels(range(PHOTOS))))
+    labels = torch.tensor([images[number]["labels"] for number in range(PHOTOS)])
     with torch.no_grad():
         logits = gpt(codes[:, :-1], labels).double()
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten()).item()
     for ranks in ("1", "2"):
-        assert figures(tmp_path / ranks) == {"validation_loss": pytest.approx(expected, rel=1e-6), "sequences": 7}
+        assert figures(tmp_path / ranks) == {"validation_loss": pytest.approx(expected, rel=1e-6), "sequences": PHOTOS}
 
 
 def test_loss_of_stored_codes_is_the_same(models, photos, tmp_path):
