@@ -38,7 +38,7 @@ def wait_for(condition, seconds):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
 def test_killing_one_rank_of_four_ends_the_job_and_names_it(tmp_path):
     data = prepare(tmp_path)
-    job = launch([tmp_path / "gpt.yaml", "--out", tmp_path / "run", "--zero", 3, "--tp", 2, *data["gpt"],
+    job = launch([tmp_path / "gpt.yaml", "--out", tmp_path / "run", "--zero", 3, *data["gpt"],
                   "training.steps=100000", "training.validate_every=100000", "checkpoint.every=100000"], ranks=4)
     ranks = {}
     try:
