@@ -22,8 +22,8 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["gigatok_ds.training.engine", "gigatok_ds.training.run",
                                  "gigatok_ds.parallel.megatron", "gigatok_ds.training.tokenizer_task",
                                  "gigatok_ds.training.gpt_task", "gigatok_ds.training.loop",
-                                 "torch._dynamo", "torch.utils.tensorboard", "timm",
-                                 "torch_fidelity.feature_extractor_inceptionv3"])
+                                 "torch._dynamo", "torch.utils.tensorboard",
+                                 "torch_fidelity.feature_extractor_inceptionv3", "frozen_heap"])
 
 
 class RanksFailed(Exception):
@@ -53,9 +53,10 @@ def run_ranks(function, ranks, *arguments, timeout=300):
 
 @contextlib.contextmanager
 def _server_environment():
-    """Variables as the server is to see them: it starts with the first process."""
+    """Variables as the server is to see them: it starts with the first process. It finds modules by PYTHONPATH alone."""
     before = dict(os.environ)
-    os.environ.update(ON_CPU)
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before.get("PYTHONPATH")])])
+    os.environ.update(ON_CPU, PYTHONPATH=path)
     try:
         yield
     finally:
@@ -74,7 +75,8 @@ def run_main(words, ranks=1, timeout=300):
         port, processes = free_port(), []
         for rank in range(ranks):
             surroundings = os.environ | ON_CPU | ({} if ranks == 1 else _rank_variables(rank, ranks, port))
-            processes.append(_context.Process(target=_main, args=(surroundings, os.getcwd(), said, list(map(str, words)))))
+            processes.append(_context.Process(target=_apart, args=(surroundings, os.getcwd(), (said, said), _main,
+                                                                   (list(map(str, words)),))))
         try:
             with _server_environment():
                 for process in processes:
@@ -84,6 +86,16 @@ def run_main(words, ranks=1, timeout=300):
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def start_rank(function, *arguments, rank, ranks, port, output):
+    """A process that runs function(*arguments) as one of `ranks` ranks, for the caller to wait for; output: the files that its
+    stdout and stderr are written to."""
+    surroundings = os.environ | ON_CPU | _rank_variables(rank, ranks, port)
+    process = _context.Process(target=_apart, args=(surroundings, os.getcwd(), output, function, arguments))
+    with _server_environment():
+        process.start()
+    return process
 
 
 def _exit_code(processes, deadline):
@@ -99,22 +111,27 @@ def _exit_code(processes, deadline):
     return first or next((p.exitcode for p in processes if p.exitcode), 0)
 
 
-def _main(surroundings, folder, said, words):
-    """`python -m gigatok_ds WORDS`, in a fork of the server."""
+def _main(words):
+    """`python -m gigatok_ds WORDS`."""
+    from gigatok_ds.__main__ import end
+    from gigatok_ds.cli.main import main
+
+    end(main(words))
+
+
+def _apart(surroundings, folder, output, function, arguments):
+    """function(*arguments) in a fork of the server, as a process of its own would run it."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end with the server
     os.environ.clear()
     os.environ.update(surroundings)
     os.chdir(folder)
-    with open(said, "ab", buffering=0) as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    for number, path in enumerate(output, 1):
+        with open(path, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), number)
     import torch
 
-    from gigatok_ds.__main__ import end
-    from gigatok_ds.cli.main import main
-
     torch.set_num_threads(1)
-    end(main(words))
+    function(*arguments)
 
 
 def _rank_variables(rank, ranks, port):

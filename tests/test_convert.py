@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from golden_models import original_weights
-from rank_runs import run_ranks
+from rank_runs import run_ranks, start_rank
 from safetensors.torch import load_file
 from small_models import small_gpt, small_tokenizer
+from test_rank_failure import wait_for
 from training_runs import GPT as GPT_RECIPE
 from training_runs import prepare
 
@@ -26,7 +27,7 @@ from gigatok_ds.checkpoint.original import read_original, save_original, to_orig
 from gigatok_ds.checkpoint.pt_file import write_pt
 from gigatok_ds.checkpoint.sources import open_model
 from gigatok_ds.checkpoint.standalone import damaged_weights, lazy_weights, save_standalone
-from gigatok_ds.checkpoint.tensor_files import Spec, write_tensors
+from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, shapes_of, write_tensors
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
@@ -49,12 +50,13 @@ def train(recipe, out, settings):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A finished run of each kind, and a folder: with an average and checkpoints of steps 4 and 8."""
+    """A finished run of each kind, and a folder: with an average and checkpoints of steps 4 and 8, of two ranks that share
+    moments, or all."""
     folder = tmp_path_factory.mktemp("convert")
     data = prepare(folder)
-    for kind in data:
+    for kind, stage in (("tokenizer", 1), ("gpt", 3)):
         recipe = load_recipe(folder / f"{kind}.yaml", [*data[kind], "training.ema_decay=0.8"])
-        run_ranks(train, 2, recipe, folder / kind, zero_settings(3))
+        run_ranks(train, 2, recipe, folder / kind, zero_settings(stage))
     return folder
 
 
@@ -271,22 +273,28 @@ def test_few_tensors_are_in_memory_at_a_time(tmp_path):
     assert max(peaks) - peaks[0] < 500, peaks
 
 
-def test_killed_while_it_writes_it_leaves_no_result(tmp_path):
-    write_tensors(tmp_path / "x.safetensors", BIG, lambda name: torch.zeros(BIG[name].shape))
-    slow = ("import sys, time, torch; from pathlib import Path; from test_convert import *; "
-            "gpt = small_gpt(); weights = gpt.state_dict(); "
-            "from gigatok_ds.checkpoint.tensor_files import LazyTensors, shapes_of; "
-            "lazy = LazyTensors(shapes_of(weights), lambda name: (print('writing', flush=True), time.sleep(0.2), weights[name])[2]); "
-            "save = {'a': save_standalone, 'b': save_original}[sys.argv[2]]; "
-            "save(Path(sys.argv[1]) / sys.argv[2], gpt.config, lazy)")
-    for way in ("a", "b"):
-        process = subprocess.Popen([sys.executable, "-c", slow, tmp_path, way], stdout=subprocess.PIPE,
-                                   cwd=os.path.dirname(__file__))
-        process.stdout.readline()
-        time.sleep(0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / way).exists()
+def save_slowly(folder, way):
+    """Write a model a tensor at a time, saying so."""
+    gpt = small_gpt()
+    weights = gpt.state_dict()
+
+    def read(name):
+        print("writing", flush=True)
+        time.sleep(0.2)
+        return weights[name]
+
+    {"a": save_standalone, "b": save_original}[way](folder / way, gpt.config, LazyTensors(shapes_of(weights), read))
+
+
+@pytest.mark.parametrize("way", ["a", "b"])
+def test_killed_while_it_writes_it_leaves_no_result(tmp_path, way):
+    said = tmp_path / "said.txt"
+    process = start_rank(save_slowly, tmp_path, way, rank=0, ranks=1, port=0, output=(said, said))
+    wait_for(lambda: said.exists() and "writing" in said.read_text(), 60)
+    time.sleep(0.3)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / way).exists()
 
 
 @pytest.mark.parametrize("recipe", ["VQ_SS256", pytest.param("VQ_SS256_2d", marks=pytest.mark.slow), "GPT-B"])
@@ -305,14 +313,14 @@ def test_an_original_opened_twice_reads_the_same(tmp_path, monkeypatch):
     """The mapping is renewed in between, after every tensor here."""
     from gigatok_ds.checkpoint import pt_file
 
-    tokenizer = small_tokenizer()
-    save_original(tmp_path / "t.pt", tokenizer.config, tokenizer.state_dict())
+    gpt = small_gpt()
+    save_original(tmp_path / "t.pt", gpt.config, gpt.state_dict())
     monkeypatch.setattr(pt_file, "_MAPPED_BYTES", 0)
-    expected, found = to_original(tokenizer.config, tokenizer.state_dict()), read_original(tmp_path / "t.pt", kind="tokenizer")
+    expected, found = to_original(gpt.config, gpt.state_dict()), read_original(tmp_path / "t.pt", kind="gpt")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(InputError, match="exists already"):
-        save_original(tmp_path / "t.pt", tokenizer.config, tokenizer.state_dict())
-    save_standalone(tmp_path / "m", tokenizer.config, tokenizer.state_dict())
+        save_original(tmp_path / "t.pt", gpt.config, gpt.state_dict())
+    save_standalone(tmp_path / "m", gpt.config, gpt.state_dict())
     with pytest.raises(InputError, match="does not say what it is"):
         open_model(tmp_path / "t.pt")
 

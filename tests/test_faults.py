@@ -2,67 +2,72 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from rank_runs import start_rank
 
 from gigatok_ds.demo.pipeline import free_port
 
 RANKS = 4
-SCRIPT = """
-import os, sys, time
-import torch.distributed as dist
-from gigatok_ds.errors import InputError
-from gigatok_ds.parallel.topology import start_process_group
-from gigatok_ds.training.faults import watch_ranks
 
-topology = start_process_group()
-rank = topology.rank
-with watch_ranks(topology):
-    dist.barrier()
-    print("ready", flush=True)
-    {body}
-print("done", flush=True)
-"""
+
+def run(body):
+    """A rank's whole program, with `body` where training would be."""
+    import torch.distributed as dist
+
+    from gigatok_ds.errors import InputError
+    from gigatok_ds.parallel.topology import start_process_group
+    from gigatok_ds.training.faults import watch_ranks
+
+    topology = start_process_group()
+    with watch_ranks(topology):
+        dist.barrier()
+        print("ready", flush=True)
+        exec(body, {"rank": topology.rank, "dist": dist, "time": time, "os": os,  # noqa: S102 (our own)
+                    "InputError": InputError})
+    print("done", flush=True)
 
 
 class Job:
-    def __init__(self, body):
-        port = str(free_port())
-        script = SCRIPT.format(body=body.replace("\n", "\n    "))
-        self.ranks = [
-            subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-                                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                                               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-            for rank in range(RANKS)
-        ]
+    """Ranks that are forked, each with what it prints and its errors in files."""
 
-    def wait_until_ready(self):
-        for process in self.ranks:
-            assert process.stdout.readline() == "ready\n", process.stderr.read()
+    def __init__(self, body, folder):
+        port = free_port()
+        self.said = [(folder / f"rank-{rank}.out", folder / f"rank-{rank}.err") for rank in range(RANKS)]
+        self.ranks = [start_rank(run, body, rank=rank, ranks=RANKS, port=port, output=said)
+                      for rank, said in enumerate(self.said)]
 
-    def end(self, seconds=30):
+    def wait_until_ready(self, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not all(out.exists() and "ready" in out.read_text() for out, _ in self.said):
+            assert time.monotonic() < deadline and all(process.is_alive() for process in self.ranks), self.errors()
+            time.sleep(0.05)
+
+    def errors(self):
+        return "".join(error.read_text() for _, error in self.said if error.exists())
+
+    def end(self, seconds=60):
         """(exit codes, everything on stderr) once all have ended by themselves."""
         deadline = time.monotonic() + seconds
-        errors = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[1] for process in self.ranks]
-        return [process.returncode for process in self.ranks], "".join(errors)
+        for process in self.ranks:
+            process.join(timeout=max(deadline - time.monotonic(), 0.1))
+        assert not any(process.is_alive() for process in self.ranks), self.errors()
+        return [process.exitcode for process in self.ranks], self.errors()
 
 
 @pytest.fixture
-def job():
+def job(tmp_path):
     started = []
 
     def start(body):
-        started.append(Job(body))
+        started.append(Job(body, tmp_path))
         return started[-1]
 
     yield start
     for process in (process for one in started for process in one.ranks):
         process.kill()
-        process.wait()
+        process.join()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -70,7 +75,7 @@ def job():
 def test_a_killed_rank_is_named_and_ends_all(job, rank, body):
     ranks = job(body.format(rank))
     ranks.wait_until_ready()
-    ranks.ranks[rank].send_signal(signal.SIGKILL)
+    os.kill(ranks.ranks[rank].pid, signal.SIGKILL)
     codes, errors = ranks.end()
     assert codes[rank] == -signal.SIGKILL and all(codes)
     assert errors.count("died without a message") == 1 and "Traceback" not in errors

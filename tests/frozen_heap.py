@@ -1,0 +1,10 @@
+"""Imported last by the server of `rank_runs`: its forks do not look for garbage among all that it has imported, which would take
+each of them a second, and a copy of that memory."""
+
+import gc
+
+from gigatok_ds.lean_imports import timm_library
+
+timm_library()  # without wandb, whose directories would lie in TMPDIR as long as the server lives
+gc.collect()
+gc.freeze()
