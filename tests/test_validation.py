@@ -6,7 +6,7 @@ import torch
 from rank_runs import run_ranks
 from test_distribution import distance_of_few
 from torchvision.models import vgg16
-from training_runs import prepare
+from training_runs import image_shards, prepare
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe, save_resolved
@@ -23,14 +23,15 @@ from gigatok_ds.training import validation
 from gigatok_ds.training.monitor import read_metrics
 from gigatok_ds.training.run import check_run, run_training
 
-IMAGES = 11
+IMAGES = 5
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folder with a recipe and 11 validation images, the arguments that name them, and a file of VGG16's weights."""
+    """Folder with a recipe and 11 validation images (few/: 5), the arguments that name them, and a file of VGG16's weights."""
     folder = tmp_path_factory.mktemp("validation")
     arguments = prepare(folder)["tokenizer"]
+    image_shards(folder / "few", IMAGES)
     with torch.device("meta"):
         shapes = {f"features.{name}": value.shape for name, value in vgg16().features.state_dict().items()}
     stream = torch.Generator().manual_seed(0)
@@ -86,12 +87,18 @@ def whole_set(recipe):
 
 
 @pytest.fixture(scope="module")
-def alone(data, recipe):
-    return run_ranks(measure, 1, recipe("validation.inception=random"), data[0] / "vgg.pth", 4)[0][0]
+def few(data, recipe):
+    """Inception takes a third of a second for each image."""
+    return recipe("validation.inception=random", f"data.validation={data[0] / 'few'}")
 
 
-def test_figures_are_those_of_the_whole_set(data, recipe, alone):
-    images, restored, codes = whole_set(recipe())
+@pytest.fixture(scope="module")
+def alone(data, few):
+    return run_ranks(measure, 1, few, data[0] / "vgg.pth", 2)[0][0]
+
+
+def test_figures_are_those_of_the_whole_set(data, few, alone):
+    images, restored, codes = whole_set(few)
     assert restored.abs().max() > 1.2 and len(images) == IMAGES
     with torch.no_grad():
         lpips = load_lpips(data[0] / "vgg.pth").eval()(images, restored)
@@ -103,13 +110,13 @@ def test_figures_are_those_of_the_whole_set(data, recipe, alone):
         "lpips": pytest.approx(lpips.double().mean().item(), rel=1e-6),
         "codebook_usage": codebook_usage(codes, 64),
         "codebook_perplexity": pytest.approx(perplexity(codes, 64), rel=1e-12),
-        "rfid_val11_random": pytest.approx(distance, rel=1e-6),
+        "rfid_val5_random": pytest.approx(distance, rel=1e-6),
     }
 
 
-def test_two_ranks_find_what_one_does(data, recipe, alone):
-    """Three rounds of 4 images on one rank are two on two, where the last rank finds padding only."""
-    ours, theirs = run_ranks(measure, 2, recipe("validation.inception=random"), data[0] / "vgg.pth", 4)
+def test_two_ranks_find_what_one_does(data, few, alone):
+    """Three rounds of 2 images on one rank are two on two, where the last rank finds padding only."""
+    ours, theirs = run_ranks(measure, 2, few, data[0] / "vgg.pth", 2)
     assert ours == theirs
     assert ours[0] == pytest.approx(alone, rel=1e-6)
 
@@ -182,10 +189,10 @@ def test_the_weights_are_looked_for_before_a_run_and_settings_may_change_in_it(r
 def test_a_run_logs_what_it_measures(data, recipe):
     out = data[0] / "run"
     overrides = ["training.steps=2", "training.validate_every=1", "validation.inception=random",
-                 "validation.fid_every=2", "validation.images=4"]
+                 "validation.fid_every=2", "validation.images=2"]
     run_ranks(run_training, 2, recipe(*overrides), out, zero_settings(1))
     logged = [{name for name in line if name.startswith("validation/")} for line in read_metrics(out)]
     common = {"validation/psnr", "validation/codebook_usage", "validation/codebook_perplexity"}
-    assert [names for names in logged if names] == [common, common | {"validation/rfid_val4_random"}]
-    value = read_metrics(out)[-1]["validation/rfid_val4_random"]
+    assert [names for names in logged if names] == [common, common | {"validation/rfid_val2_random"}]
+    value = read_metrics(out)[-1]["validation/rfid_val2_random"]
     assert np.isfinite(value) and value > 0
