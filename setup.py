@@ -105,7 +105,7 @@ setup(
         "app": APP,
         "demo": TRAIN + EVAL,
         # scikit-image: the reference of SSIM, and most of the photographs of benchmarks/photographs.py.
-        "test": TRAIN + EVAL + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "wandb",
+        "test": TRAIN + EVAL + ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6.100", "scikit-image>=0.22", "wandb",
                                "playwright>=1.50", *HUB, *ONNX, *APP],
     },
     entry_points={"console_scripts": ["gigatok-ds = gigatok_ds.cli.main:main"]},
