@@ -132,9 +132,8 @@ RULES = [
     Rule("sbatch", run="shell", everywhere=False,
          replace={"sbatch --nodes=4 launch/slurm.sbatch": "launch/slurm.sbatch --dry-run"}),
     Rule("deepspeed", run="fork"),  # launch/train.sh starts by DeepSpeed's launcher, below
-    # Two ranks; weights of frozen networks are drawn.
-    Rule("launch/train.sh VQ_SS256 --out runs/ss", run="shell", replace={
-        "launch/train.sh": "GPUS=2 MASTER_PORT={port} launch/train.sh",
+    # Two ranks; weights of frozen networks are drawn. The script itself is run below, by one rank.
+    Rule("launch/train.sh VQ_SS256 --out runs/ss", run="fork", replace={
         "loss.perceptual.weights=weights/vgg16-397923af.pth": "loss.perceptual.weights=random",
         "loss.semantic.weights=weights/dinov2_vitb14_pretrain.pth": "loss.semantic.weights=random"}),
     Rule("launch/train.sh GPT-B", run="shell", replace={"launch/train.sh": "GPUS=1 MASTER_PORT={port} launch/train.sh"}),
