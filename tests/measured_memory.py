@@ -27,7 +27,7 @@ def peak_bytes(recipe, stage, first_step):
     topology = start_process_group(tensor_size=recipe.parallel.tensor, sequence_parallel=recipe.parallel.sequence)
     settings, _ = resolve_deepspeed(settings_of(stage), recipe, data_parallel_size=topology.data_size)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        task = _task(recipe)(recipe, topology, settings)
+        task = _task(recipe)(recipe, topology, settings, _task(recipe).open_data(recipe, topology, settings))
         batches = task.micro_batches(first_step - 1)
         for step in (first_step, first_step + 1):
             with torch.profiler.record_function(f"step {step}"):

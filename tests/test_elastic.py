@@ -115,7 +115,7 @@ def load_and_save(recipe, source, out, settings):
     use_stand_ins()
     topology = start_process_group(tensor_size=recipe.parallel.tensor, sequence_parallel=recipe.parallel.sequence)
     settings, _ = resolve_deepspeed(settings, recipe, data_parallel_size=topology.data_size)
-    task = _task(recipe)(recipe, topology, settings)
+    task = _task(recipe)(recipe, topology, settings, _task(recipe).open_data(recipe, topology, settings))
     step = load_checkpoint(source, task.engines, topology).step
     with CheckpointWriter(out, recipe.checkpoint, topology, stage=0) as writer:
         writer.save(step, 0, task.engines, {})
