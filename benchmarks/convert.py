@@ -4,9 +4,9 @@
 
 Writes a training checkpoint of random weights as two tensor ranks and four data ranks would have, and converts it with
 `gigatok-ds convert` in processes of their own: to a standalone directory, that to an original .pt, that to a standalone
-directory again, whose weights must have the SHA-256 of the first, and the first to a run that training starts from. Beside
-each, the same files are copied and put on the disk.
-Where that is allowed (root), the kernel's cache of files is emptied before each.
+directory again, whose weights must have the SHA-256 of the first, and the first to a run that training starts from.
+Beside each, the same files are copied and put on the disk. Where that is allowed (root), the kernel's cache of files is
+emptied before each.
 
 Needs about four times the model's size on the disk. Exit code 1: a process held more than 3 GB, or was slower than both
 200 MB/s and 60 % of the copy.
@@ -30,7 +30,7 @@ import figures
 import torch
 from figures import Figure
 
-from gigatok_ds.checkpoint.fragments import WEIGHTS, Fragment, Layout, Snapshot
+from gigatok_ds.checkpoint.fragments import WEIGHTS, Fragment, SavedLayout, Snapshot
 from gigatok_ds.checkpoint.inspection import folder_bytes
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.checkpoint.run_directory import MODEL_PARTS, RECIPE_FILE, STATE_FILE, State, checkpoint_path
@@ -60,7 +60,7 @@ def write_checkpoint(recipe_name: str, run_dir: Path) -> Path:
     cuts = {name: cut for name, cut in cuts.items() if name in shapes}
     for name, cut in cuts.items():
         shapes[name][cut.dim] //= TENSOR
-    layout = Layout(tensor_size=TENSOR, data_size=DATA, parameters=shapes, cuts=cuts, kinds=[WEIGHTS],
+    layout = SavedLayout(tensor_size=TENSOR, data_size=DATA, parameters=shapes, cuts=cuts, kinds=[WEIGHTS],
                     adam_steps=dict.fromkeys(shapes, 0), counters={})
     buffers = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in network.state_dict().items()
                if name not in shapes}
@@ -70,12 +70,12 @@ def write_checkpoint(recipe_name: str, run_dir: Path) -> Path:
         for data_rank in range(DATA):
             torch.manual_seed(DATA * tensor_rank + data_rank)
             fragments = {name: fragment(shape, data_rank) for name, shape in shapes.items()}
-            snapshot = Snapshot(tensor_rank=tensor_rank, data_rank=data_rank, layout=layout, fragments={WEIGHTS: fragments},
-                                whole=buffers)
+            snapshot = Snapshot(tensor_rank=tensor_rank, data_rank=data_rank, layout=layout,
+                                fragments={WEIGHTS: fragments}, whole=buffers)
             files |= {f"{part}/{name}": digest for name, digest in snapshot.write(checkpoint / part).items()}
     save_resolved(recipe, checkpoint / RECIPE_FILE)
-    state = State(step=1, samples=0, parts=[part], world_size=TENSOR * DATA, tensor_size=TENSOR, stage=3, metrics={}, guard={},
-                  files=files)
+    state = State(step=1, samples=0, parts=[part], world_size=TENSOR * DATA, tensor_size=TENSOR, stage=3, metrics={},
+                  guard={}, files=files)
     (checkpoint / STATE_FILE).write_text(state.to_json())
     return checkpoint
 
@@ -127,10 +127,13 @@ def compare(direction: str, source: Path, words: list[str | Path], folder: Path)
     shutil.rmtree(folder / "copy")
     seconds, peak = timed(convert(source, *words))
     speed, of_copy = size / seconds, copied / seconds
-    print(f"| {direction} | {size / 1e3:.2f} | {speed:.0f} | {size / copied:.0f} | {of_copy:.2f} | {peak:.2f} |", flush=True)
-    return Figure(case=direction, unit="MB/s", ours=speed, reference=size / copied, reference_name="copying", ratio=of_copy,
-                  direction="x the copy's speed", target=f"at least {OF_COPY:g} or {MB_S:g} MB/s, within {PEAK_GB:g} GB",
-                  met=peak <= PEAK_GB and (speed >= MB_S or of_copy >= OF_COPY), notes=f"{size / 1e3:.2f} GB; peak {peak:.2f} GB")
+    print(f"| {direction} | {size / 1e3:.2f} | {speed:.0f} | {size / copied:.0f} | {of_copy:.2f} | {peak:.2f} |",
+          flush=True)
+    return Figure(case=direction, unit="MB/s", ours=speed, reference=size / copied, reference_name="copying",
+                  ratio=of_copy, direction="x the copy's speed",
+                  target=f"at least {OF_COPY:g} or {MB_S:g} MB/s, within {PEAK_GB:g} GB",
+                  met=peak <= PEAK_GB and (speed >= MB_S or of_copy >= OF_COPY),
+                  notes=f"{size / 1e3:.2f} GB; peak {peak:.2f} GB")
 
 
 def main() -> int:
@@ -139,7 +142,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to write (default: the directory for temporary files)")
     figures.add_option(parser)
     args = parser.parse_args()
-    needed = 4.2 * 4 * sum(parameter.numel() for parameter in build_on_meta(load_recipe(args.recipe).model).parameters())
+    needed = 4.2 * 4 * sum(parameter.numel() for parameter
+                           in build_on_meta(load_recipe(args.recipe).model).parameters())
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         if shutil.disk_usage(folder).free < needed:
@@ -147,7 +151,8 @@ def main() -> int:
             figures.skip(args.json, f"{free / 1e9:.0f} GB are free on the disk; {needed / 1e9:.0f} are needed")
             raise SystemExit(f"{folder} has {free / 1e9:.0f} GB free; {needed / 1e9:.0f} are needed")
         checkpoint = write_checkpoint(args.recipe, folder / "run")
-        print("| direction | GB | MB/s | copying, MB/s | of the copy's speed | peak memory, GB |\n|---|---|---|---|---|---|")
+        print("| direction | GB | MB/s | copying, MB/s | of the copy's speed | peak memory, GB "
+              "|\n|---|---|---|---|---|---|")
         found = [compare("training checkpoint to standalone", checkpoint, [folder / "model"], folder)]
         shutil.rmtree(folder / "run")
         found.append(compare("standalone to .pt", folder / "model", [folder / "m.pt", "--to", "original"], folder))

@@ -118,7 +118,7 @@ def relative_differences(ours: list[Tensor], theirs: list[Tensor]) -> list[float
 def verdict(found: dict[str, dict], differences: list[float]) -> bool:
     ratio = found["naive"]["extra_bytes"] / max(found["ours"]["extra_bytes"], 1)
     print(f"\nmemory: {ratio:.1f} x smaller, target {SMALLER:g}: {'met' if ratio >= SMALLER else 'MISSED'}")
-    for part, difference in zip(PARTS, differences):
+    for part, difference in zip(PARTS, differences, strict=True):
         print(f"{part}: differ by {difference:.1e} of their norm, target {TOLERANCE:g}: "
               f"{'met' if difference <= TOLERANCE else 'MISSED'}")
     return ratio >= SMALLER and all(difference <= TOLERANCE for difference in differences)
@@ -131,8 +131,8 @@ def rows(found: dict[str, dict], differences: list[float], case: str) -> list[Fi
     return [Figure(case=case, unit="s", ours=ours["seconds"], reference=naive["seconds"], reference_name=WORDS["naive"],
                    ratio=faster, direction="x faster", notes="one forward and backward"),
             Figure(case=case, unit="MiB", ours=ours["extra_bytes"] / 2**20, reference=naive["extra_bytes"] / 2**20,
-                   reference_name=WORDS["naive"], ratio=smaller, direction="x smaller", **figures.at_least(SMALLER, smaller),
-                   notes=f"relative differences: {alike}")]
+                   reference_name=WORDS["naive"], ratio=smaller, direction="x smaller",
+                   **figures.at_least(SMALLER, smaller), notes=f"relative differences: {alike}")]
 
 
 def main() -> int:

@@ -70,16 +70,17 @@ def kernels_in(report: str) -> Iterator[Kernel]:
         else:
             continue  # a simple pass over an array
         shared = re.search(r"(\d+) bytes smem", match["rest"])
-        yield Kernel(name=name, dim=dim, registers=int(match["registers"]), shared_bytes=int(shared[1]) if shared else 0,
+        yield Kernel(name=name, dim=dim, registers=int(match["registers"]),
+                     shared_bytes=int(shared[1]) if shared else 0,
                      spilled_bytes=int(match["stores"]) + int(match["loads"]))
 
 
 def table(found: dict[int, list[Kernel]]) -> str:
     lines = [f"{'kernel':22} {'dim':>4}" + "".join(f" | {f'sm_{architecture}: regs':>12} {'smem':>6} {'spill':>6}"
                                                     for architecture in found)]
-    for row in zip(*found.values(), strict=True):
-        lines.append(f"{row[0].name:22} {row[0].dim:4}" + "".join(
-            f" | {kernel.registers:12} {kernel.shared_bytes:6} {kernel.spilled_bytes:6}" for kernel in row))
+    lines += [f"{row[0].name:22} {row[0].dim:4}" + "".join(
+        f" | {kernel.registers:12} {kernel.shared_bytes:6} {kernel.spilled_bytes:6}" for kernel in row)
+        for row in zip(*found.values(), strict=True)]
     return "\n".join(lines)
 
 
@@ -88,9 +89,15 @@ def rows(found: dict[int, list[Kernel]]) -> Iterator[Figure]:
         promised = [kernel for kernel in kernels if kernel.dim <= 32]
         spilled = sum(kernel.spilled_bytes for kernel in promised)
         wide = sum(kernel.spilled_bytes for kernel in kernels) - spilled
-        yield Figure(case=f"sm_{architecture}, up to 32 dimensions", unit="bytes spilled", ours=spilled, target="none",
-                     met=not spilled, notes=f"{max(kernel.registers for kernel in promised)} registers at most; with 64 "
-                                            f"dimensions {wide} bytes are spilled")
+        yield Figure(
+            case=f"sm_{architecture}, up to 32 dimensions",
+            unit="bytes spilled",
+            ours=spilled,
+            target="none",
+            met=not spilled,
+            notes=f"{max(kernel.registers for kernel in promised)} registers at most; with 64 "
+            f"dimensions {wide} bytes are spilled",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """How a benchmark hands its figures to run_all.py: rows in a JSON file, so that nobody reads printed text.
 
-A benchmark calls `add_option` on its parser and `write` at its end. A file that is there says that everything was measured;
-whether ours met its targets is in the rows, and what proves a comparison void is in `problems`.
+A benchmark calls `add_option` on its parser and `write` at its end. A file that is there says that everything was
+measured; whether ours met its targets is in the rows, and what proves a comparison void is in `problems`.
 """
 
 from __future__ import annotations

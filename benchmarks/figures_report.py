@@ -16,8 +16,9 @@ from figures import Figure, Outcome
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 HEAD = "| benchmark | case | ours | reference | ratio | notes |\n| --- | --- | --- | --- | --- | --- |"
-EXPLANATION = """Ours and its reference ran on this machine in the same minutes. A ratio says what it is of: "2 x faster" and
-"2 x smaller" are in favour of ours, below 1 it is slower or larger. Milliseconds and megabytes compare within a row only."""
+EXPLANATION = """Ours and its reference ran on this machine in the same minutes. A ratio says what it is of: "2 x
+faster" and "2 x smaller" are in favour of ours, below 1 it is slower or larger. Milliseconds and megabytes compare
+within a row only."""
 _COMMIT_FILES = (".", ":(exclude)benchmarks/results")
 
 
@@ -87,7 +88,9 @@ def _lines(result: Result, quick: bool) -> list[str]:
 
 
 def _cells(figure: Figure, quick: bool) -> tuple[str, str, str, str]:
-    reference = "" if figure.reference is None else f"{amount(figure.reference)} {figure.unit} ({figure.reference_name})"
+    reference = (
+        "" if figure.reference is None else f"{amount(figure.reference)} {figure.unit} ({figure.reference_name})"
+    )
     ratio = "" if figure.ratio is None else f"{amount(figure.ratio)} {figure.direction}"
     target = f"target {figure.target}" if figure.target else ""
     if target and not quick:  # targets are for the whole setting

@@ -4,15 +4,15 @@
     python benchmarks/gpu_acceptance.py --out DIR --device cpu --quick
 
 Sections run in the order of their value, each in a process of its own. Each has a share of the time, which is printed
-beforehand, and what one leaves over is there for those after it. DIR/report.md and DIR/report.json are written anew after
-every section, so that what was found is kept whatever happens next; DIR/SECTION.log is what it printed. A section that
-fails, hangs or is killed stops no other.
+beforehand, and what one leaves over is there for those after it. DIR/report.md and DIR/report.json are written anew
+after every section, so that what was found is kept whatever happens next; DIR/SECTION.log is what it printed. A section
+that fails, hangs or is killed stops no other.
 
-A checkout is enough, torch and what comes with `pip install gigatok_ds`, pytest and ninja; where the package itself is not
-installed, put PYTHONPATH=. before the command. nvcc compiles the CUDA kernels (minutes on a few cores), unless
-TORCH_EXTENSIONS_DIR holds a library that was compiled elsewhere for the same sources (there:
-GIGATOK_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 TORCH_EXTENSIONS_DIR=DIR gigatok-ds doctor --build). Nothing is fetched.
-Sections that need more say so, and take it from --wheels, a directory made by benchmarks/bundle_wheels.sh.
+A checkout is enough, torch and what comes with `pip install gigatok_ds`, pytest and ninja; where the package itself is
+not installed, put PYTHONPATH=. before the command. nvcc compiles the CUDA kernels (minutes on a few cores), unless
+TORCH_EXTENSIONS_DIR holds a library that was compiled elsewhere for the same sources (there: GIGATOK_BUILD_CUDA=1
+TORCH_CUDA_ARCH_LIST=9.0 TORCH_EXTENSIONS_DIR=DIR gigatok-ds doctor --build). Nothing is fetched. Sections that need
+more say so, and take it from --wheels, a directory made by benchmarks/bundle_wheels.sh.
 
 `--quick` runs each section in its smallest form, and on a CPU shows that this script works, nothing else.
 
@@ -53,7 +53,8 @@ def run(name: str, entry: Section, options: argparse.Namespace, limit: float, en
     if reason := entry.missing(sys.path + environment["PYTHONPATH"].split(os.pathsep), environment["PATH"]):
         return Result(name=name, what=entry.what, status="skipped", why=reason, seconds=0.0, findings=Findings(found))
     log, start = options.out / f"{name}.log", time.monotonic()
-    command = [sys.executable, str(Path(__file__).resolve()), "--out", str(options.out.resolve()), "--device", options.device,
+    command = [sys.executable, str(Path(__file__).resolve()), "--out", str(options.out.resolve()), "--device",
+               options.device,
                *(["--quick"] if options.quick else []), "--as-section", name, str(limit)]
     code = watch(command, log, limit, environment=environment,
                  tell=lambda seconds: print(f"    {seconds:.0f} s  {last_line(log)}", flush=True))
@@ -66,7 +67,8 @@ def run(name: str, entry: Section, options: argparse.Namespace, limit: float, en
 def run_all(names: list[str], options: argparse.Namespace, environment: Mapping[str, str]) -> list[Result]:
     seconds = shares(names, options.minutes)
     terms = " + ".join(f"{name} {share:.0f}" for name, share in seconds.items())
-    print(f"{len(names)} sections, at most {options.minutes:g} minutes: {terms} = {sum(seconds.values()):.0f} s", flush=True)
+    print(f"{len(names)} sections, at most {options.minutes:g} minutes: {terms} = {sum(seconds.values()):.0f} s",
+          flush=True)
     words = ["python", "benchmarks/gpu_acceptance.py", *map(anonymise, sys.argv[1:])]
     where = setting(shlex.join(words), options.quick, CHECKOUT)
     about = {"date": str(where.day), "command": f"`{where.command}`"} | facts(where)
@@ -99,25 +101,29 @@ def surroundings(wheels: Path | None) -> Iterator[dict[str, str]]:
         if wheels is not None:
             install(wheels, Path(folder))
             paths.append(folder)
-        yield {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]), "PATH": programs_path(),
-               "DS_IGNORE_CUDA_DETECTION": "1"}
+        yield {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
+               "PATH": programs_path(), "DS_IGNORE_CUDA_DETECTION": "1"}
 
 
 def install(wheels: Path, folder: Path) -> None:
     """Install all wheels of one directory into another, without network. Raises InputError when pip refuses them."""
     found = sorted(map(str, wheels.glob("*.whl")))
     if not found:
-        raise InputError(f"--wheels is {wheels}, in which there is no .whl file; make it with benchmarks/bundle_wheels.sh")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(folder)]
+        raise InputError(f"--wheels is {wheels}, in which there is no .whl file; make it with "
+                         "benchmarks/bundle_wheels.sh")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target",
+           str(folder)]
     finished = subprocess.run([*pip, *found], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if finished.returncode:
-        reason = next((line for line in finished.stderr.splitlines() if line.startswith("ERROR")), finished.stderr.strip()[-200:])
+        reason = next((line for line in finished.stderr.splitlines() if line.startswith("ERROR")),
+                      finished.stderr.strip()[-200:])
         raise InputError(f"--wheels is {wheels}, which pip cannot install for this Python: {reason}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     listed = "\n".join(f"  {name:15} {entry.share:3.0f} s  {entry.what}" for name, entry in SECTIONS.items())
-    parser = argparse.ArgumentParser(description=__doc__, epilog=f"Sections, and their shares of {TOTAL:.0f} seconds:\n{listed}",
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"Sections, and their shares of {TOTAL:.0f} "
+                                                                 f"seconds:\n{listed}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
     parser.add_argument("--minutes", type=float, default=TOTAL / 60, metavar="N",
@@ -131,7 +137,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not options.minutes > 0:
         raise InputError(f"--minutes is {options.minutes:g}; it must be above 0")
     if options.device == "cuda" and not options.as_section and not machine.gpus():
-        raise InputError("--device is cuda, but torch sees no GPU; with --device cpu --quick all sections run in a small form")
+        raise InputError("--device is cuda, but torch sees no GPU; with --device cpu --quick all sections run in a "
+                         "small form")
     return options
 
 

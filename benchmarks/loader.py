@@ -51,10 +51,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.cpu.malloc import keep_freed_memory
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
-from gigatok_ds.data.transforms import open_image, resize_short_side, training_transform
-from gigatok_ds.freed_memory import keep_freed_memory
+from gigatok_ds.data.transforms import open_image, resize_short_side
+from gigatok_ds.shards.index import ShardIndex
 
 SIZE, SCALE = 256, (0.8, 1.0)
 WAYS = ("torchvision", "webdataset", "exact", "fast")
@@ -87,7 +88,8 @@ def report(root: Path, args: argparse.Namespace) -> int:
     turns = [{way: in_process(way, root, args) for way in WAYS} for _ in range(args.rounds)]
     ratios = {way: statistics.median(turn["torchvision"]["cpu"] / turn[way]["cpu"] for turn in turns) for way in WAYS}
     for way in WAYS:
-        per_core, by_clock = (args.images / statistics.median(turn[way][of] for turn in turns) for of in ("cpu", "wall"))
+        per_core, by_clock = (args.images / statistics.median(turn[way][of] for turn in turns) for of
+                              in ("cpu", "wall"))
         print(f"  {way:12s} {per_core:6.1f} images/s per core, {by_clock:6.1f} images/s by the clock; "
               f"{ratios[way]:.2f} x torchvision")
     print("fast beside exact, PSNR of the same crops: " + ", ".join(psnr_lines(root / "shards")))
@@ -105,7 +107,8 @@ def report(root: Path, args: argparse.Namespace) -> int:
 
 def speed_rows(turns: list[dict], images: int) -> Iterator[Figure]:
     """Ratios by turn, so that both sides saw the same machine."""
-    for ours, other, target in (("exact", "torchvision", EXACT), ("exact", "webdataset", None), ("fast", "torchvision", FAST)):
+    for ours, other, target in (("exact", "torchvision", EXACT), ("exact", "webdataset", None),
+                                ("fast", "torchvision", FAST)):
         ratio = statistics.median(turn[other]["cpu"] / turn[ours]["cpu"] for turn in turns)
         speeds = {way: images / statistics.median(turn[way]["cpu"] for turn in turns) for way in (ours, other)}
         yield Figure(case=f"data.decoding={ours}", unit="images/s per core", ours=speeds[ours], reference=speeds[other],

@@ -10,10 +10,11 @@ import numpy as np
 from photograph_crops import PHOTOGRAPHS, find_photograph
 from PIL import Image
 
-from gigatok_ds.data.index import Contents, Shard, ShardIndex, write_index
-from gigatok_ds.data.packing import Packing, pack
-from gigatok_ds.data.sources import open_source
 from gigatok_ds.data.transforms import decode_image
+from gigatok_ds.packing.image_sources import open_source
+from gigatok_ds.packing.pack_shards import Packing, pack
+from gigatok_ds.shards.index import Contents, ShardIndex, write_index
+from gigatok_ds.shards.tar_shard import TarShard
 from gigatok_ds.streams import numpy_stream
 
 # Sizes of ImageNet's photographs: most have a long side of 500, a few come from larger cameras.
@@ -58,7 +59,7 @@ def make_large_index(shards: Path, directory: Path, count: int) -> None:
     directory.mkdir()
     for number in range(links):
         os.link(shards / first.name, directory / f"{number:06d}.tar")
-    copies = [Shard(name=f"{number:06d}.tar", size=first.size, sha256=first.sha256, samples=len(entries))
+    copies = [TarShard(name=f"{number:06d}.tar", size=first.size, sha256=first.sha256, samples=len(entries))
               for number in range(links)]
     columns = {"offset": np.int64, "size": np.int64, "label": np.int32, "crc32": np.uint32}
     table = {name: np.tile(np.array([getattr(entry, name) for entry in entries], kind), links)

@@ -22,7 +22,8 @@ def cores() -> int:
 
 def memory_gb() -> float | None:
     """In 10^9 bytes; None where the system does not say."""
-    return next((int(line.split()[1]) * 1024 / 1e9 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), None)
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")),
+                None)
 
 
 def gpus() -> list[str]:

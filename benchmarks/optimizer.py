@@ -2,10 +2,11 @@
 
     python benchmarks/optimizer.py [--threads 2] [--repeats 7] [--millions 64]
 
-As ZeRO 1 to 3 hold them, in one flat partition, and as 64 tensors; medians of alternating updates, and what each allocates
-beside parameters, gradients and moments. Each side has a process of its own: ours keeps freed memory as training on a CPU does,
-torch's is as it comes, and torch's that keeps freed memory, too, is told beside it. Exit code 1: ours is not 5 times as fast as
-torch as it comes, allocates, or is further than 1e-6 of their norm from torch's weights after the same updates.
+As ZeRO 1 to 3 hold them, in one flat partition, and as 64 tensors; medians of alternating updates, and what each
+allocates beside parameters, gradients and moments. Each side has a process of its own: ours keeps freed memory as
+training on a CPU does, torch's is as it comes, and torch's that keeps freed memory, too, is told beside it. Exit code
+1: ours is not 5 times as fast as torch as it comes, allocates, or is further than 1e-6 of their norm from torch's
+weights after the same updates.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gigatok_ds.config.recipe import OptimizerConfig
-from gigatok_ds.freed_memory import keep_freed_memory
-from gigatok_ds.training.engine import build_optimizer
+from gigatok_ds.cpu.malloc import keep_freed_memory
+from gigatok_ds.engine.engine import build_optimizer
 
 TARGET, TOLERANCE = 5.0, 1e-6
 SIDES = ("ours", "torch", "torch that keeps freed memory")
@@ -68,7 +69,8 @@ def theirs_of(network: nn.Module) -> torch.optim.Optimizer:
 
 
 def worker(side: str, parts: int, elements: int, threads: int, pipe: Connection) -> None:
-    """An update, and its seconds, for each message; None: the end, with the bytes that one allocates and the weights."""
+    """An update, and its seconds, for each message; None: the end, with the bytes that one allocates and the weights.
+    """
     torch.set_num_threads(threads)
     if side != "torch":
         keep_freed_memory()
@@ -85,7 +87,9 @@ def worker(side: str, parts: int, elements: int, threads: int, pipe: Connection)
 
 
 def compare(parts: int, elements: int, threads: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Of each side: median seconds of an update after a first one, bytes allocated, and how far ours are from its weights."""
+    """Of each side: median seconds of an update after a first one, bytes allocated, and how far ours are from its
+    weights.
+    """
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for side in SIDES:
         pipes[side], end = context.Pipe()
@@ -109,7 +113,7 @@ def compare(parts: int, elements: int, threads: int, repeats: int) -> dict[str, 
 
 def distance(some: list[Tensor], others: list[Tensor]) -> float:
     """The norm of their difference, by the second's norm."""
-    squares = sum((one - other).double().square().sum() for one, other in zip(some, others))
+    squares = sum((one - other).double().square().sum() for one, other in zip(some, others, strict=True))
     return (squares / sum(other.double().square().sum() for other in others)).sqrt().item()
 
 
@@ -119,8 +123,8 @@ def row(case: str, found: dict[str, dict[str, float]]) -> Figure:
     return Figure(case=case, unit="ms", ours=ours["seconds"] * 1e3, reference=theirs["seconds"] * 1e3,
                   reference_name="torch.optim.AdamW as it comes", ratio=faster, direction="x faster",
                   **figures.at_least(TARGET, faster),
-                  notes=f"torch that keeps freed memory {keeping['seconds'] * 1e3:.1f} ms; allocate {ours['bytes'] / 1e6:.1f} "
-                        f"and {theirs['bytes'] / 1e6:.1f} MB; {theirs['error']:.1e} apart")
+                  notes=f"torch that keeps freed memory {keeping['seconds'] * 1e3:.1f} ms; allocate "
+                        f"{ours['bytes'] / 1e6:.1f} and {theirs['bytes'] / 1e6:.1f} MB; {theirs['error']:.1e} apart")
 
 
 def main() -> int:
@@ -132,12 +136,15 @@ def main() -> int:
     arguments = parser.parse_args()
     elements = int(arguments.millions * 1e6)
     print(f"{date.today()}  python {' '.join(sys.argv)}\n{processor()}, {arguments.threads} threads; torch "
-          f"{torch.__version__}, python {platform.python_version()}\n\n{'':26} {'ours ms':>8} {'torch ms':>8} {'x faster':>8}")
+          f"{torch.__version__}, python {platform.python_version()}\n\n{'':26} {'ours ms':>8} {'torch ms':>8} "
+          f"{'x faster':>8}")
     rows, wrong = [], []
-    for case, parts in ((f"{arguments.millions:g}M in one partition", 1), (f"{arguments.millions:g}M in 64 tensors", 64)):
+    for case, parts in ((f"{arguments.millions:g}M in one partition", 1),
+                        (f"{arguments.millions:g}M in 64 tensors", 64)):
         found = compare(parts, elements, arguments.threads, arguments.repeats)
         rows.append(row(case, found))
-        print(f"{rows[-1].case:26} {rows[-1].ours:8.1f} {rows[-1].reference:8.1f} {rows[-1].ratio:8.2f}  {rows[-1].notes}",
+        print(f"{rows[-1].case:26} {rows[-1].ours:8.1f} {rows[-1].reference:8.1f} {rows[-1].ratio:8.2f}  "
+              f"{rows[-1].notes}",
               flush=True)
         if not found["torch"]["error"] <= TOLERANCE:
             wrong.append(f"{case}: the weights are {found['torch']['error']:.1e} apart, allowed {TOLERANCE:g}")

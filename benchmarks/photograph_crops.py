@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gigatok_ds.data.shards import Sample
 from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.errors import InputError
+from gigatok_ds.packing.shard_writer import Sample
 from gigatok_ds.streams import numpy_stream
 
 # Photographs in colour only: no drawings, no text, no phantoms. Of the stereo pair one half, because the other shows
@@ -65,7 +65,7 @@ def crops(split: str, count: int, seed: int) -> Iterator[Sample]:
     """
     parts = [split_photograph(name)[split] for name in PHOTOGRAPHS]
     for number in range(count):
-        for label, (name, part) in enumerate(zip(PHOTOGRAPHS, parts)):
+        for label, (name, part) in enumerate(zip(PHOTOGRAPHS, parts, strict=True)):
             crop = random_square(part, numpy_stream(seed, "photographs", split, name, number))
             yield Sample(key=f"{name}-{number:05d}", image_bytes=png(crop), extension="png", label=label)
 

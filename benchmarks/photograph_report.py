@@ -146,7 +146,7 @@ def draw(path: Path, verdicts: Sequence[Verdict], phases: Mapping[str, int], ste
             _draw_term(axes, verdict, width=max(1, round(SHARE * steps / 2)))
             axes.set_xlim(0, steps)
             lines = [axes.axvline(step, color=colour, linewidth=1, linestyle="--")
-                     for step, colour in zip(phases.values(), _PHASE_COLOURS)]
+                     for step, colour in zip(phases.values(), _PHASE_COLOURS, strict=False)]
         figure.legend(lines, list(phases), loc="outside lower center", ncols=len(phases))
         scratch = path.with_name(f".{path.name}.partial")
         figure.savefig(scratch, format="png", metadata={"Software": None})

@@ -32,13 +32,13 @@ from photograph_report import Verdict, draw, judge, phases_of, table, terms_of
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.recipe import TokenizerRecipe
-from gigatok_ds.data.shards import write_shards
 from gigatok_ds.demo.figures import reconstruction_grid
 from gigatok_ds.demo.pipeline import announce
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import psnr
+from gigatok_ds.monitoring.metrics import read_metrics
+from gigatok_ds.packing.shard_writer import write_shards
 from gigatok_ds.training.environment import ENVIRONMENT_FILE
-from gigatok_ds.training.monitor import read_metrics
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 DOCS = Path(__file__).parent.parent / "docs"

@@ -9,6 +9,7 @@ re-arrangement of tokens are the package's: nothing there is made faster by it.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -87,7 +88,7 @@ class PlainLevel(nn.Module):
     def __init__(self, before: int, width: int, blocks: int, **resampler: nn.Module):
         super().__init__()
         widths = [before] + [width] * blocks
-        self.res = nn.ModuleList(PlainResidualBlock(*pair) for pair in zip(widths, widths[1:]))
+        self.res = nn.ModuleList(PlainResidualBlock(*pair) for pair in itertools.pairwise(widths))
         for name, module in resampler.items():
             self.add_module(name, module)
 
@@ -105,7 +106,7 @@ class PlainCNNEncoder(nn.Module):
         self.conv_blocks = nn.ModuleList(
             PlainLevel(before, width, config.residual_blocks,
                        **({"downsample": PlainDownsample(width)} if index < len(widths) - 1 else {}))
-            for index, (before, width) in enumerate(zip([config.base_channels, *widths], widths)))
+            for index, (before, width) in enumerate(zip([config.base_channels, *widths], widths, strict=True)))
         self.mid = nn.Sequential(*(PlainResidualBlock(widths[-1], widths[-1]) for _ in range(2)))
         self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], z, 3, padding=1)
@@ -140,13 +141,13 @@ class PlainCNNDecoder(nn.Module):
         self.conv_blocks = nn.ModuleList(
             PlainLevel(before, width, config.residual_blocks + 1,
                        **({"upsample": PlainUpsample(width)} if index < len(widths) - 1 else {}))
-            for index, (before, width) in enumerate(zip(befores, widths)))
+            for index, (before, width) in enumerate(zip(befores, widths, strict=True)))
         self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
-        for adaptive, level in zip(self.adaptive, self.conv_blocks):
+        for adaptive, level in zip(self.adaptive, self.conv_blocks, strict=True):
             x = level(adaptive(x, z))
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -158,7 +159,7 @@ class PlainAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        projected = [project(x) for project, x in zip((self.q_proj, self.k_proj, self.v_proj), inputs)]
+        projected = [project(x) for project, x in zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=True)]
         q, k, v = (x.unflatten(2, (self.heads, -1)).permute(1, 2, 0, 3) for x in projected)
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2))
 
@@ -277,7 +278,7 @@ def plain_discriminator(config: AdversarialConfig) -> nn.Module:
     """PatchGAN with the parameter names of the package's."""
     widths = [config.base_channels * min(2**level, 8) for level in range(config.layers + 1)]
     modules = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-    for level, (before, after) in enumerate(zip(widths, widths[1:]), 1):
+    for level, (before, after) in enumerate(itertools.pairwise(widths), 1):
         modules += [nn.Conv2d(before, after, 4, 2 if level < config.layers else 1, 1, bias=False),
                     nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
     return nn.ModuleDict({"main": nn.Sequential(*modules, nn.Conv2d(widths[-1], 1, 4, padding=1))})
@@ -301,7 +302,7 @@ class PlainLPIPS(nn.Module):
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            pairs = zip(self.heads, self.stages(images), self.stages(reconstruction))
+            pairs = zip(self.heads, self.stages(images), self.stages(reconstruction), strict=True)
             return sum(head((ours - theirs).square()).mean() for head, ours, theirs in pairs)
 
 
@@ -368,7 +369,7 @@ class PlainStep:
         real, weight = self.judge(images), self.recipe.loss.adversarial.weight
         names = ("discriminator/discriminator", "discriminator/direct_discriminator")
         return {name: weight * 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + self.judge(image).float()).mean())
-                for name, image in zip(names, made)}
+                for name, image in zip(names, made, strict=False)}
 
     def update(self, name: str, loss: Tensor) -> None:
         optimizer, network = self.optimizers[name], self.networks[name]

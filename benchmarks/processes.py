@@ -63,7 +63,9 @@ def watch(command: list[str], log: Path, limit: float, *, environment: Mapping[s
 
 
 def _end(process: subprocess.Popen) -> None:
-    """With all that it started. It is asked first: ninja keeps compilers in process groups of their own, which it ends then."""
+    """With all that it started. It is asked first: ninja keeps compilers in process groups of their own, which it ends
+    then.
+    """
     for ending, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, ending)

@@ -3,14 +3,14 @@
     python benchmarks/quantizer.py [--device cuda] [--threads 2] [--repeats 5] [--seconds 3] [--latents 8192]
         [--tasks search train] [--quick]
 
-Each line is measured in a process of its own, on unit vectors drawn from a fixed seed: the median time after a warm-up, of
-5 runs or 3 seconds, whichever is longer, and the most memory held beyond the inputs (on a CPU the growth of the resident
-set, on a GPU torch's own count).
-"search" finds the nearest code of each latent. "train" also computes the entropy penalty and its gradients in latents and
-codebook. A machine that others use at the same time gives no figure worth keeping.
+Each line is measured in a process of its own, on unit vectors drawn from a fixed seed: the median time after a warm-up,
+of 5 runs or 3 seconds, whichever is longer, and the most memory held beyond the inputs (on a CPU the growth of the
+resident set, on a GPU torch's own count). "search" finds the nearest code of each latent. "train" also computes the
+entropy penalty and its gradients in latents and codebook. A machine that others use at the same time gives no figure
+worth keeping.
 
-Exit code 1: ours misses a target, which are for N = 8192, K = 16384, D = 8; with other `--latents` there is none, and the exit
-code is 1 only if something could not be measured. `--quick` leaves out how time and memory grow.
+Exit code 1: ours misses a target, which are for N = 8192, K = 16384, D = 8; with other `--latents` there is none, and
+the exit code is 1 only if something could not be measured. `--quick` leaves out how time and memory grow.
 """
 
 from __future__ import annotations
@@ -286,7 +286,8 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="measure for at least so long, since a short disturbance "
+    parser.add_argument("--seconds", type=float, default=3.0, help="measure for at least so long, since a short "
+                                                                   "disturbance "
                         "must not be the median (default: %(default)s)")
     parser.add_argument("--latents", type=int, default=LATENTS, help="N of the comparison (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="measure these alone")

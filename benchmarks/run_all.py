@@ -1,13 +1,15 @@
-"""Runs all benchmarks, one after the other, and writes a dated Markdown report: machine, commit, and one table of ratios.
+"""Runs all benchmarks, one after the other, and writes a dated Markdown report: machine, commit, and one table of
+ratios.
 
     python benchmarks/run_all.py [--quick] [--only NAME ...] [--out FILE] [--limit MINUTES]
 
 Each is a process of its own, measures ours and a reference in turns, and hands its figures over as JSON. The report
-(benchmarks/results/DATE-MACHINE.md) is written anew after each, so that what was measured is kept whatever happens next;
-what a benchmark printed, and its figures as JSON, are in the folder beside it. What a benchmark needs and is not there
-(a GPU, a CUDA toolkit, a package) leaves it out, with the reason. Nothing else should use the machine meanwhile.
+(benchmarks/results/DATE-MACHINE.md) is written anew after each, so that what was measured is kept whatever happens
+next; what a benchmark printed, and its figures as JSON, are in the folder beside it. What a benchmark needs and is not
+there (a GPU, a CUDA toolkit, a package) leaves it out, with the reason. Nothing else should use the machine meanwhile.
 
-Exit code 1: a benchmark failed; the others are run all the same. A missed target is told in the table and is no failure.
+Exit code 1: a benchmark failed; the others are run all the same. A missed target is told in the table and is no
+failure.
 """
 
 from __future__ import annotations
@@ -105,9 +107,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true",
                         help="the smallest settings, for a look at whether everything works: figures mean little")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, help="run these alone")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the report, ending in .md; one that is there is replaced "
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the report, ending in .md; one that is there is "
+                                                                 "replaced "
                         "(default: a new benchmarks/results/DATE-MACHINE.md)")
-    parser.add_argument("--limit", type=float, default=30.0, metavar="MINUTES", help="of a benchmark; one that takes longer "
+    parser.add_argument("--limit", type=float, default=30.0, metavar="MINUTES",
+                        help="of a benchmark; one that takes longer "
                         "is stopped and counts as failed (default: %(default)g)")
     arguments = parser.parse_args(argv)
     if arguments.out and arguments.out.suffix != ".md":
@@ -120,11 +124,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     words = sys.argv[1:] if argv is None else argv
-    where = setting(shlex.join(["python", "benchmarks/run_all.py", *map(anonymise, words)]), arguments.quick, HERE.parent)
+    where = setting(shlex.join(["python", "benchmarks/run_all.py", *map(anonymise, words)]), arguments.quick,
+                    HERE.parent)
     out = arguments.out or free_name(where)
     names = list(dict.fromkeys(arguments.only or BENCHMARKS))
     if where.load > machine.cores() / 4:
-        print(f"the load of this machine is {where.load:.1f}: figures of a busy machine are not worth keeping", flush=True)
+        print(f"the load of this machine is {where.load:.1f}: figures of a busy machine are not worth keeping",
+              flush=True)
     results = run_all(names, where, out, 60 * arguments.limit)
     failed = [result.name for result in results if result.failure]
     print(f"{out}\n" + (f"failed: {', '.join(failed)}" if failed else "no benchmark failed"))

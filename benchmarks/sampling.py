@@ -41,9 +41,9 @@ from torch import Tensor
 from gigatok_ds.config.model import GPTConfig
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
-from gigatok_ds.sampling.choose import Choice, choose_codes, uniform_numbers
 from gigatok_ds.sampling.generate import Sampler
 from gigatok_ds.sampling.guidance import guide
+from gigatok_ds.sampling.logits import Choice, choose_codes, uniform_numbers
 from gigatok_ds.sampling.static import StaticDecoder
 
 SCALE = 4.0
@@ -243,11 +243,12 @@ def report(found: dict, gpt: GPT, positions: list[int], arguments: argparse.Name
             print(f"  {name:12} {median / len(positions) * 1e3:8.1f} ms/step "
                   f"{arguments.batch * len(positions) / median:9.1f} codes/s; of the memory roofline "
                   f"{moved / rate / median:5.1%}, of arithmetic {worked / speed / median:5.1%}")
-        ratio = statistics.median(d / o for d, o in zip(totals[Direct.name, key], totals[Ours.name, key]))
+        ratio = statistics.median(d / o for d, o in zip(totals[Direct.name, key], totals[Ours.name, key], strict=True))
         print(f"  ours is {ratio:.2f} x faster")
         ours, direct = (arguments.batch * len(positions) / statistics.median(totals[name, key])
                         for name in (Ours.name, Direct.name))
-        rows.append(Figure(case=f"{arguments.model}, {arguments.dtype}, {arguments.batch} images, guided", unit="codes/s",
+        rows.append(Figure(case=f"{arguments.model}, {arguments.dtype}, {arguments.batch} images, guided",
+                           unit="codes/s",
                            ours=ours, reference=direct, reference_name=Direct.name, ratio=ratio, direction="x faster",
                            **figures.at_least(target.get(key), ratio),
                            notes=f"by {'CPU time' if key == 'cpu' else 'the clock'}; {len(positions)} steps"))
@@ -287,8 +288,8 @@ def main() -> int:
     ratio = rows[0].ratio
     print("peak memory, MiB: " + ", ".join(f"{name} {value / 2**20:.0f}" for name, value in used.items()))
     rows.append(Figure(case=f"{rows[0].case}: peak memory", unit="MiB", ours=used["ours"] / 2**20,
-                       reference=used["direct"] / 2**20, reference_name=Direct.name, ratio=used["direct"] / used["ours"],
-                       direction="x smaller"))
+                       reference=used["direct"] / 2**20, reference_name=Direct.name,
+                       ratio=used["direct"] / used["ours"], direction="x smaller"))
     figures.write(arguments.json, rows)
     target = TARGETS[arguments.device]
     print(f"target {target} x: {'met' if ratio >= target else 'MISSED'}")

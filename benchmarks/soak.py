@@ -5,12 +5,12 @@
 The demo's tokenizer with its discriminator trains on handwritten digits through launch/train.sh --max-restarts. Faults
 (gigatok-ds train --inject; kinds and ranks drawn from the seed, times from an exponential distribution) strike until
 the minutes are over; whoever is slow strikes all along, so that there are enough steps for an hour. Ranks that are
-killed, raise, hang or drift, and data workers that are killed or stop, are the launcher's business. A run that was asked
-to stop (exit code 75), or that ends for a NaN (faults.in_a_row=1, exit code 2), is started again here, as a
+killed, raise, hang or drift, and data workers that are killed or stop, are the launcher's business. A run that was
+asked to stop (exit code 75), or that ends for a NaN (faults.in_a_row=1, exit code 2), is started again here, as a
 scheduler or a user would.
 
-Exit code 1: the run did not end, its last checkpoint or its losses differ in a bit from those of the undisturbed run, or
-a process, a file of shared memory or a temporary file is left.
+Exit code 1: the run did not end, its last checkpoint or its losses differ in a bit from those of the undisturbed run,
+or a process, a file of shared memory or a temporary file is left.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from datetime import date
 from pathlib import Path
 
 from gigatok_ds.checkpoint.run_directory import newest_checkpoint, read_state
-from gigatok_ds.data.shards import write_shards
 from gigatok_ds.demo.pipeline import free_port
 from gigatok_ds.demo.source import digits_source
-from gigatok_ds.training.history import read_history
-from gigatok_ds.training.monitor import of_the_machine, read_metrics
-from gigatok_ds.training.stop_requests import REQUEUE
+from gigatok_ds.monitoring.history import read_history
+from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
+from gigatok_ds.packing.shard_writer import write_shards
+from gigatok_ds.resilience.preemption import REQUEUE
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 KINDS = ("kill", "raise", "hang", "term", "usr1", "kill-worker", "hang-worker", "kill-saving", "nan", "drift")
@@ -64,17 +64,19 @@ class Soak:
         settings = [f"data.train={self.folder / 'train'}", f"data.validation={self.folder / 'validation'}",
                     f"training.steps={steps}", f"training.validate_every={steps}", "training.log_every=1",
                     "training.ema_decay=0.99", f"loss.adversarial.start_step={steps // 3}",
-                    f"loss.auxiliary.end_step={steps // 2}", "checkpoint.every=10", "checkpoint.keep=2", "data.workers=1",
-                    "monitor.stall_seconds=20", "faults.in_a_row=1"]
-        command = [CHECKOUT / "launch" / "train.sh", "--max-restarts", "20", "demo_tokenizer", "--out", self.folder / out,
-                   "--zero", str(self.options.zero), *settings, *(word for fault in faults for word in ("--inject", fault))]
+                    f"loss.auxiliary.end_step={steps // 2}", "checkpoint.every=10", "checkpoint.keep=2",
+                    "data.workers=1", "monitor.stall_seconds=20", "faults.in_a_row=1"]
+        command = [CHECKOUT / "launch" / "train.sh", "--max-restarts", "20", "demo_tokenizer", "--out",
+                   self.folder / out, "--zero", str(self.options.zero), *settings,
+                   *(word for fault in faults for word in ("--inject", fault))]
         temporary = self.folder / "tmp"
         temporary.mkdir(exist_ok=True)
         environment = os.environ | {
             "OMP_NUM_THREADS": "1", "GPUS": str(self.options.ranks), "MASTER_PORT": str(free_port()),
             "TMPDIR": str(temporary), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
         with open(self.folder / f"{out}.log", "ab") as log:
-            return subprocess.run(list(map(str, command)), env=environment, stdout=log, stderr=log, check=False).returncode
+            return subprocess.run(list(map(str, command)), env=environment, stdout=log, stderr=log,
+                                  check=False).returncode
 
     def until_done(self, out: str, faults: list[str]) -> collections.Counter:
         """Start until the run has finished; how the launcher's tries ended, by exit code."""
@@ -122,13 +124,16 @@ def report(soak: Soak, codes: collections.Counter, seconds: dict[str, float], pr
     history, options = read_history(soak.folder / "disturbed"), soak.options
     struck = [line["fault"].partition(":")[0] for line in history if line["event"] == "injected"]
     starts = [line for line in history if line["event"] == "started"]
-    lines = [f"benchmarks/soak.py, {date.today()}, {platform.machine()}, {os.cpu_count()} cores, {options.ranks} ranks, ZeRO "
-             f"{options.zero}, seed {options.seed}",
-             f"{options.steps} steps of demo_tokenizer, a checkpoint every 10: {seconds['disturbed'] / 60:.1f} minutes with "
-             f"{len(struck)} faults and {len(starts)} starts, {seconds['undisturbed'] / 60:.1f} without",
-             "faults: " + ", ".join(f"{count} {kind}" for kind, count in sorted(collections.Counter(struck).items())),
-             "the launcher ended by " + ", ".join(f"exit code {code}: {count}" for code, count in sorted(codes.items()) if count),
-             "last checkpoint, loss curve, leftovers: " + ("; ".join(problems) or "the same bits, the same lines, none")]
+    lines = [
+        f"benchmarks/soak.py, {date.today()}, {platform.machine()}, {os.cpu_count()} cores, {options.ranks} ranks, "
+        f"ZeRO {options.zero}, seed {options.seed}",
+        f"{options.steps} steps of demo_tokenizer, a checkpoint every 10: {seconds['disturbed'] / 60:.1f} minutes with "
+        f"{len(struck)} faults and {len(starts)} starts, {seconds['undisturbed'] / 60:.1f} without",
+        "faults: " + ", ".join(f"{count} {kind}" for kind, count in sorted(collections.Counter(struck).items())),
+        "the launcher ended by "
+        + ", ".join(f"exit code {code}: {count}" for code, count in sorted(codes.items()) if count),
+        "last checkpoint, loss curve, leftovers: " + ("; ".join(problems) or "the same bits, the same lines, none"),
+    ]
     return "\n".join(lines)
 
 

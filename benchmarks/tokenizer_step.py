@@ -38,14 +38,14 @@ from torch import Tensor, nn
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.errors import InputError
-from gigatok_ds.training.throughput import peak_of
+from gigatok_ds.monitoring.throughput import peak_of
 
 SIDES = ("ours", "plain")
 PHASES = ("auxiliary", "adversarial")
 TARGETS = {"cpu": 1.3, "cuda": 1.8}  # how many times faster ours must be
 MFU_TARGET = 0.4
-# Relative, of every loss and gradient norm; a loss that is a difference of larger numbers counts as at least 0.1. On a CPU ours
-# convolves by Winograd's transform (models/convolution.py), within 5e-6 a layer: up to 2e-4 of a gradient's norm.
+# Relative, of every loss and gradient norm; a loss that is a difference of larger numbers counts as at least 0.1. On a
+# CPU ours convolves by Winograd's transform (cpu/convolution.py), within 5e-6 a layer: up to 2e-4 of a gradient's norm.
 # At 64 pixels the plain step's gradient norm in float32 is 7.5e-4 from its own in float64, and ours 3e-5.
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 SEED = 0
@@ -108,8 +108,8 @@ class Ours:
         from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
         from gigatok_ds.losses.composition import TokenizerObjective
         from gigatok_ds.parallel.topology import start_process_group
+        from gigatok_ds.resilience.step_guard import StepGuard
         from gigatok_ds.training import tokenizer_task
-        from gigatok_ds.training.step_guard import StepGuard
 
         def objective(config, *, device, grid, precision):
             return TokenizerObjective(config, perceptual=random_perceptual(), teacher=random_teacher(recipe)).to(device)
@@ -164,7 +164,7 @@ class Plain:
 
 def run_side(options: argparse.Namespace) -> None:
     """Serve steps: one line of JSON for the first, with losses, and one for each line read afterwards."""
-    from gigatok_ds.training.memory import peak_memory
+    from gigatok_ds.monitoring.memory import peak_memory
 
     torch.set_num_threads(options.threads)
     side, phase, folder = options.as_side
@@ -302,8 +302,9 @@ def rows(phase: str, found: dict[str, dict], device: str, options: argparse.Name
     return [Figure(case=case, unit="ms", ours=ours["seconds"] * 1e3, reference=plain["seconds"] * 1e3,
                    reference_name="plain eager step", ratio=faster, direction="x faster",
                    **figures.at_least(TARGETS[device], faster), notes=f"ours {speed:.3g} TFLOP/s{changes}"),
-            Figure(case=case, unit="GB", ours=ours["peak_gb"], reference=plain["peak_gb"], reference_name="plain eager step",
-                   ratio=smaller, direction="x smaller", notes="peak of the process" if device == "cpu" else "held by torch")]
+            Figure(case=case, unit="GB", ours=ours["peak_gb"], reference=plain["peak_gb"],
+                   reference_name="plain eager step", ratio=smaller, direction="x smaller",
+                   notes="peak of the process" if device == "cpu" else "held by torch")]
 
 
 def header(options: argparse.Namespace, device: str) -> str:
@@ -320,7 +321,7 @@ def write_images(folder: Path) -> None:
 
     from PIL import Image
 
-    from gigatok_ds.data.shards import Sample, write_shards
+    from gigatok_ds.packing.shard_writer import Sample, write_shards
 
     def samples():
         for number in range(16):
@@ -364,7 +365,7 @@ def main() -> int:
         found = {phase: measure(phase, folder, options) for phase in phases}
     figures.write(options.json, [row for phase in phases for row in rows(phase, found[phase], device, options)])
     print(f"\n{'':19} {'median ms':>10} {'peak GB':>10} {'x slower':>8} {'x larger':>8}")
-    return 0 if all([report(phase, result, device, options.precision) for phase, result in found.items()]) else 1
+    return 0 if all(report(phase, result, device, options.precision) for phase, result in found.items()) else 1
 
 
 if __name__ == "__main__":

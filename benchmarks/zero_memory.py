@@ -121,9 +121,11 @@ def failures(stage: int, lines: list[Row]) -> list[str]:
 def figure(stage: int, lines: list[Row], options: argparse.Namespace) -> Figure:
     *_, whole, other = lines
     case = f"ZeRO-{stage}, {options.size} GPT, {options.ranks} ranks, {options.precision}"
-    return Figure(case=case, unit="MB", ours=whole.measured / 1e6, reference=whole.theoretical / 1e6, reference_name="theory",
+    return Figure(case=case, unit="MB", ours=whole.measured / 1e6, reference=whole.theoretical / 1e6,
+                  reference_name="theory",
                   ratio=whole.ratio, direction="x the theory", target=f"each kind within {TOLERANCE:.0%}",
-                  met=not failures(stage, lines), notes=f"per rank; {other.measured / 1e6:.2f} MB beyond what the theory knows")
+                  met=not failures(stage, lines), notes=f"per rank; {other.measured / 1e6:.2f} MB beyond what the "
+                                                        "theory knows")
 
 
 def print_rows(stage: int, lines: list[Row]) -> None:
@@ -162,8 +164,8 @@ def small_buffers(model: GPTConfig, stage: int) -> dict[str, int]:
 
 def build_engine(recipe: GPTRecipe, stage: int, topology):
     """The only place here that knows how an Engine is made."""
+    from gigatok_ds.engine.engine import Engine
     from gigatok_ds.models.gpt import GPT
-    from gigatok_ds.training.engine import Engine
 
     settings = zero_settings(stage)
     settings["zero_optimization"] |= small_buffers(recipe.model, stage)

@@ -14,8 +14,8 @@ except KeyboardInterrupt:  # later ones are main's
 def end(code: int) -> None:
     """End this process; a rank without taking the interpreter down.
 
-    Ranks were seen to abort at their exit with their work done, probably in a library's thread that met an interpreter half
-    gone; the launcher then calls the run failed.
+    Ranks were seen to abort at their exit with their work done, probably in a library's thread that met an interpreter
+    half gone; the launcher then calls the run failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise SystemExit(code)

@@ -9,7 +9,9 @@ _LONGEST_HEADER = 100_000_000  # of safetensors
 
 
 def mistaken_weights(path: Path) -> str | None:
-    """What a file that is called a `.pt` is instead and what to do, as far as its first bytes tell; None where they do not."""
+    """What a file that is called a `.pt` is instead and what to do, as far as its first bytes tell; None where they do
+    not.
+    """
     with open(path, "rb") as file:
         start = file.read(1024)
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -20,7 +22,8 @@ def mistaken_weights(path: Path) -> str | None:
     if text.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, which stands for the file; run: git lfs pull"
     if len(start) > 9 and struct.unpack("<Q", start[:8])[0] < _LONGEST_HEADER and start[8:9] == b"{":
-        return "it is a safetensors file; give it a name that ends in .safetensors, or convert the directory that it lies in"
+        return ("it is a safetensors file; give it a name that ends in .safetensors, or convert the directory "
+                "that it lies in")
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "it is compressed; unpack it first"
     if text.startswith((b"{", b"[")):

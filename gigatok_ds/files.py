@@ -31,7 +31,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes `path` at the end, whole even after a power failure, or is removed.
 
-    SIGTERM and SIGHUP undo it as Ctrl-C does. Of a process that is killed a hidden file stays, named `path.name` between dots.
+    SIGTERM and SIGHUP undo it as Ctrl-C does. Of a process that is killed a hidden file stays, named `path.name`
+    between dots.
     """
     with scratch_beside(path) as scratch, open(scratch, "wb") as file:
         yield file
@@ -56,8 +57,8 @@ def scratch_beside(path: Path) -> Iterator[Path]:
 def directory_beside(path: Path, *, replaceable: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """A hidden directory to write into that becomes `path` at the end, at once, or is removed.
 
-    What `path` is before must be an empty directory, or one at which `replaceable` raises nothing: that is there until the
-    new one is, and is deleted then. SIGTERM and SIGHUP undo it as Ctrl-C does; of a process that is killed a hidden
+    What `path` is before must be an empty directory, or one at which `replaceable` raises nothing: that is there until
+    the new one is, and is deleted then. SIGTERM and SIGHUP undo it as Ctrl-C does; of a process that is killed a hidden
     directory stays. The permissions are those that the umask gives.
     """
     # what is removed at the end is what was not finished, or what was replaced
@@ -75,7 +76,8 @@ def directory_beside(path: Path, *, replaceable: Callable[[Path], object] | None
 def _hidden(path: Path, make: Callable[[Path], object], remove: Callable[[Path], object]) -> Iterator[Path]:
     """A new name beside `path`, at which `make` has made something; `remove` takes away what has it at the end.
 
-    A signal that arrives while it is made or removed waits. One that arrives as removing begins has removing begin again.
+    A signal that arrives while it is made or removed waits. One that arrives as removing begins has removing begin
+    again.
     """
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

@@ -44,7 +44,9 @@ class _OnHub(ModelHubMixin):
 
     # The mixin hands over what config.json holds under the names of these parameters: they are none of its keys.
     def __init__(self, network: nn.Module, origin: dict | None = None):
-        """The same network, with the methods of the hub; origin goes into config.json, as provenance, and into the card."""
+        """The same network, with the methods of the hub; origin goes into config.json, as provenance, and into the
+        card.
+        """
         self.__dict__.update(network.__dict__)  # its parameters and modules, not copies
         self.origin = origin or getattr(network, "origin", {})
 
@@ -63,12 +65,13 @@ class _OnHub(ModelHubMixin):
         return super().push_to_hub(repo_id, **{"delete_patterns": WEIGHTS} | settings)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None, force_download: bool,
-                         local_files_only: bool, token: str | bool | None, device: str = "cpu",
+    def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None,
+                         force_download: bool, local_files_only: bool, token: str | bool | None, device: str = "cpu",
                          dtype: torch.dtype = torch.float32):
         folder = Path(model_id)
         if not folder.is_dir():
-            folder = Path(snapshot_download(model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+            folder = Path(snapshot_download(model_id, revision=revision, cache_dir=cache_dir,
+                                            force_download=force_download,
                                             local_files_only=local_files_only, token=token, allow_patterns=FILES))
         return cls(cls._load(folder, device=device, dtype=dtype), read_config(folder).get("provenance"))
 

@@ -21,11 +21,13 @@ def read_npy(path: Path, most: int = ARRAY_BYTES) -> np.ndarray:
 
 
 def read_npz(source: Path | bytes, most: int = ARRAY_BYTES, name: object = None) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz`, by name. Raises InputError when it is damaged, not one, or unpacks to more than `most` bytes."""
-    with reading(name or source):
-        with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
-            return {member.filename.removesuffix(".npy"): parse_npy(unpacked(archive, member, most))
-                    for member in archive.infolist()}
+    """All arrays of an `.npz`, by name. Raises InputError when it is damaged, not one, or unpacks to more than `most`
+    bytes.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with reading(name or source), zipfile.ZipFile(file) as archive:
+        return {member.filename.removesuffix(".npy"): parse_npy(unpacked(archive, member, most))
+                for member in archive.infolist()}
 
 
 def unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int = ARRAY_BYTES) -> bytes:
@@ -49,7 +51,9 @@ def parse_npy(data: bytes) -> np.ndarray:
 
 
 def npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and type of the plain array whose `.npy` begins here. Raises whatever numpy does, or ValueError."""
+    """Shape, Fortran order and type of the plain array whose `.npy` begins here. Raises whatever numpy does, or
+    ValueError.
+    """
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read(file)

@@ -1,8 +1,8 @@
 """One owner of a directory that is written in several steps: a second process is refused, a dead owner is succeeded.
 
-The owner leaves `.owner.json`: its host and process, and a number that it raises every few seconds. Where the file system
-has flock, that is held, too, and released by the kernel when the owner dies. Some file systems have it for one host only,
-some not at all: what says that an owner of another host is dead is that its number stands still.
+The owner leaves `.owner.json`: its host and process, and a number that it raises every few seconds. Where the file
+system has flock, that is held, too, and released by the kernel when the owner dies. Some file systems have it for one
+host only, some not at all: what says that an owner of another host is dead is that its number stands still.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
-        return cls(token=secrets.token_hex(8), host=socket.gethostname(), pid=os.getpid(), started=_started(os.getpid()),
-                   boot=_boot(), namespace=_namespace())
+        return cls(token=secrets.token_hex(8), host=socket.gethostname(), pid=os.getpid(),
+                   started=_started(os.getpid()), boot=_boot(), namespace=_namespace())
 
     def __str__(self) -> str:
         return f"process {self.pid} of host {self.host}"
@@ -72,8 +72,9 @@ class Owner:
 def owned(directory: Path) -> Iterator[None]:
     """Within, this process is the only one that does so for `directory`, which is made if it is not there.
 
-    Raises InputError, naming the owner, when there is one that lives. Succeeds one that is dead; that may take SILENT_SECONDS
-    when it was another host's. A process that lost a directory, since it was not heard of for so long, ends with code 2.
+    Raises InputError, naming the owner, when there is one that lives. Succeeds one that is dead; that may take
+    SILENT_SECONDS when it was another host's. A process that lost a directory, since it was not heard of for so long,
+    ends with code 2.
     """
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,8 @@ def is_ours(directory: Path) -> bool:
 
 def is_unused(directory: Path) -> bool:
     """Whether there is nothing at a path, or a directory with nothing in it but the mark of its owner."""
-    return not directory.exists() or (directory.is_dir() and all(path.name == OWNER_FILE for path in directory.iterdir()))
+    return not directory.exists() or (directory.is_dir()
+                                      and all(path.name == OWNER_FILE for path in directory.iterdir()))
 
 
 class _Lock:
@@ -132,8 +134,10 @@ class _Lock:
                 time.sleep(0.2)  # another one that just started, or what a dead owner leaves behind
                 continue
             if free is False or runs or (runs is None and self._beats(other)):
-                raise InputError(f"{self.directory} is being written by {other or 'another process'}; wait until that has "
-                                 "ended, end it, or choose another directory")
+                raise InputError(
+                    f"{self.directory} is being written by {other or 'another process'}; wait until that has "
+                    "ended, end it, or choose another directory"
+                )
             self._write()
             if not free:
                 time.sleep(0.5)  # without flock: who writes last has it
@@ -195,8 +199,8 @@ class _Lock:
             with suppress(OSError):  # a file system that is away for a while
                 now = self._read()
                 if now is not None and now.token != self.owner.token:
-                    print(f"\ngigatok-ds: error: {self.directory} now belongs to {now}, since this process was not heard of "
-                          f"for {SILENT_SECONDS:.0f} s", file=sys.stderr, flush=True)
+                    print(f"\ngigatok-ds: error: {self.directory} now belongs to {now}, since this process was not "
+                          f"heard of for {SILENT_SECONDS:.0f} s", file=sys.stderr, flush=True)
                     os._exit(2)
                 self.owner = replace(self.owner, beat=self.owner.beat + 1)
                 self._write()

@@ -13,10 +13,11 @@ _LARGEST = 2**63
 
 
 def from_plain(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint`: a dataclass from a dictionary with its fields, a tuple from a list, numbers and text as they are.
+    """`value` as `hint`: a dataclass from a dictionary with its fields, a tuple from a list, numbers and text as they
+    are.
 
-    Raises InputError, naming the place below `where`, for an unknown or missing name, for another type (true is no number,
-    and a float is no int), and for a number beyond 64 bits.
+    Raises InputError, naming the place below `where`, for an unknown or missing name, for another type (true is no
+    number, and a float is no int), and for a number beyond 64 bits.
     """
     if dataclasses.is_dataclass(hint):
         return _instance(hint, value, where)
@@ -73,6 +74,7 @@ def _one_of(options: tuple, value: Any, where: str) -> Any:
                     raise
     names = [getattr(option, "__name__", str(option)).replace("NoneType", "null") for option in options]
     _refuse(where, value, " or ".join(names))
+    return None
 
 
 def _refuse(where: str, value: Any, wanted: str) -> typing.NoReturn:

@@ -102,8 +102,8 @@ def open_tar(**how) -> Iterator[tarfile.TarFile]:
 
 
 def members_in(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar of `size` bytes. Raises TarError for whatever a header makes tarfile raise, and for a member that
-    does not lie between the one before and the end: tarfile would go back to it for ever."""
+    """The members of a tar of `size` bytes. Raises TarError for whatever a header makes tarfile raise, and for a member
+    that does not lie between the one before and the end: tarfile would go back to it for ever."""
     end, members = 0, iter(tar)
     while True:
         try:
@@ -115,6 +115,8 @@ def members_in(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
         if member is None:
             return
         if member.size < 0 or member.offset < end or member.offset_data + member.size > size:
-            raise tarfile.ReadError(f"{member.name!r} claims to be {member.size} bytes at byte {member.offset_data} of {size}")
+            raise tarfile.ReadError(
+                f"{member.name!r} claims to be {member.size} bytes at byte {member.offset_data} of {size}"
+            )
         end = member.offset_data + member.size
         yield member

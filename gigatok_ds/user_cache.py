@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """XDG_CACHE_HOME, or `.cache` of the home directory. Of a user without one, as containers have them, a path at which nothing
-    can be made, whose name says why."""
+    """XDG_CACHE_HOME, or `.cache` of the home directory. Of a user without one, as containers have them, a path at
+    which nothing can be made, whose name says why."""
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache)
     try:

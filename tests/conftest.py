@@ -22,7 +22,9 @@ EXPECTED = ("pytest-of-", "torchinductor_", "torchelastic_", ".ses")
 
 
 def pytest_configure(config):
-    """Temporary files of a session and of all that it starts lie in a directory of their own, which is removed if it passes."""
+    """Temporary files of a session and of all that it starts lie in a directory of their own, which is removed if it
+    passes.
+    """
     if not hasattr(config, "workerinput"):
         config.temporary = tempfile.mkdtemp(prefix="gtk-")  # short: sockets lie in it, whose names may have 107 bytes
         config.passed = True  # until a session says otherwise; --help has none
@@ -74,9 +76,11 @@ def _left(config):
                  and not _serves_this_session(pid)]
     new = set(os.listdir("/dev/shm")) - config.shared_memory_before
     # What a living process uses is that of others on this machine: ours have ended, or are told above.
-    used = b"".join(_read(pid, "maps") for pid in filter(str.isdigit, os.listdir("/proc")) if int(pid) != os.getpid()) if new else b""
+    used = b"".join(_read(pid, "maps") for pid in filter(str.isdigit, os.listdir("/proc"))
+                    if int(pid) != os.getpid()) if new else b""
     own = multiprocessing.current_process()._config.get("tempdir")  # goes with this process
-    files = [path for path in Path(config.temporary).iterdir() if not path.name.startswith(EXPECTED) and str(path) != own]
+    files = [path for path in Path(config.temporary).iterdir() if not path.name.startswith(EXPECTED)
+             and str(path) != own]
     return [*processes, *(f"/dev/shm/{name}" for name in sorted(new) if f"/dev/shm/{name}".encode() not in used),
             *map(str, sorted(files))]
 
@@ -84,7 +88,8 @@ def _left(config):
 def _serves_this_session(pid):
     """Whether it is multiprocessing's fork server or resource tracker of this very process, which ends with it."""
     parent = _read(pid, "stat").rpartition(b")")[2].split()[1:2]
-    helper = any(name in _read(pid, "cmdline") for name in (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker"))
+    helper = any(name in _read(pid, "cmdline") for name
+                 in (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker"))
     return helper and parent == [str(os.getpid()).encode()]
 
 

@@ -17,7 +17,8 @@ class Counter(TorchDispatchMode):
         name = function._overloadpacket.__name__
         if not function.is_view and name not in ("detach", "empty_like", "empty"):
             self.names.append(name)
-            self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+            self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result))
+                              if isinstance(leaf, torch.Tensor))
         return result
 
 

@@ -1,4 +1,6 @@
-"""Commands that are killed, interrupted, stopped for a while, or not read any more, at random moments; and are then run again."""
+"""Commands that are killed, interrupted, stopped for a while, or not read any more, at random moments; and are then run
+again.
+"""
 
 import contextlib
 import ctypes
@@ -30,12 +32,14 @@ class Ended:
     @property
     def lines(self):
         """Of stderr, without progress bars."""
-        return [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and "/s]" not in line and " written, " not in line]
+        return [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and "/s]" not in line
+                and " written, " not in line]
 
 
 @dataclass
 class Command:
-    """`gigatok-ds WORDS`, whose result lies at `out`. `again`: what may be said when it is run again and all is there."""
+    """`gigatok-ds WORDS`, whose result lies at `out`. `again`: what may be said when it is run again and all is there.
+    """
 
     words: list
     out: Path
@@ -45,7 +49,8 @@ class Command:
     def start(self, stdout, stderr):
         """In a session of its own, in a fork of a server that has done the imports."""
         surroundings = os.environ | ON_CPU | self.environment
-        process = _context.Process(target=_child, args=(surroundings, str(stdout), str(stderr), list(map(str, self.words))))
+        process = _context.Process(target=_child,
+                                   args=(surroundings, str(stdout), str(stderr), list(map(str, self.words))))
         with _server_environment():
             process.start()
         return process
@@ -72,7 +77,8 @@ class Command:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.join()
-            return Ended(process.exitcode, "" if head else out.read_text(), err.read_text() if err.exists() else "", seconds)
+            return Ended(process.exitcode, "" if head else out.read_text(), err.read_text() if err.exists() else "",
+                         seconds)
 
 
 def _child(surroundings, stdout, stderr, words):
@@ -83,7 +89,7 @@ def _child(surroundings, stdout, stderr, words):
     for place, descriptor in ((stdout, 1), (stderr, 2)):
         with open(place, "ab", buffering=0) as file:
             os.dup2(file.fileno(), descriptor)
-    sys.stdout = open(1, "w", closefd=False)  # as python has it: buffered where it is no terminal
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (as python has it: buffered where it is no terminal)
     import torch
 
     from gigatok_ds.__main__ import end
@@ -111,7 +117,7 @@ def _alive(session):
     """Whether any process of a session runs."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            state, _, group, leader = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[:4]
+            state, _, _group, leader = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[:4]
             if int(leader) == session and state not in "ZX":
                 return True
     return False
@@ -154,7 +160,9 @@ def check_disturbed(command, reference, how, moment):
     """After a disturbance the same command again leaves what an undisturbed one does, `reference`."""
     ended = command.run(head=True) if how == "unread" else command.run(at(moment, DISTURBANCES[how]))
     what = (how, round(moment, 3), ended)
-    assert "Traceback" not in ended.err and "Exception ignored" not in ended.err and "Broken pipe" not in ended.err, what
+    assert "Traceback" not in ended.err and "Exception ignored" not in ended.err and "Broken pipe" not in ended.err, (
+        what
+    )
     if how == "interrupted":
         assert ended.code in (0, 130), what
         if ended.code:
@@ -173,11 +181,14 @@ def check_disturbed(command, reference, how, moment):
     if again.code:
         assert again.code == 2 and len(again.lines) == 1 and command.again and command.again in again.lines[0], whole
     found = content(command.out)
-    assert found == reference, (whole, [name for name in reference if found.get(name) != reference[name]] if isinstance(found, dict) else "")
+    assert found == reference, (whole, [name for name in reference if found.get(name) != reference[name]]
+                                if isinstance(found, dict) else "")
 
 
 def content(place):
-    """Every file below a path, or the file itself, without hidden ones. A safetensors file is what it says, in any order."""
+    """Every file below a path, or the file itself, without hidden ones. A safetensors file is what it says, in any
+    order.
+    """
     if place.suffix == ".safetensors":
         with safe_open(place, framework="pt") as file:
             return file.metadata(), {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}

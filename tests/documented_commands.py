@@ -1,10 +1,10 @@
 """The commands of README.md and docs/*.md, and how each is run in a small form: the table that their test reads.
 
-To document a new command: write it in a ```bash block, and run tests/test_documented_commands.py. If no rule begins as the
-command does, add one to RULES: most need no more than `Rule("gigatok-ds COMMAND")`. The small form is the documented command
-with `replace` and `add` of its rule and with EVERYWHERE, word for word; whatever is not replaced stays, so that an option that no
-longer exists fails. It is run in a folder that holds what `documented_world.build` made, under the names that the documentation
-uses, and what the commands before it left there.
+To document a new command: write it in a ```bash block, and run tests/test_documented_commands.py. If no rule begins as
+the command does, add one to RULES: most need no more than `Rule("gigatok-ds COMMAND")`. The small form is the
+documented command with `replace` and `add` of its rule and with EVERYWHERE, word for word; whatever is not replaced
+stays, so that an option that no longer exists fails. It is run in a folder that holds what `documented_world.build`
+made, under the names that the documentation uses, and what the commands before it left there.
 """
 
 import re
@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 # In the order in which a reader of the README meets them: what one page's commands leave, the next page's read.
 _LISTED = [ROOT / path for path in dict.fromkeys(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text()))]
-PAGES = [README, *(page for page in _LISTED if page.exists()), *sorted(set((ROOT / "docs").glob("*.md")) - set(_LISTED))]
+PAGES = [README, *(page for page in _LISTED if page.exists()),
+         *sorted(set((ROOT / "docs").glob("*.md")) - set(_LISTED))]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _VARIABLE = re.compile(r"[A-Z_]+=\S*")
 
@@ -75,10 +76,10 @@ def commands():
 class Rule:
     """How commands that begin with `begins` are run; of several rules the longest counts.
 
-    run: `here` (this process), `fork` (one rank of its own, as training wants it, or two where a launcher starts them), `shell`
-    (a process of its own), `stages` (this process, and what a study starts is forked), or `covered` (by the test `by`; not run
-    here).
-    replace, add: see the module. code: the exit code that is right. removes: what earlier commands left and this one writes anew.
+    run: `here` (this process), `fork` (one rank of its own, as training wants it, or two where a launcher starts them),
+    `shell` (a process of its own), `stages` (this process, and what a study starts is forked), or `covered` (by the
+    test `by`; not run here). replace, add: see the module. code: the exit code that is right. removes: what earlier
+    commands left and this one writes anew.
     """
 
     begins: str
@@ -111,8 +112,10 @@ RULES = [
          by="tests/test_demo.py::test_a_run_on_my_own_images_is_self_contained"),
     Rule("python3.11 -m venv .venv && .venv/bin/pip install -e .[test]", run="covered",
          by="tests/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
-    Rule(".venv/bin/pip install -e .[app]", run="covered", by="tests/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
-    Rule("pip install -e .[app]", run="covered", by="tests/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
+    Rule(".venv/bin/pip install -e .[app]", run="covered",
+         by="tests/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
+    Rule("pip install -e .[app]", run="covered",
+         by="tests/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
     Rule("gigatok-ds app", run="covered", by="tests/test_app.py::test_over_http_the_page_gives_what_the_views_give"),
     Rule("ssh -L", run="covered", by="tests/test_app.py::test_over_http_the_page_gives_what_the_views_give"),
     Rule("gigatok-ds plan", replace={"VQ_XLXXL256": "small/tokenizer.yaml", "GPT-XXL": "small/gpt.yaml"},
@@ -128,7 +131,8 @@ RULES = [
         "data.cache=/scratch/shards": "data.cache=scratch"}),
     # Other hosts, and GPUs, are not at hand: what would be run there is shown.
     Rule("launch/train.sh", run="shell", replace={"launch/train.sh": "launch/train.sh --dry-run"}, everywhere=False),
-    Rule("launch/torchrun.sh", run="shell", replace={"launch/torchrun.sh": "launch/torchrun.sh --dry-run"}, everywhere=False),
+    Rule("launch/torchrun.sh", run="shell", replace={"launch/torchrun.sh": "launch/torchrun.sh --dry-run"},
+         everywhere=False),
     Rule("sbatch", run="shell", everywhere=False,
          replace={"sbatch --nodes=4 launch/slurm.sbatch": "launch/slurm.sbatch --dry-run"}),
     Rule("deepspeed", run="fork"),  # launch/train.sh starts by DeepSpeed's launcher, below
@@ -136,7 +140,8 @@ RULES = [
     Rule("launch/train.sh VQ_SS256 --out runs/ss", run="fork", replace={
         "loss.perceptual.weights=weights/vgg16-397923af.pth": "loss.perceptual.weights=random",
         "loss.semantic.weights=weights/dinov2_vitb14_pretrain.pth": "loss.semantic.weights=random"}),
-    Rule("launch/train.sh GPT-B", run="shell", replace={"launch/train.sh": "GPUS=1 MASTER_PORT={port} launch/train.sh"}),
+    Rule("launch/train.sh GPT-B", run="shell", replace={"launch/train.sh": "GPUS=1 MASTER_PORT={port} "
+                                                                           "launch/train.sh"}),
     Rule("gigatok-ds status"),
     Rule("gigatok-ds convert", replace={"--step 390000": "--step 4"}, removes="checkpoints/tokenizer-ss"),
     Rule("gigatok-ds inspect"),
@@ -159,12 +164,14 @@ RULES = [
     Rule("gigatok-ds ar-probe", run="stages",
          add=f"--recipe GPT-B --gpt training.steps=4 --gpt training.log_every=2 --cfg 1.5 {_SMALL_REFERENCE} --count 6 "
              f"{_PROBE_OF_A_STUDY}"),
-    Rule("gigatok-ds search-guidance", run="stages", add=f"{_SMALL_REFERENCE} --count 6", replace={"--start 2.5": "--start 1"}),
+    Rule("gigatok-ds search-guidance", run="stages", add=f"{_SMALL_REFERENCE} --count 6",
+         replace={"--start 2.5": "--start 1"}),
     # A report of one benchmark's small form, which a missed target does not fail.
     Rule("python benchmarks/run_all.py", run="shell", add="--quick --only convolution --out all-figures.md"),
     Rule("python benchmarks/run_all.py --only", run="shell", add="--quick --out some-figures.md",
          replace={"--only quantizer sampling": "--only convolution"}),
-    Rule("python benchmarks/quantizer.py", run="shell", add="--quick --latents 64 --repeats 1 --seconds 0 --threads 1 --tasks search"),
+    Rule("python benchmarks/quantizer.py", run="shell", add="--quick --latents 64 --repeats 1 --seconds 0 --threads 1 "
+                                                            "--tasks search"),
     Rule("python benchmarks/cuda_resources.py", run="covered",
          by="tests/test_cuda_kernels.py::test_the_script_tells_what_all_of_them_take"),
     Rule("python benchmarks/gpu_acceptance.py", run="covered",

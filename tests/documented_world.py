@@ -1,4 +1,6 @@
-"""A folder in which documented commands run in a small form: what a reader has before the first of them, under the same names."""
+"""A folder in which documented commands run in a small form: what a reader has before the first of them, under the same
+names.
+"""
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
 
 CHECKOUT = ("launch", "benchmarks", "tools", "ds_configs", "gigatok_ds")
-# The tokenizer of tests/training_runs.py with the frozen networks that the published ones have: VGG16 and a teacher, a small one.
+# The tokenizer of tests/training_runs.py with the frozen networks that the published ones have: VGG16 and a teacher, a
+# small one.
 SMALL_TOKENIZER = """
 base: whole.yaml
 name: small_tokenizer
@@ -58,7 +61,8 @@ def _images(folder):
         tar_bytes({f"ILSVRC2012_val_{number:08d}.JPEG": encoded(number) for number in range(1, 9)}))
     numbers = range(1, CLASSES + 1)
     devkit(folder, truth=[1 + number % CLASSES for number in range(8)],
-           synsets=[(number, names[number - 1], 0) for number in numbers]).rename(folder / "ILSVRC2012_devkit_t12.tar.gz")
+           synsets=[(number, names[number - 1], 0) for number
+                    in numbers]).rename(folder / "ILSVRC2012_devkit_t12.tar.gz")
 
 
 def _models(folder):

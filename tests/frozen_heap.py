@@ -1,9 +1,9 @@
-"""Imported last by the server of `rank_runs`: its forks do not look for garbage among all that it has imported, which takes each
-of them a tenth of its time and a copy of that memory."""
+"""Imported last by the server of `rank_runs`: its forks do not look for garbage among all that it has imported, which
+takes each of them a tenth of its time and a copy of that memory."""
 
 import gc
 
-from gigatok_ds.lean_imports import timm_library
+from gigatok_ds.optional_imports import timm_library
 
 timm_library()  # without wandb, whose directories would lie in TMPDIR as long as the server lives
 gc.collect()

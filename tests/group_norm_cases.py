@@ -47,12 +47,12 @@ class Case:
 
     def interpreted(self) -> list[Tensor]:
         """The same by the kernels."""
-        from gigatok_ds.kernels import group_norm, group_norm_triton
+        from gigatok_ds.kernels import group_norm_ops, group_norm_triton
 
         group_norm_triton._CHUNKS = self.chunks
         *given, upstream = self.inputs()
         given = [tensor.requires_grad_() for tensor in given]
-        y = group_norm.group_norm(*given, self.groups, EPS, silu=self.silu)
+        y = group_norm_ops.group_norm(*given, self.groups, EPS, silu=self.silu)
         return [y.detach(), *torch.autograd.grad(y, given, upstream)]
 
 
@@ -61,7 +61,8 @@ HALF = torch.bfloat16
 CASES = {
     "quick": {
         "far from zero": Case(shape=(1, 8, 31, 35), groups=2, mean=2000.0, chunks=2),
-        "bfloat16, a weight for each sample": Case(shape=(2, 6, 9, 17), groups=2, dtype=HALF, silu=False, per_sample=True),
+        "bfloat16, a weight for each sample": Case(shape=(2, 6, 9, 17), groups=2, dtype=HALF, silu=False,
+                                                   per_sample=True),
     },
     "slow": {
         "plain": Case(shape=(2, 8, 5, 6), groups=2),

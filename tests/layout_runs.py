@@ -10,7 +10,7 @@ from training_runs import partitioning, prepare
 
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.losses.perceptual import PerceptualDistance
-from gigatok_ds.training.monitor import of_the_machine, read_metrics
+from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
 
 STEPS = 10
 # A large epsilon, because Adam would turn the rounding noise of gradients that are truly zero (biases of attention
@@ -92,7 +92,9 @@ def use_stand_ins():
 
 
 def compile_quickly():
-    """In this process, torch.compile traces and differentiates as always, but what it finds is run as it is: no C++ is compiled."""
+    """In this process, torch.compile traces and differentiates as always, but what it finds is run as it is: no C++ is
+    compiled.
+    """
     compiled = torch.compile
     torch.compile = lambda *function, mode=None, **options: compiled(*function, backend="aot_eager", **options)
 
@@ -131,7 +133,8 @@ class LayoutRuns:
         if key not in self.finished:
             recipe = self.recipe(kind, layout, *more)
             out = self.folder / f"run-{len(self.finished)}"
-            run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, partitioning(layout.stage), quickly, timeout=900)
+            run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, partitioning(layout.stage), quickly,
+                      timeout=900)
             checkpoint = out / "checkpoints" / f"step-{STEPS:07d}" / PARTS[kind]
             self.finished[key] = read_metrics(out), read_weights(checkpoint)
         return self.finished[key]

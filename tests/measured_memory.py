@@ -7,20 +7,23 @@ import torch
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
 from gigatok_ds.training.schedules import lr_of_iteration
 
-SMALL_BUCKETS = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000, "stage3_prefetch_bucket_size": 100_000}
+SMALL_BUCKETS = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000,
+                 "stage3_prefetch_bucket_size": 100_000}
 
 
 def settings_of(stage):
     """Buckets in proportion to small networks."""
     settings = zero_settings(stage)
-    known = SMALL_BUCKETS if stage == 3 else {name: SMALL_BUCKETS[name] for name in ("reduce_bucket_size", "allgather_bucket_size")}
+    known = SMALL_BUCKETS if stage == 3 else {name: SMALL_BUCKETS[name] for name
+                                              in ("reduce_bucket_size", "allgather_bucket_size")}
     settings["zero_optimization"] |= known if stage else {}
     return settings
 
 
 def peak_bytes(recipe, stage, first_step):
-    """On the ranks of `rank_runs`: the most bytes that this rank has allocated in the second of two steps from `first_step` on, of
-    whatever is allocated from before the networks are built; and the elements of its trained parameters."""
+    """On the ranks of `rank_runs`: the most bytes that this rank has allocated in the second of two steps from
+    `first_step` on, of whatever is allocated from before the networks are built; and the elements of its trained
+    parameters."""
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.training.run import _task
 
@@ -39,7 +42,8 @@ def peak_bytes(recipe, stage, first_step):
 
 
 def one_step(task, batches, recipe, accumulation, step):
-    rates = task.learning_rates(step, lr_of_iteration(recipe.schedule, recipe.optimizer.lr, recipe.training.steps, step - 1))
+    rates = task.learning_rates(step,
+                                lr_of_iteration(recipe.schedule, recipe.optimizer.lr, recipe.training.steps, step - 1))
     for _ in range(accumulation):
         task.train_micro_batch(next(batches), step)
         gc.collect()  # whenever Python finds cycles of its own accord is no part of a prediction

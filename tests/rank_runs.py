@@ -19,7 +19,7 @@ OTHERS_SECONDS = 30  # for the other ranks, once one has failed
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["gigatok_ds.training.engine", "gigatok_ds.training.run",
+_context.set_forkserver_preload(["gigatok_ds.engine.engine", "gigatok_ds.training.run",
                                  "gigatok_ds.parallel.megatron", "gigatok_ds.training.tokenizer_task",
                                  "gigatok_ds.training.gpt_task", "gigatok_ds.training.loop",
                                  "torch._dynamo", "torch.utils.tensorboard",
@@ -53,7 +53,8 @@ def run_ranks(function, ranks, *arguments, timeout=300):
 
 @contextlib.contextmanager
 def _server_environment():
-    """Variables as the server is to see them: it starts with the first process. It finds modules by PYTHONPATH alone."""
+    """Variables as the server is to see them: it starts with the first process. It finds modules by PYTHONPATH alone.
+    """
     before = dict(os.environ)
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before.get("PYTHONPATH")])])
     os.environ.update(ON_CPU, PYTHONPATH=path)
@@ -89,8 +90,8 @@ def run_main(words, ranks=1, timeout=300):
 
 
 def start_rank(function, *arguments, rank, ranks, port, output):
-    """A process that runs function(*arguments) as one of `ranks` ranks, for the caller to wait for; output: the files that its
-    stdout and stderr are written to."""
+    """A process that runs function(*arguments) as one of `ranks` ranks, for the caller to wait for; output: the files
+    that its stdout and stderr are written to."""
     surroundings = os.environ | ON_CPU | _rank_variables(rank, ranks, port)
     process = _context.Process(target=_apart, args=(surroundings, os.getcwd(), output, function, arguments))
     with _server_environment():

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
-from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.files import write_atomically
+from gigatok_ds.shards.index import ShardIndex
 
 GLOBAL_BATCH, MICRO_BATCH, SIZE, SEED = 8, 1, 16, 5
 

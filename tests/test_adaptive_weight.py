@@ -15,7 +15,8 @@ def test_kernel_gradient_is_autograds():
     loss = outputs[0].square().mean() + outputs[1].tanh().mean()
     gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
     expected, = torch.autograd.grad(loss, layer.weight)
-    torch.testing.assert_close(kernel_gradient(layer, zip(inputs, gradients)), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(kernel_gradient(layer, zip(inputs, gradients, strict=True)), expected, rtol=1e-5,
+                               atol=1e-7)
 
 
 def test_the_weight_is_the_ratio_of_gradient_lengths():

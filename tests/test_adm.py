@@ -75,7 +75,8 @@ def test_distances_are_rounded_as_the_evaluator_rounds_them():
     assert (ours == expected).mean() > 0.99, "but for ties of a sum in another order"
     np.testing.assert_allclose(ours, expected, atol=0.51)
     assert np.abs(ours - exact).max() > 0.2, "which is what float16 costs"
-    np.testing.assert_allclose(squared_distances(torch.as_tensor(rows), torch.as_tensor(columns), False), exact, rtol=1e-5)
+    np.testing.assert_allclose(squared_distances(torch.as_tensor(rows), torch.as_tensor(columns), False), exact,
+                               rtol=1e-5)
 
 
 def test_distances_beyond_float16_are_taken_in_float32():

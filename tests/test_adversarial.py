@@ -73,7 +73,7 @@ def test_extreme_logits_stay_finite_in_half_precision():
 def slow_diff_augment(images, u):
     """One image at a time, as the specification words it."""
     result = []
-    _, channels, height, width = images.shape
+    _, _channels, height, width = images.shape
     for index, image in enumerate(images):
         reach = [round(0.125 * side) for side in (height, width)]
         shift = [int(u[i, index] * (2 * reach[i] + 1)) - reach[i] for i in range(2)]

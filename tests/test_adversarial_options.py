@@ -86,7 +86,8 @@ PAIRS = list(product(DISCRIMINATOR_LOSSES, GENERATOR_LOSSES))
 
 
 @pytest.mark.parametrize("variant, discriminator_loss, generator_loss", [
-    # Losses see logits only, whoever gives them: all pairs with one network, and each of the others with one pair, always.
+    # Losses see logits only, whoever gives them: all pairs with one network, and each of the others with one pair,
+    # always.
     pytest.param(variant, *pair, marks=[] if variant == "patchgan" or pair == PAIRS[number] else pytest.mark.slow)
     for number, variant in enumerate(VARIANTS) for pair in PAIRS
 ])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gigatok_ds.training.alerts import Collapse, DeadTerms
+from gigatok_ds.monitoring.alerts import Collapse, DeadTerms
 
 
 def lines(alert, steps, values):

@@ -1,4 +1,5 @@
-"""The page of trained models: its pictures against the models, its uploads, its server over HTTP, and it in a browser."""
+"""The page of trained models: its pictures against the models, its uploads, its server over HTTP, and it in a browser.
+"""
 
 import io
 import json
@@ -20,10 +21,10 @@ from small_models import small_gpt, small_gpt_config, small_tokenizer
 
 from gigatok_ds.app import page as page_module
 from gigatok_ds.app import uploads, views
+from gigatok_ds.app.guard import UPLOAD, Guard
 from gigatok_ds.app.models import Models, find_models, open_models
 from gigatok_ds.app.page import WAITING, Actions
 from gigatok_ds.app.server import served
-from gigatok_ds.app.guard import UPLOAD, Guard
 from gigatok_ds.app.uploads import Limits, read_upload
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
@@ -127,7 +128,7 @@ def test_positions_outside_the_codes_are_refused(models):
         with pytest.raises(InputError, match="from 0 to 8"):
             views.keep_first(codes, count, codes)
     for first, last in ((-1, 3), (5, 3), (0, 9)):
-        with pytest.raises(InputError, match="choose a beginning|from 0 to 8"):
+        with pytest.raises(InputError, match=r"choose a beginning|from 0 to 8"):
             views.swapped(codes, codes, first, last)
 
 
@@ -161,9 +162,11 @@ def test_a_strip_shows_codes_in_their_order():
 
 
 def test_samples_are_those_of_the_command(models, checkpoints, tmp_path):
-    grid = views.samples(models.gpt, models.tokenizer, [4, 1], per_class=3, guidance=2.0, temperature=0.9, top_k=20, seed=7)
+    grid = views.samples(models.gpt, models.tokenizer, [4, 1], per_class=3, guidance=2.0, temperature=0.9, top_k=20,
+                         seed=7)
     command = ["sample", "--gpt", checkpoints / "gpt", "--tokenizer", checkpoints / "tokenizer", "--classes", "4,1",
-               "--per-class", 3, "--cfg", 2, "--temperature", 0.9, "--top-k", 20, "--seed", 7, "--out", tmp_path / "grid.png"]
+               "--per-class", 3, "--cfg", 2, "--temperature", 0.9, "--top-k", 20, "--seed", 7, "--out",
+               tmp_path / "grid.png"]
     assert main([str(word) for word in command]) == 0
     assert np.array_equal(grid, np.asarray(Image.open(tmp_path / "grid.png")))
 
@@ -171,7 +174,8 @@ def test_samples_are_those_of_the_command(models, checkpoints, tmp_path):
 @pytest.mark.parametrize(("change", "said"), [
     ({"classes": []}, "choose at least one"), ({"classes": [5]}, "from 0 to 4"), ({"classes": [-1]}, "from 0 to 4"),
     ({"per_class": 65}, "from 1 to 64"), ({"per_class": 0}, "from 1 to 64"), ({"guidance": 0.5}, "guidance is 0.5"),
-    ({"guidance": float("nan")}, "guidance is nan"), ({"temperature": -1}, "temperature is -1"), ({"seed": -1}, "seed is -1"),
+    ({"guidance": float("nan")}, "guidance is nan"), ({"temperature": -1}, "temperature is -1"),
+    ({"seed": -1}, "seed is -1"),
     ({"seed": 2.5}, "whole number"), ({"seed": None}, "whole number"), ({"top_k": -1}, "top_k is -1"),
     ({"guidance": None}, "guidance is not set"),
 ])
@@ -189,7 +193,7 @@ def test_models_are_found_by_what_they_are(checkpoints, tmp_path):
     assert find_models([checkpoints]) == both == find_models([checkpoints / "gpt", checkpoints / "tokenizer"])
     assert find_models([checkpoints / "tokenizer"]) == {"tokenizer": checkpoints / "tokenizer"}
     shutil.copytree(checkpoints / "gpt", tmp_path / "gpt")
-    with pytest.raises(InputError, match="two gpts, .* name the directories"):
+    with pytest.raises(InputError, match=r"two gpts, .* name the directories"):
         find_models([checkpoints, tmp_path / "gpt"])
     with pytest.raises(InputError, match="there is no tokenizer in"):
         find_models([tmp_path])
@@ -253,7 +257,7 @@ def test_other_formats_are_refused(tmp_path):
 
 def test_limits_must_be_sensible():
     for total in (1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="--max-total-megabytes is .*at least --max-megabytes"):
+        with pytest.raises(InputError, match=r"--max-total-megabytes is .*at least --max-megabytes"):
             Limits(total_megabytes=total)
     for limits in ({"megabytes": 0}, {"megapixels": 0}, {"megapixels": 90}, {"megabytes": float("nan")}):
         with pytest.raises(InputError, match="must be above 0"):
@@ -308,7 +312,9 @@ def upload(client, content, name="photo.png"):
 
 
 def picture(client, value):
-    return np.asarray(Image.open(io.BytesIO(client.get(f"/gradio_api/file={value['path']}").raise_for_status().content)))
+    return np.asarray(
+        Image.open(io.BytesIO(client.get(f"/gradio_api/file={value['path']}").raise_for_status().content))
+    )
 
 
 def test_over_http_the_page_gives_what_the_views_give(client, models):
@@ -345,9 +351,11 @@ def test_no_file_of_the_machine_is_read(client, checkpoints, tmp_path):
     secret.write_bytes(png_bytes(photo(3)))
     own = Path(upload(client, png_bytes(photo(0)))["path"])
     weights = checkpoints / "tokenizer" / "config.json"
-    for path in ("/etc/passwd", secret, weights, Path(__file__), f"{own.parent}/../../../../../../etc/passwd", own.parent.parent):
+    for path in ("/etc/passwd", secret, weights, Path(__file__), f"{own.parent}/../../../../../../etc/passwd",
+                 own.parent.parent):
         for address in (f"/gradio_api/file={path}", f"/gradio_api/file/{path}", f"/file={path}", f"/static/{path}",
-                        f"/static/..%2f..%2f..%2f..%2f..%2f..%2f..%2f..%2f{path}", f"/assets/..%2f..%2f..%2f..%2f..%2f..{path}"):
+                        f"/static/..%2f..%2f..%2f..%2f..%2f..%2f..%2f..%2f{path}",
+                        f"/assets/..%2f..%2f..%2f..%2f..%2f..{path}"):
             answer = client.get(address)
             assert answer.status_code in (403, 404) and b"root:" not in answer.content
     for path in (secret, "/etc/passwd", f"{own.parent}/../../../../../../{secret}"):
@@ -398,15 +406,21 @@ def test_names_that_are_none_are_refused(address):
         assert raw(address, "GET / HTTP/1.1", header) in (400, 403)
     for origin in ("http://[", "http://]", "[", "http://[::1"):
         assert raw(address, "GET / HTTP/1.1", f"Host: {host}", f"Origin: {origin}") == 403
-    assert raw(address, "GET / HTTP/1.1", f"Host: {host}", f"Origin: http://{host}", "Origin: http://attacker.example") == 400
+    assert raw(address, "GET / HTTP/1.1", f"Host: {host}", f"Origin: http://{host}",
+               "Origin: http://attacker.example") == 400
 
 
 def test_an_upload_that_tells_its_length_in_two_ways_is_refused(address):
     host = address.removeprefix("http://")
-    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(3 * LIMITS.bytes) + b"\r\n--x--\r\n"
+    part = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        + bytes(3 * LIMITS.bytes)
+        + b"\r\n--x--\r\n"
+    )
     chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(part), part)
     head = ["POST /gradio_api/upload HTTP/1.1", f"Host: {host}", "Content-Type: multipart/form-data; boundary=x"]
-    for more in (["Content-Length: 10", "Transfer-Encoding: chunked"], ["Transfer-Encoding: chunked", "Content-Length: 10"],
+    for more in (["Content-Length: 10", "Transfer-Encoding: chunked"],
+                 ["Transfer-Encoding: chunked", "Content-Length: 10"],
                  ["Transfer-Encoding: chunked"], ["Content-Length: 10", "Content-Length: 20"], ["Content-Length: +10"],
                  ["Content-Length: -1"], ["Content-Length: 9" + "9" * 30]):
         try:
@@ -433,7 +447,8 @@ def test_a_stream_that_is_longer_than_it_said_is_cut():
         sent.append(message)
 
     guard = Guard(app, None, 10**6, Path("nowhere"), 10**7)
-    scope = {"type": "http", "method": "POST", "path": UPLOAD, "headers": [(b"content-length", b"250"), (b"host", b"h")]}
+    scope = {"type": "http", "method": "POST", "path": UPLOAD,
+             "headers": [(b"content-length", b"250"), (b"host", b"h")]}
     asyncio.run(guard(scope, receive, send))
     assert sent[0]["status"] == 413 and sum(seen) == 200 and guard.arriving == 0
 
@@ -516,7 +531,8 @@ def browser(address):
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         tab, elsewhere = chromium.new_page(), []
-        tab.on("request", lambda request: request.url.startswith((address, "data:", "blob:")) or elsewhere.append(request.url))
+        tab.on("request", lambda request: request.url.startswith((address, "data:", "blob:"))
+               or elsewhere.append(request.url))
         tab.goto(address)
         tab.wait_for_selector("#upload input[type=file]", state="attached", timeout=60_000)
         yield tab, elsewhere
@@ -568,13 +584,14 @@ def test_in_a_browser(browser, models):
     assert np.array_equal(shown(tab, "reconstruction"), other.reconstruction.repeat(16, 0).repeat(16, 1))
 
     tab.get_by_role("tab", name="Samples").click()
-    tab.wait_for_function("() => document.querySelector('#seed input').value === '0'")  # what is shown can be changed now
+    # What is shown can be changed now.
+    tab.wait_for_function("() => document.querySelector('#seed input').value === '0'")
     tab.fill("#seed input", "3")
     with tab.expect_request("**/queue/join*") as request:
         tab.click("#draw")
     assert request.value.post_data_json["data"] == [[0, 1, 2, 3], 8, 1.75, 1, 0, 3]
     drawn = shown(tab, "samples")
-    expected = views.samples(models.gpt, models.tokenizer, [0, 1, 2, 3], per_class=8, guidance=1.75, temperature=1, top_k=0,
-                             seed=3)
+    expected = views.samples(models.gpt, models.tokenizer, [0, 1, 2, 3], per_class=8, guidance=1.75, temperature=1,
+                             top_k=0, seed=3)
     assert np.array_equal(drawn, expected.repeat(6, 0).repeat(6, 1))
     assert elsewhere == []

@@ -1,6 +1,8 @@
-"""The layout's own tests: which way imports point, and how large a file may grow."""
+"""The layout's own tests: which way imports point, how large files and rooms may grow, and that names are unique."""
 
 import ast
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "gigatok_ds"
@@ -9,23 +11,33 @@ PACKAGE = Path(__file__).parent.parent / "gigatok_ds"
 ALLOWED = {
     "config": set(),
     "kernels": {"config"},
-    "parallel": {"config"},
+    "parallel": {"config", "kernels"},
+    "cluster": {"config"},
+    "shards": {"config"},
     "models": {"config", "kernels", "parallel"},
-    "losses": {"config", "kernels", "parallel", "models"},
-    "cluster": {"config", "parallel"},
-    "data": {"config", "parallel"},
+    "cpu": {"kernels", "models"},
+    "losses": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "parallel"},
-    "evaluation": {"config", "models", "losses", "data", "checkpoint", "parallel", "kernels"},
-    "sampling": {"config", "models", "data", "checkpoint", "parallel", "kernels", "evaluation"},
-    "training": {"config", "models", "losses", "data", "checkpoint", "parallel", "kernels", "evaluation"},
+    "data": {"config", "cpu", "shards"},
+    "packing": {"config", "data", "parallel", "shards"},
+    "engine": {"config", "checkpoint", "cpu", "kernels", "models", "parallel"},
+    "evaluation": {"config", "models", "losses", "data", "shards", "checkpoint", "parallel"},
+    "monitoring": {"config", "checkpoint", "evaluation", "losses", "models", "parallel"},
+    "resilience": {"config", "checkpoint", "engine", "monitoring", "parallel"},
+    "training": {"config", "checkpoint", "cpu", "data", "engine", "evaluation", "losses", "models", "monitoring",
+                 "parallel", "resilience", "shards"},
+    "sampling": {"config", "checkpoint", "cpu", "data", "evaluation", "models", "packing", "parallel", "shards"},
     "app": {"models", "data", "checkpoint", "evaluation", "sampling"},
-    "planning": {"config", "models", "losses", "parallel", "training"},
+    "dry_run": {"config", "engine", "losses", "models", "monitoring", "parallel", "training"},
+    "planning": {"config", "dry_run", "monitoring"},
     # Runs the others as commands.
-    "studies": {"config", "data", "checkpoint", "evaluation"},
-    "demo": {"config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training", "studies"},
-    "cli": {"kernels", "config", "models", "losses", "data", "checkpoint", "parallel", "evaluation", "sampling", "training",
-            "demo", "cluster", "studies", "app", "planning"},
+    "studies": {"config", "data", "shards", "checkpoint", "evaluation"},
+    "demo": {"config", "data", "packing", "shards", "checkpoint", "parallel", "evaluation", "monitoring", "sampling",
+             "training", "studies"},
+    "cli": {"kernels", "config", "models", "losses", "data", "packing", "shards", "checkpoint", "parallel",
+            "evaluation", "resilience", "sampling", "training", "demo", "cluster", "studies", "app", "planning"},
 }
+MOST_FILES = 15  # of a directory
 
 
 def imports(path):
@@ -51,9 +63,9 @@ def test_imports_point_one_way():
     for path in files():
         for name in imports(path):
             parts = name.split(".")
-            if room(path) and parts[0] == "gigatok_ds" and parts[1] in ALLOWED and parts[1] != room(path):
-                if parts[1] not in ALLOWED[room(path)]:
-                    wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+            of_a_room = room(path) and parts[0] == "gigatok_ds" and parts[1] in ALLOWED and parts[1] != room(path)
+            if of_a_room and parts[1] not in ALLOWED[room(path)]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert not wrong
 
 
@@ -61,7 +73,7 @@ def test_deepspeed_and_megatron_are_imported_in_one_place_each():
     for path in files():
         roots = {name.split(".")[0] for name in imports(path)}
         if "deepspeed" in roots:  # the one calls it, the other asks whether it takes its settings
-            assert path.relative_to(PACKAGE).as_posix() in ("training/engine.py", "training/deepspeed_schema.py")
+            assert path.relative_to(PACKAGE).as_posix() in ("engine/engine.py", "engine/deepspeed_schema.py")
         if "megatron" in roots:
             assert room(path) == "parallel"
 
@@ -69,6 +81,32 @@ def test_deepspeed_and_megatron_are_imported_in_one_place_each():
 def test_every_room_is_known():
     rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
     assert rooms - {"recipes"} <= set(ALLOWED)  # recipes holds YAML only
+
+
+def module_of(path):
+    return ".".join(["gigatok_ds", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def test_no_circle_between_files():
+    """Imports inside of functions and for type checkers count, too."""
+    modules = {module_of(path): path for path in files()}
+    graph = {}
+    for module, path in modules.items():
+        named = {name if name in modules else name.rpartition(".")[0] for name in imports(path)}
+        graph[module] = (named & modules.keys()) - {module}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_rooms_stay_small():
+    count = Counter(path.parent.relative_to(PACKAGE).as_posix() for path in files() if path.name != "__init__.py")
+    assert not {room: number for room, number in count.items() if number > MOST_FILES}
+
+
+def test_no_two_files_or_classes_share_a_name():
+    names = Counter(path.name for path in files() if path.name != "__init__.py")
+    classes = Counter(node.name for path in files() for node in ast.parse(path.read_text()).body
+                      if isinstance(node, ast.ClassDef))
+    assert not {name: number for name, number in (names | classes).items() if number > 1}
 
 
 def test_files_stay_small():

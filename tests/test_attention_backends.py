@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from gigatok_ds.config.load import load_recipe, recipe_names
 from gigatok_ds.config.model import CNNConfig
+from gigatok_ds.dry_run.dry_run import Rehearsal
 from gigatok_ds.models.cnn import CNNEncoder
-from gigatok_ds.planning.rehearsal import Rehearsal
 
 LAYERS = 3  # are like all the others
 RECIPES = [name for name in recipe_names() if not name.startswith("demo")]

@@ -9,10 +9,10 @@ from training_runs import prepare, start
 
 from gigatok_ds.data import bad_samples
 from gigatok_ds.data.bad_samples import BadSample, BadSamples
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
-from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.errors import InputError
+from gigatok_ds.shards.index import ShardIndex
 
 
 def batches(index, **arguments):
@@ -102,8 +102,8 @@ def test_a_label_that_the_model_does_not_have_ends_the_run_whatever_may_be_bad(t
     index = labelled(tmp_path, [7 if number in (3, 4) else 0 for number in range(20)])
     for refused in (lambda: index.check_labels(7, max_bad_fraction=1.0),
                     lambda: batches(index, num_classes=7, workers=workers, max_bad_fraction=1.0)):
-        with pytest.raises(InputError, match=r"'s0003' has label 7; a model with num_classes 7 allows 0 to 6 \(2 such samples\)"
-                                             ": labels go up to 7; set model.num_classes to at least 8"):
+        with pytest.raises(InputError, match=r"'s0003' has label 7; a model with num_classes 7 allows 0 to 6 \(2 such "
+                                             r"samples\): labels go up to 7; set model.num_classes to at least 8"):
             refused()
 
 
@@ -117,7 +117,7 @@ def test_labels_that_are_counted_from_one_are_told(tmp_path):
 
 def test_data_without_any_label_is_refused(tmp_path):
     members = [(f"{sample.key}.jpg", sample.image_bytes) for sample in samples(6)]
-    with pytest.raises(InputError, match="has label -1.*6 such samples"):
+    with pytest.raises(InputError, match=r"has label -1.*6 such samples"):
         batches(ShardIndex.open(plain_tar(tmp_path / "shards" / "x.tar", members), max_bad_fraction=1.0))
 
 

@@ -20,7 +20,8 @@ parser = argparse.ArgumentParser()
 figures.add_option(parser)
 path = parser.parse_args().json
 """
-ROW = "figures.Figure(case='a|b', unit='ms', ours=2, reference=3, reference_name='theirs', ratio=1.5, direction='x faster', "
+ROW = ("figures.Figure(case='a|b', unit='ms', ours=2, reference=3, reference_name='theirs', ratio=1.5, "
+       "direction='x faster', ")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def table(report):
 
 def test_every_script_is_run_or_named_as_a_long_proof(run_all):
     scripts = {path.name for path in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
-    assert scripts == {benchmark.script for benchmark in run_all.BENCHMARKS.values()} | set(run_all.LONG) | {SCRIPT.name}
+    assert scripts == {benchmark.script for benchmark
+                       in run_all.BENCHMARKS.values()} | set(run_all.LONG) | {SCRIPT.name}
 
 
 def test_the_help_names_all_of_them(run_all, capsys):
@@ -63,7 +65,8 @@ def test_the_help_names_all_of_them(run_all, capsys):
 @pytest.mark.slow
 def test_two_benchmarks_in_their_quick_form(tmp_path):
     report = tmp_path / "report.md"
-    finished = subprocess.run([sys.executable, SCRIPT, "--quick", "--only", "cross-entropy", "sampling", "--out", report],
+    finished = subprocess.run([sys.executable, SCRIPT, "--quick", "--only", "cross-entropy", "sampling", "--out",
+                               report],
                               capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     head, _, *rows = table(report)
@@ -72,10 +75,12 @@ def test_two_benchmarks_in_their_quick_form(tmp_path):
     for row in rows:
         ours, reference, ratio = (float(cell.split()[0].replace(",", "")) for cell in row[2:5])
         of_ours = reference / ours if row[2].split()[1] != "codes/s" else ours / reference
-        assert ours > 0 and ratio == pytest.approx(of_ours, rel=0.02) and row[4].split(" ", 1)[1] in ("x faster", "x smaller")
+        assert ours > 0 and ratio == pytest.approx(of_ours, rel=0.02) and row[4].split(" ", 1)[1] in ("x faster",
+                                                                                                      "x smaller")
     text = report.read_text()
     assert "quick: figures mean little" in text and "Unfinished" not in text
-    for fact in ("- machine: ", " cores", "- commit: ", "torch ", "deepspeed ", "megatron-core ", "python benchmarks/soak.py"):
+    for fact in ("- machine: ", " cores", "- commit: ", "torch ", "deepspeed ", "megatron-core ",
+                 "python benchmarks/soak.py"):
         assert fact in text, fact
     left = sorted(path.name for path in (tmp_path / "report").iterdir())
     assert left == ["cross-entropy.json", "cross-entropy.txt", "sampling.json", "sampling.txt"]
@@ -146,7 +151,8 @@ def test_a_report_never_takes_the_place_of_another(run_all, monkeypatch, tmp_pat
     (tmp_path / "results").mkdir()
     where = run_all.Setting(command="", quick=False, commit=None, modified=False, gpus=["NVIDIA H100"], load=0.0)
     first = run_all.free_name(where)
-    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d-[a-z0-9-]+-{len(os.sched_getaffinity(0))}-cores-1x-nvidia-h100\.md", first.name)
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d-[a-z0-9-]+-{len(os.sched_getaffinity(0))}-cores-1x-nvidia-h100\.md",
+                        first.name)
     first.touch()
     assert run_all.free_name(where).name == first.name.replace(".md", "-2.md")
 
@@ -159,7 +165,8 @@ def test_bad_options_are_refused(run_all, words, told):
 
 def test_the_rows_of_a_step_hold_its_target():
     options = SimpleNamespace(recipe="VQ_SS256", batch=1, precision="fp32", zero=0, overrides=[])
-    found = {"ours": {"seconds": 2.0, "peak_gb": 5.0, "flops": 0}, "plain": {"seconds": 2.5, "peak_gb": 10.0, "flops": 10**12}}
+    found = {"ours": {"seconds": 2.0, "peak_gb": 5.0, "flops": 0},
+             "plain": {"seconds": 2.5, "peak_gb": 10.0, "flops": 10**12}}
     with loaded("tokenizer_step") as tokenizer_step:
         time, memory = tokenizer_step.rows("auxiliary", found, "cpu", options)
     assert (time.ours, time.reference, time.unit, time.ratio, time.direction) == (2000, 2500, "ms", 1.25, "x faster")

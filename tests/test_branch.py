@@ -12,15 +12,16 @@ from training_runs import prepare
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
 from gigatok_ds.training.branch import branch_point, check_branch
-from gigatok_ds.training.monitor import of_the_machine, read_metrics
 
 PARTS = {"tokenizer": ("generator", "discriminator"), "gpt": ("gpt",)}
 CONSTANT = ["schedule={kind: const, warmup_steps: 2}", "training.steps=6"]
 
 
 def cool_down(steps, hold):
-    return [f"schedule={{kind: wsd, warmup_steps: 2, decay_fraction: {(steps - hold) / steps}}}", f"training.steps={steps}"]
+    return [f"schedule={{kind: wsd, warmup_steps: 2, decay_fraction: {(steps - hold) / steps}}}",
+            f"training.steps={steps}"]
 
 
 def train(recipe, out, branch_from=None, stage=1):
@@ -107,10 +108,12 @@ def test_an_interrupted_branch_continues_from_its_own_checkpoint(runs):
 
 
 @pytest.mark.parametrize("more, message", [
-    (["schedule={kind: cosine, warmup_steps: 2}"], "schedule.kind is cosine, which has no phase of constant learning rate"),
+    (["schedule={kind: cosine, warmup_steps: 2}"],
+     "schedule.kind is cosine, which has no phase of constant learning rate"),
     ([*cool_down(8, hold=4), "optimizer.lr=2e-3"], "must share its recipe, but optimizer.lr differ"),
     (cool_down(4, hold=1), "has no complete checkpoint of step 1 or earlier"),
-    (["schedule={kind: wsd, warmup_steps: 5, decay_fraction: 0.5}", "training.steps=8"], "schedule.warmup_steps differ"),
+    (["schedule={kind: wsd, warmup_steps: 5, decay_fraction: 0.5}", "training.steps=8"],
+     "schedule.warmup_steps differ"),
 ])
 def test_what_is_no_branch_is_refused(runs, more, message):
     with pytest.raises(InputError, match=message):

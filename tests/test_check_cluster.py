@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import pytest
 
-from gigatok_ds.cli import check_cluster as command
-from gigatok_ds.cluster import probe
+from gigatok_ds.cli.training import check_cluster as command
+from gigatok_ds.cluster import host_facts
 from gigatok_ds.cluster.allreduce import STAGES, Progress
 from gigatok_ds.cluster.check import Request, check_cluster
+from gigatok_ds.cluster.cluster_report import Expected, HostResult, allreduce_cell, allreduce_problems, problems, table
 from gigatok_ds.cluster.hostfile import Host, Rendezvous
-from gigatok_ds.cluster.report import Expected, HostResult, allreduce_cell, allreduce_problems, problems, table
 from gigatok_ds.errors import InputError
 
 VERSIONS = {"python": "3.11.7", "torch": "2.11.0", "deepspeed": "0.19.8", "megatron-core": "0.16.1", "nccl": "2.28.9",
             "driver": "570.1"}
-GOOD = probe.Facts(devices=["H200"] * 8, versions=VERSIONS, code="c" * 64, recipe="r" * 64, token="t")
+GOOD = host_facts.Facts(devices=["H200"] * 8, versions=VERSIONS, code="c" * 64, recipe="r" * 64, token="t")
 EXPECTED = Expected(code="c" * 64, recipe="r" * 64, token="t", shared="/shared", working_dir="/start",
                     checkout="/checkout")
 MEETING = Rendezvous(address="a", port=29500)
@@ -101,20 +101,21 @@ def test_source_hash_sees_every_file_but_what_python_compiles(tmp_path):
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "a.py").write_text("1")
     (tmp_path / "r.yaml").write_text("x: 1")
-    first = probe.source_hash(tmp_path)
+    first = host_facts.source_hash(tmp_path)
     (tmp_path / "__pycache__" / "a.pyc").write_text("1")
-    assert probe.source_hash(tmp_path) == first
+    assert host_facts.source_hash(tmp_path) == first
     (tmp_path / "r.yaml").write_text("x: 2")
-    second = probe.source_hash(tmp_path)
+    second = host_facts.source_hash(tmp_path)
     (tmp_path / "r.yaml").rename(tmp_path / "s.yaml")
-    assert len({first, second, probe.source_hash(tmp_path)}) == 3
+    assert len({first, second, host_facts.source_hash(tmp_path)}) == 3
 
 
 def test_probe_of_this_machine(tmp_path):
     (tmp_path / "token").write_text("secret")
-    facts = probe.look(probe.Question(recipe="GPT-B", token=str(tmp_path / "token"), answer=str(tmp_path / "host-0"),
+    facts = host_facts.look(host_facts.Question(recipe="GPT-B", token=str(tmp_path / "token"),
+                                                answer=str(tmp_path / "host-0"),
                                       working_dir=str(tmp_path / "none")))
-    assert facts.recipe == probe.recipe_hash("GPT-B") != probe.recipe_hash("GPT-L")
+    assert facts.recipe == host_facts.recipe_hash("GPT-B") != host_facts.recipe_hash("GPT-L")
     assert facts.token == "secret" and (tmp_path / "host-0").is_file() and facts.write_error is None
     assert facts.versions["torch"] and facts.versions["deepspeed"] and facts.device_error is None
     assert not facts.working_dir_exists and len(facts.code) == 64
@@ -122,7 +123,7 @@ def test_probe_of_this_machine(tmp_path):
 
 def test_probe_says_what_a_host_cannot_do(tmp_path):
     nowhere = tmp_path / "x"
-    facts = probe.look(probe.Question(recipe="no_such.yaml", token=str(nowhere), answer=str(nowhere / "y")))
+    facts = host_facts.look(host_facts.Question(recipe="no_such.yaml", token=str(nowhere), answer=str(nowhere / "y")))
     assert facts.recipe is None and "no_such.yaml" in facts.recipe_error
     assert facts.token is None and facts.write_error == "No such file or directory"
 
@@ -175,10 +176,10 @@ def ssh(tmp_path, monkeypatch):
 
 
 def test_hosts_that_do_not_answer_are_named(ssh, tmp_path, monkeypatch):
-    from gigatok_ds.cluster import remote
+    from gigatok_ds.cluster import remote_shell
 
-    monkeypatch.setattr(remote, "CONNECT_SECONDS", 0)
-    monkeypatch.setattr(remote, "_GRACE", 1)
+    monkeypatch.setattr(remote_shell, "CONNECT_SECONDS", 0)
+    monkeypatch.setattr(remote_shell, "_GRACE", 1)
     (tmp_path / "shared").mkdir()
     request = Request(hostfile=ssh("gone slots=2\nslow slots=2\n"), out=tmp_path / "shared", seconds=1)
     verdict = check_cluster(request, {})

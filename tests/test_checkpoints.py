@@ -12,7 +12,7 @@ import torch
 from rank_runs import RanksFailed, run_ranks
 
 from gigatok_ds.checkpoint import fragments
-from gigatok_ds.checkpoint.fragments import Fragment, Layout, SavedEngine, Snapshot
+from gigatok_ds.checkpoint.fragments import Fragment, SavedEngine, SavedLayout, Snapshot
 from gigatok_ds.checkpoint.retention import steps_to_keep
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints, load_checkpoint, read_state, remove_leftovers
 from gigatok_ds.checkpoint.writer import CheckpointWriter
@@ -36,7 +36,8 @@ class Part:
     def snapshot(self):
         size = len(self.weights) // self.topology.data_size
         start = size * self.topology.data_rank
-        layout = Layout(tensor_size=1, data_size=self.topology.data_size, parameters={"w": [len(self.weights)]}, cuts={},
+        layout = SavedLayout(tensor_size=1, data_size=self.topology.data_size, parameters={"w": [len(self.weights)]},
+                             cuts={},
                         kinds=["weights"], adam_steps={"w": 0}, counters={})
         return Snapshot(tensor_rank=0, data_rank=self.topology.data_rank, layout=layout,
                         fragments={"weights": {"w": Fragment(start, self.weights[start : start + size].clone())}})
@@ -113,7 +114,8 @@ def test_a_flipped_byte_anywhere_is_detected_and_named(tmp_path):
         path.write_bytes(whole)
     load_checkpoint(folder, {"net": Part()}, ALONE)
     (folder / "net" / "tensor-000-data-00000.safetensors").unlink()
-    with pytest.raises(InputError, match="tensor-000-data-00000.safetensors is missing; restore it from a copy, or remove"):
+    with pytest.raises(InputError,
+                       match=r"tensor-000-data-00000.safetensors is missing; restore it from a copy, or remove"):
         load_checkpoint(folder, {"net": Part()}, ALONE)
 
 
@@ -126,7 +128,7 @@ def test_a_name_outside_of_the_checkpoint_is_refused(tmp_path):
     for name in ("../../secret", str(tmp_path / "secret")):
         state.files[name] = "0" * 64
         (folder / "state.json").write_text(state.to_json())
-        with pytest.raises(InputError, match="secret.*outside of the checkpoint"):
+        with pytest.raises(InputError, match=r"secret.*outside of the checkpoint"):
             load_checkpoint(folder, {"net": Part()}, ALONE)
         del state.files[name]
 
@@ -239,7 +241,7 @@ def test_ranks_complete_a_checkpoint_together_or_fail_together(tmp_path, asynchr
     assert (part.weights == 1).all() and json.loads((folder / "state.json").read_text())["world_size"] == 2
     for failing in (0, 1):
         out = tmp_path / f"failing-{failing}"
-        with pytest.raises(RanksFailed, match="could not be written.*No space left on device"):
+        with pytest.raises(RanksFailed, match=r"could not be written.*No space left on device"):
             run_ranks(save_on_a_rank, 2, out, asynchronous, failing, timeout=60)
         assert not complete_checkpoints(out)
 

@@ -12,13 +12,13 @@ from training_runs import prepare
 
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.data.checking import check_shards
 from gigatok_ds.data.codes import CodeDataset, CodeSample, write_code_shards
-from gigatok_ds.data.index import ShardIndex
-from gigatok_ds.data.packing import Packing, pack
-from gigatok_ds.data.sources import open_source as open_images
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.cropped import CroppedImages
+from gigatok_ds.packing.checking import check_shards
+from gigatok_ds.packing.image_sources import open_source as open_images
+from gigatok_ds.packing.pack_shards import Packing, pack
+from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.training.code_sources import open_source
 
 
@@ -39,14 +39,14 @@ def test_images_of_fewer_classes_get_the_numbers_of_their_names(tmp_path):
         images.number_as(train.classes, "train")
         assert [images[i]["labels"] for i in range(4)] == [1, 1, 2, 2] and images.identity() == before
     other = CroppedImages(packed(tmp_path, "other", ["bee", "dog"]), 16)
-    with pytest.raises(InputError, match="class 'dog'.*train does not have"):
+    with pytest.raises(InputError, match=r"class 'dog'.*train does not have"):
         other.number_as(train.classes, "train")
 
 
 def test_a_flat_directory_is_refused_where_classes_matter(tmp_path):
     images = CroppedImages(make_images(tmp_path / "val", {"1.png": encoded(1, "PNG", (16, 16))}), 16)
     for check in (images.check_classes, lambda: images.number_as(["a"], "train")):
-        with pytest.raises(InputError, match="val holds images without classes.*--labels"):
+        with pytest.raises(InputError, match=r"val holds images without classes.*--labels"):
             check()
 
 
@@ -58,7 +58,8 @@ def codes(tmp_path, name, classes, labels):
 
 def test_codes_get_the_numbers_of_their_classes_names(tmp_path):
     train = CodeDataset.open(codes(tmp_path, "train", ["ant", "bee", "cat"], [0, 1, 2]))
-    held_out = CodeDataset.open(codes(tmp_path, "val", ["bee", "cat"], [0, 1, 1])).number_as(train.index.classes, "train")
+    held_out = CodeDataset.open(codes(tmp_path, "val", ["bee", "cat"], [0, 1, 1])).number_as(train.index.classes,
+                                                                                             "train")
     assert held_out.labels.tolist() == [1, 2, 2]
 
 
@@ -80,7 +81,8 @@ def test_a_gpts_validation_images_are_numbered_as_its_training_images(tmp_path):
     save_standalone(tmp_path / "tokenizer", tokenizer.config, tokenizer.state_dict())
     train, val = packed(tmp_path, "train", ["ant", "bee", "cat"]), packed(tmp_path, "val", ["bee", "cat"])
     recipe = load_recipe(tmp_path / "gpt.yaml", [f"data.train={train}", f"data.validation={val}",
-                                                 f"data.tokenizer={tmp_path / 'tokenizer'}", "training.global_batch_size=4"])
+                                                 f"data.tokenizer={tmp_path / 'tokenizer'}",
+                                                 "training.global_batch_size=4"])
     assert open_source(recipe, ALONE, 4).validation()[1].tolist() == [1, 1, 2, 2]
 
 

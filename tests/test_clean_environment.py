@@ -76,7 +76,8 @@ def test_a_tokenizer_and_a_gpt_run_there_and_give_the_same_bits(clean_python, tm
 
 
 def test_nothing_else_is_there(clean_python):
-    said = subprocess.run([clean_python, "-I", "-c", "import importlib.metadata as m; print(*(d.name for d in m.distributions()))"],
+    said = subprocess.run([clean_python, "-I", "-c", "import importlib.metadata as m; print(*(d.name for d in "
+                                                     "m.distributions()))"],
                           capture_output=True, text=True, check=True).stdout.lower().split()
     assert {"torch", "numpy", "pyyaml", "safetensors"} <= set(said)
     assert not {"deepspeed", "megatron-core", "pydantic", "pillow", "tqdm", "timm"} & set(said)

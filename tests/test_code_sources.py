@@ -12,10 +12,10 @@ from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.data.codes import CodeBatches, CodeDataset
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
-from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import numpy_stream
 from gigatok_ds.training.code_sources import check_sources, open_source
 from gigatok_ds.training.run import check_run
@@ -117,7 +117,7 @@ def test_half_of_the_accesses_take_the_second_set(folder, tmp_path):
     batches = iter(CodeBatches(first, second, global_batch_size=8, micro_batch_size=4, seed=3))
     taken = []
     for batch in (next(batches) for _ in range(50)):
-        for codes, epoch, sample in zip(batch["codes"], batch["epoch"].tolist(), batch["sample"].tolist()):
+        for codes, epoch, sample in zip(batch["codes"], batch["epoch"].tolist(), batch["sample"].tolist(), strict=True):
             of_second = numpy_stream(3, "second codes", epoch, sample).random() < 0.5
             row = int(numpy_stream(3, "augmentation", epoch, sample).integers(2))
             assert codes.tolist() == (second if of_second else first).codes[sample, row].tolist()
@@ -130,7 +130,7 @@ def test_half_of_the_accesses_take_the_second_set(folder, tmp_path):
 
 def test_a_second_set_must_be_of_the_same_images(folder, tmp_path):
     code_shards(tmp_path / "fewer", 39, seed=5)
-    with pytest.raises(InputError, match="fewer is not of the same images as data.train .* 39 samples beside 40"):
+    with pytest.raises(InputError, match=r"fewer is not of the same images as data.train .* 39 samples beside 40"):
         open_source(extracted(folder, f"data.second={tmp_path / 'fewer'}"), ALONE, 4)
     code_shards(tmp_path / "longer", 40, seed=5, tokens=9)
     with pytest.raises(InputError, match="longer has latent_tokens 9, but tiny_gpt expects 8"):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gigatok_ds.data.codes import CodeBatches, CodeDataset, CodeSample, code_dtype, write_code_shards
-from gigatok_ds.data.index import ShardIndex
-from gigatok_ds.data.shards import new_directory, write_tars
 from gigatok_ds.errors import InputError
+from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.tar_writer import new_directory, write_tars
 from gigatok_ds.streams import numpy_stream
 
 SHAPE = (3, 5)  # augmentations, latent tokens
@@ -117,10 +117,10 @@ def test_metadata_that_disagrees_is_refused(directory, change, message):
 
 
 def test_missing_and_damaged_directories_are_refused(tmp_path, directory):
-    with pytest.raises(InputError, match="no metadata.json"):
+    with pytest.raises(InputError, match=r"no metadata.json"):
         CodeDataset.open(tmp_path)
     (directory / "metadata.json").write_text("{")
-    with pytest.raises(InputError, match="metadata.json is damaged"):
+    with pytest.raises(InputError, match=r"metadata.json is damaged"):
         CodeDataset.open(directory)
 
 
@@ -129,10 +129,10 @@ def test_a_changed_shard_is_named(directory):
     data = bytearray(tar.read_bytes())
     data[ShardIndex.open(directory, ("npy",))._table["offset"][12] + 130] ^= 4
     tar.write_bytes(data)
-    with pytest.raises(InputError, match="'c012' in .*codes-000001.tar is damaged"):
+    with pytest.raises(InputError, match=r"'c012' in .*codes-000001.tar is damaged"):
         CodeDataset.open(directory)
     tar.write_bytes(data[:-512])
-    with pytest.raises(InputError, match="codes-000001.tar has changed since it was indexed"):
+    with pytest.raises(InputError, match=r"codes-000001.tar has changed since it was indexed"):
         CodeDataset.open(directory)
 
 
@@ -186,7 +186,8 @@ def test_batches_are_what_the_addresses_say(directory):
     assert read["codes"].dtype == read["labels"].dtype == torch.int64 and read["codes"].shape == (320, 5)
     assert read["position"].tolist() == list(range(320))
     rows = set()
-    for codes, label, epoch, sample in zip(*(read[name] for name in ("codes", "labels", "epoch", "sample"))):
+    for codes, label, epoch, sample in zip(*(read[name] for name in ("codes", "labels", "epoch", "sample")),
+                                           strict=True):
         row = int(numpy_stream(3, "augmentation", int(epoch), int(sample)).integers(3))
         rows.add(row)
         assert codes.tolist() == data.codes[int(sample), row].tolist() and label == data.labels[int(sample)]

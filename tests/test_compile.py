@@ -10,12 +10,12 @@ from small_models import small_gpt, small_tokenizer
 from gigatok_ds import InputError
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.model import TransformerSize
+from gigatok_ds.engine import compilation as compiling
 from gigatok_ds.models.attention import TransformerLayer
 from gigatok_ds.models.cnn_blocks import ResidualBlock
 from gigatok_ds.models.gpt import Block
 from gigatok_ds.parallel.dropout import dropout_at, name_dropouts
 from gigatok_ds.parallel.layers import PLAIN
-from gigatok_ds.training import compile as compiling
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOLERANCE = 1e-4
@@ -34,13 +34,15 @@ def recorded(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("stage, twice, eager", [(0, "cnn_decoder", None), (3, None, None), (3, "cnn_decoder", "cnn_decoder")])
+@pytest.mark.parametrize("stage, twice, eager",
+                         [(0, "cnn_decoder", None), (3, None, None), (3, "cnn_decoder", "cnn_decoder")])
 def test_blocks_are_compiled_one_by_one_and_for_fixed_shapes(recorded, stage, twice, eager):
     """All of them; at ZeRO-3 without those of the part that is called twice."""
     network = small_tokenizer()
     blocks = compiling.compile_(network, "default", CPU, stage=stage, twice=twice)
     left = set(network.get_submodule(eager).modules()) if eager else set()
-    assert set(blocks) == {module for module in network.modules() if isinstance(module, TransformerLayer | ResidualBlock)} - left
+    assert set(blocks) == {module for module in network.modules()
+                           if isinstance(module, TransformerLayer | ResidualBlock)} - left
     assert {type(block) for block in blocks} == {TransformerLayer, ResidualBlock}
     assert [function.__self__ for function, _ in recorded] == blocks
     assert all(options == {"mode": "default", "dynamic": False} for _, options in recorded)
@@ -48,7 +50,7 @@ def test_blocks_are_compiled_one_by_one_and_for_fixed_shapes(recorded, stage, tw
 
 def test_without_a_compiler_there_is_one_clear_line(recorded, monkeypatch):
     monkeypatch.setattr(compiling.build, "compiler", lambda: None)
-    with pytest.raises(InputError, match="training.compile is default.*C\\+\\+ compiler.*training.compile=none"):
+    with pytest.raises(InputError, match=r"training.compile is default.*C\+\+ compiler.*training.compile=none"):
         compiling.compile_(small_gpt(), "default", CPU, stage=1)
     assert not recorded
 
@@ -72,10 +74,12 @@ def test_what_stays_eager_is_told(monkeypatch):
     monkeypatch.setattr(compiling, "missing", lambda device: None)
     line, = compiling.left_eager(tokenizer, CUDA, zero3)
     assert "CNN decoder" in line and "ZeRO" in line
-    for recipe, device, settings in ((tokenizer, CUDA, zero2), (tokenizer, CPU, zero3), (plain, CUDA, zero3), (gpt, CUDA, zero3)):
+    for recipe, device, settings in ((tokenizer, CUDA, zero2), (tokenizer, CPU, zero3), (plain, CUDA, zero3),
+                                     (gpt, CUDA, zero3)):
         assert compiling.left_eager(recipe, device, settings) == []
     monkeypatch.setattr(compiling, "missing", lambda device: "Triton for this GPU")
-    assert compiling.left_eager(gpt, CUDA, zero2) == ["training.compile is auto, but there is no Triton for this GPU: nothing is compiled"]
+    assert compiling.left_eager(gpt, CUDA, zero2) == ["training.compile is auto, but there is no Triton for this GPU: "
+                                                      "nothing is compiled"]
 
 
 def test_blocks_are_one_graph_that_all_layers_share():
@@ -83,8 +87,8 @@ def test_blocks_are_one_graph_that_all_layers_share():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
-    network = small_gpt(size=TransformerSize(width=32, layers=5, heads=2), drop_path=0.4, qk_norm=True, sequence_length=9,
-                        positions="rope_2d").train()
+    network = small_gpt(size=TransformerSize(width=32, layers=5, heads=2), drop_path=0.4, qk_norm=True,
+                        sequence_length=9, positions="rope_2d").train()
     name_dropouts(network)
     codes = torch.arange(18).view(2, 9) % 64
 
@@ -105,7 +109,8 @@ def test_blocks_are_one_graph_that_all_layers_share():
 
 @pytest.mark.slow
 def test_a_compiled_gpt_block_is_few_kernels_beside_its_products():
-    """GPT-B's, with dropout, in bf16, by the code that Inductor generates for CPUs. As operations each it is 52 and 67."""
+    """GPT-B's, with dropout, in bf16, by the code that Inductor generates for CPUs. As operations each it is 52 and 67.
+    """
     from torch._inductor.utils import run_and_get_code
 
     block = Block(load_recipe("GPT-B", []).model, PLAIN, 0).train().bfloat16()
@@ -120,7 +125,8 @@ def test_a_compiled_gpt_block_is_few_kernels_beside_its_products():
     assert fused[0] <= 4 and fused[1] <= 7
 
 
-# Quick ones trace and differentiate, which is where DeepSpeed, Megatron and recomputation could get in the way, and generate nothing.
+# Quick ones trace and differentiate, which is where DeepSpeed, Megatron and recomputation could get in the way, and
+# generate nothing.
 QUICK = [
     ("gpt", Layout(tensor=2, stage=3, sequence=True, recompute=True)),
     pytest.param("gpt", Layout(tensor=2, stage=1), marks=pytest.mark.slow),

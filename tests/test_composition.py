@@ -17,7 +17,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from gigatok_ds.losses.composition import TokenizerObjective, build_discriminator, build_objective
 from gigatok_ds.losses.perceptual import PerceptualDistance
-from gigatok_ds.models.patchgan import PatchGAN
+from gigatok_ds.models.discriminators.patchgan import PatchGAN
 from gigatok_ds.models.quantizer import QuantizerLosses
 from gigatok_ds.models.tokenizer import TokenizerOutput
 
@@ -187,9 +187,9 @@ def test_the_objective_has_nothing_to_train_and_passes_the_gradient():
 
 def test_build_objective_names_the_files_that_are_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(InputError, match="loss.perceptual.weights"):
+    with pytest.raises(InputError, match=r"loss.perceptual.weights"):
         build_objective(full_config(), device="cpu")
-    with pytest.raises(InputError, match="loss.semantic.weights"):
+    with pytest.raises(InputError, match=r"loss.semantic.weights"):
         build_objective(full_config(perceptual=None), device="cpu")
     ours = build_objective(full_config(perceptual=None, semantic=None), device="cpu")
     assert ours.perceptual is None and ours.teacher is None
@@ -201,5 +201,5 @@ def test_build_discriminator_follows_its_configuration():
     assert isinstance(network, PatchGAN)
     assert network.main[0].weight.shape == (8, 3, 3, 3) and len(network.main) == 9
     assert network(IMAGES, torch.Generator()).shape[:2] == (2, 1)
-    with pytest.raises(InputError, match="loss.adversarial.backbone_weights"):
+    with pytest.raises(InputError, match=r"loss.adversarial.backbone_weights"):
         build_discriminator(AdversarialConfig(start_step=1, discriminator="dino"), image_size=256)

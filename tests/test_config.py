@@ -11,7 +11,14 @@ import pytest
 import yaml
 
 from gigatok_ds import InputError
-from gigatok_ds.config.load import differing_keys, load_recipe, recipe_names, recipe_to_dict, recipe_to_yaml, save_resolved
+from gigatok_ds.config.load import (
+    differing_keys,
+    load_recipe,
+    recipe_names,
+    recipe_to_dict,
+    recipe_to_yaml,
+    save_resolved,
+)
 from gigatok_ds.config.model import TransformerSize
 
 
@@ -61,7 +68,8 @@ def write(folder: Path, text: str) -> str:
 
 
 def test_a_recipe_inherits_and_null_replaces(tmp_path):
-    mine = load_recipe(write(tmp_path, "base: VQ_SS256\nname: mine\nloss: {adversarial: null}\nmodel: {decoder: base}\n"))
+    mine = load_recipe(write(tmp_path,
+                             "base: VQ_SS256\nname: mine\nloss: {adversarial: null}\nmodel: {decoder: base}\n"))
     theirs = load_recipe("VQ_SS256")
     assert mine.loss.adversarial is None and mine.model.decoder == "base"
     assert mine.loss.perceptual == theirs.loss.perceptual and mine.model.encoder == theirs.model.encoder
@@ -376,8 +384,8 @@ def test_loading_needs_no_torch():
 
 def test_a_run_may_be_resumed_at_another_layout_but_not_with_another_recipe():
     recipe = load_recipe("VQ_SS256")
-    layout = ["parallel.tensor=2", "parallel.recompute_every=1", "training.micro_batch_size=2", "training.precision=fp32",
-              "checkpoint.every=7", "checkpoint.asynchronous=true", "training.log_every=3"]
+    layout = ["parallel.tensor=2", "parallel.recompute_every=1", "training.micro_batch_size=2",
+              "training.precision=fp32", "checkpoint.every=7", "checkpoint.asynchronous=true", "training.log_every=3"]
     assert differing_keys(recipe, load_recipe("VQ_SS256", layout)) == []
     other = ["training.seed=1", "optimizer.lr=1.0", "loss.quantizer.commitment=2.0"]
     assert sorted(differing_keys(recipe, load_recipe("VQ_SS256", [*layout, *other]))) == [

@@ -23,9 +23,9 @@ from training_runs import prepare
 from gigatok_ds import InputError, load_gpt, load_tokenizer
 from gigatok_ds.checkpoint import verification
 from gigatok_ds.checkpoint.fragments import SavedEngine
+from gigatok_ds.checkpoint.model_sources import open_model
 from gigatok_ds.checkpoint.original import read_original, save_original, to_original
 from gigatok_ds.checkpoint.pt_file import write_pt
-from gigatok_ds.checkpoint.sources import open_model
 from gigatok_ds.checkpoint.standalone import damaged_weights, lazy_weights, save_standalone
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, shapes_of, write_tensors
 from gigatok_ds.cli.main import main
@@ -50,8 +50,8 @@ def train(recipe, out, settings):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A finished run of each kind, and a folder: with an average and checkpoints of steps 4 and 8, of two ranks that share
-    moments, or all."""
+    """A finished run of each kind, and a folder: with an average and checkpoints of steps 4 and 8, of two ranks that
+    share moments, or all."""
     folder = tmp_path_factory.mktemp("convert")
     data = prepare(folder)
     for kind, stage in (("tokenizer", 1), ("gpt", 3)):
@@ -132,8 +132,8 @@ def test_parameters_are_rounded_and_buffers_are_not(runs, dtype, tmp_path, capsy
 
 def test_training_starts_from_a_model(runs, tmp_path, capsys):
     assert convert(capsys, runs / "gpt", tmp_path / "model")[0] == 0
-    code, said = convert(capsys, tmp_path / "model", tmp_path / "fine", "--to", "training", "--recipe", runs / "gpt.yaml",
-                         "training.steps=2", *[f"data.{split}={runs / name}" for split, name in
+    code, said = convert(capsys, tmp_path / "model", tmp_path / "fine", "--to", "training", "--recipe",
+                         runs / "gpt.yaml", "training.steps=2", *[f"data.{split}={runs / name}" for split, name in
                                                (("train", "codes"), ("validation", "test_codes"))])
     assert code == 0 and f"gigatok-ds train {tmp_path / 'fine'}/recipe.yaml --out {tmp_path / 'fine'}" in said
     run_ranks(train, 2, load_recipe(tmp_path / "fine" / "recipe.yaml"), tmp_path / "fine", zero_settings(1))
@@ -143,8 +143,10 @@ def test_training_starts_from_a_model(runs, tmp_path, capsys):
 def llamagen(path, **more):
     """A file as LlamaGen's, small: 2D RoPE on 4 x 4 codes, and what its generation leaves behind."""
     gpt = small_gpt(sequence_length=16, positions="rope_2d")
-    weights = gpt.state_dict() | {"layers.0.attention.kv_cache.k_cache": torch.zeros(2, 2, 24, 16), "freqs_cis": torch.zeros(3)}
-    torch.save({"model": weights | more, "optimizer": {"state": {}}, "steps": 300000, "args": argparse.Namespace(lr=1e-4)}, path)
+    weights = gpt.state_dict() | {"layers.0.attention.kv_cache.k_cache": torch.zeros(2, 2, 24, 16),
+                                  "freqs_cis": torch.zeros(3)}
+    torch.save({"model": weights | more, "optimizer": {"state": {}}, "steps": 300000,
+                "args": argparse.Namespace(lr=1e-4)}, path)
     return gpt
 
 
@@ -169,7 +171,8 @@ def test_what_makes_no_sense_is_refused(runs, tmp_path, capsys):
         ((run, tmp_path / "x", "--to", "training"), "needs --recipe"),
         ((run, tmp_path / "x", "--fresh", "norm"), "--fresh is for --to training only"),
         ((gpt, tmp_path / "x", "--weights", "ema"), "holds one set of weights"),
-        ((gpt, tmp_path / "x", "--to", "training", "--recipe", runs / "tokenizer.yaml"), "holds a gpt, but recipe tiny_tokenizer"),
+        ((gpt, tmp_path / "x", "--to", "training", "--recipe", runs / "tokenizer.yaml"),
+         "holds a gpt, but recipe tiny_tokenizer"),
         ((run, gpt), "exists already"),
         ((tmp_path / "nothing", tmp_path / "x"), "does not exist"),
     ]:
@@ -226,7 +229,8 @@ def small_disk(tmp_path):
     """A file system of 100 kB; needs the right to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder], capture_output=True, check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder], capture_output=True,
+                      check=False).returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", folder], check=True)
@@ -254,7 +258,8 @@ files = TensorFiles()
 if task == "to-pt":
     write_pt(folder / "x.pt", "model", BIG, lambda name: files.read(folder / "x.safetensors", name))
 elif task == "from-pt":
-    write_tensors(folder / "y.safetensors", BIG, lazy_tensors(folder / "x.pt", lambda content: content["model"]).__getitem__)
+    read = lazy_tensors(folder / "x.pt", lambda content: content["model"])
+    write_tensors(folder / "y.safetensors", BIG, read.__getitem__)
 # Not ru_maxrss, which begins with what the parent process held.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -266,8 +271,8 @@ def test_few_tensors_are_in_memory_at_a_time(tmp_path):
     write_tensors(tmp_path / "x.safetensors", BIG, lambda name: torch.full(BIG[name].shape, float(name[1:])))
     peaks = []
     for task in ("nothing", "to-pt", "from-pt"):
-        finished = subprocess.run([sys.executable, "-c", MEASURED, tmp_path, task], capture_output=True, text=True, check=True,
-                                  cwd=os.path.dirname(__file__))
+        finished = subprocess.run([sys.executable, "-c", MEASURED, tmp_path, task], capture_output=True, text=True,
+                                  check=True, cwd=os.path.dirname(__file__))
         peaks.append(int(finished.stdout) / 1024)
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
     assert max(peaks) - peaks[0] < 500, peaks

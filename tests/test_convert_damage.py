@@ -18,8 +18,8 @@ from gigatok_ds.cli.main import main
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
-from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
-from gigatok_ds.models.published import WeightFile
+from gigatok_ds.models.frozen.pretrained import fill_frozen, read_frozen_weights
+from gigatok_ds.models.frozen.pretrained_files import WeightFile
 
 
 def convert(capsys, *words):
@@ -84,7 +84,7 @@ def test_weights_that_are_not_numbers_are_equal_to_themselves(to, tmp_path, caps
 
 def test_minus_zero_is_not_zero(model, tmp_path, capsys, monkeypatch):
     from gigatok_ds.checkpoint import verification
-    from gigatok_ds.checkpoint.sources import open_model
+    from gigatok_ds.checkpoint.model_sources import open_model
 
     gpt = small_gpt()
     weights = {name: value.clone() for name, value in gpt.state_dict().items()}
@@ -92,7 +92,7 @@ def test_minus_zero_is_not_zero(model, tmp_path, capsys, monkeypatch):
     zero = save_standalone(tmp_path / "zero", gpt.config, weights)
     weights["norm.weight"][0] = -0.0
     minus = save_standalone(tmp_path / "minus", gpt.config, weights)
-    with pytest.raises(verification.InputError, match="norm.weight was not written as it was read"):
+    with pytest.raises(verification.InputError, match=r"norm.weight was not written as it was read"):
         verification.verify(open_model(zero), open_model(minus))
 
 
@@ -149,11 +149,19 @@ def original(folder, content):
         torch.save(content, folder / "c2i.pt")
     else:
         (folder / "c2i.pt").write_bytes(content)
-    return folder / "c2i.pt", folder / "out", "--recipe", folder / "gpt.yaml", "model.sequence_length=16", "model.positions=rope_2d"
+    return (
+        folder / "c2i.pt",
+        folder / "out",
+        "--recipe",
+        folder / "gpt.yaml",
+        "model.sequence_length=16",
+        "model.positions=rope_2d",
+    )
 
 
 def gpt_weights():
-    return {name: value.clone() for name, value in small_gpt(sequence_length=16, positions="rope_2d").state_dict().items()}
+    return {name: value.clone()
+            for name, value in small_gpt(sequence_length=16, positions="rope_2d").state_dict().items()}
 
 
 @pytest.mark.parametrize("change, said", [
@@ -198,8 +206,10 @@ def test_names_that_become_one_are_refused(prefixes, tmp_path, capsys):
 @pytest.mark.parametrize("content, said", [
     (b"<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning", "it is a web page"),
     (b"\n  <html>", "it is a web page"), (b"", "it is empty"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "it is a Git LFS pointer.*git lfs pull"),
-    (b'{"error": "not found"}', "it is JSON"), (b"\x1f\x8b\x08\x00", "it is compressed"), ("safetensors", "it is a safetensors file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+     "it is a Git LFS pointer.*git lfs pull"),
+    (b'{"error": "not found"}', "it is JSON"), (b"\x1f\x8b\x08\x00", "it is compressed"),
+    ("safetensors", "it is a safetensors file"),
 ])
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 def test_what_a_download_left_instead_is_told_as_what_it_is(command, content, said, tmp_path, capsys):
@@ -214,7 +224,7 @@ def test_what_a_download_left_instead_is_told_as_what_it_is(command, content, sa
 def test_a_frozen_networks_file_is_told_as_what_it_is(tmp_path):
     (tmp_path / "vgg.pth").write_bytes(b"<!doctype html>")
     file = WeightFile(setting="loss.perceptual.weights", value=tmp_path / "vgg.pth", what="VGG-16", names=("vgg.pth",))
-    with pytest.raises(InputError, match="loss.perceptual.weights: .*vgg.pth cannot be read: it is a web page"):
+    with pytest.raises(InputError, match=r"loss.perceptual.weights: .*vgg.pth cannot be read: it is a web page"):
         read_frozen_weights(file)
 
 
@@ -223,5 +233,5 @@ def test_a_frozen_networks_file_is_told_as_what_it_is(tmp_path):
 def test_a_frozen_network_of_other_numbers_is_refused(value):
     with torch.device("meta"):
         network = torch.nn.Linear(1, 2)
-    with pytest.raises(InputError, match="file: bias is of type .* quantized or damaged"):
+    with pytest.raises(InputError, match=r"file: bias is of type .* quantized or damaged"):
         fill_frozen(network, {"weight": torch.zeros(2, 1), "bias": value}, "file")

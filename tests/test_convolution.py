@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigatok_ds.kernels import winograd
-from gigatok_ds.kernels.winograd import has_winograd
-from gigatok_ds.models.convolution import Conv3x3
+from gigatok_ds.cpu import winograd
+from gigatok_ds.cpu.convolution import WinogradConv2d, use_winograd
+from gigatok_ds.cpu.winograd import has_winograd
 
 needs_kernels = pytest.mark.skipif(not has_winograd(torch.ones(1)), reason="no native kernels")
 
@@ -16,12 +16,14 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), dtype=dtype)
 
 
-def layer(in_channels: int = 64, out_channels: int = 64) -> Conv3x3:
+def layer(in_channels: int = 64, out_channels: int = 64, **options) -> nn.Conv2d:
     torch.manual_seed(0)
-    return Conv3x3(in_channels, out_channels)
+    conv = nn.Conv2d(in_channels, out_channels, 3, **{"padding": 1} | options)
+    use_winograd(conv)
+    return conv
 
 
-def plain(conv: Conv3x3, x: Tensor) -> Tensor:
+def plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x, conv.weight, conv.bias, padding=1)
 
 
@@ -73,35 +75,42 @@ def test_frozen_inputs_and_weights_get_no_gradient():
     assert x.grad is not None and conv.weight.grad is None
 
 
-def in_evaluation(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+def in_evaluation(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     return conv.eval()(x), plain(conv, x)
 
 
-def with_few_channels(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+def with_few_channels(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     conv = layer(64, 63)
     return conv(x), plain(conv, x)
 
 
-def with_many_filters(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+def with_many_filters(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     conv, x = layer(256, 1025), draw(1, 256, 32, 32)
     return conv(x), plain(conv, x)
 
 
-def of_a_small_map(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+def of_a_small_map(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x[:, :, 1:]
     return conv(x), plain(conv, x)
 
 
-def in_float64(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+def in_float64(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     return conv.double()(x.double()), plain(conv, x.double())
 
 
-def in_autocast(conv: Conv3x3, x: Tensor) -> tuple[Tensor, Tensor]:
+def in_autocast(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast("cpu", torch.bfloat16):
         return conv(x), plain(conv, x)
 
 
-@pytest.mark.parametrize("case", [in_evaluation, with_few_channels, with_many_filters, of_a_small_map, in_float64, in_autocast])
+@pytest.mark.parametrize("options",
+                         [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 2}, {"padding_mode": "circular"}])
+def test_other_kinds_of_convolutions_stay_what_they_are(options):
+    assert isinstance(layer(), WinogradConv2d) and type(layer(**options)) is nn.Conv2d
+
+
+@pytest.mark.parametrize("case",
+                         [in_evaluation, with_few_channels, with_many_filters, of_a_small_map, in_float64, in_autocast])
 def test_elsewhere_it_is_torchs_own(case):
     found, expected = case(layer(), draw(1, 64, 32, 32))
     assert found.dtype == expected.dtype and torch.equal(found, expected)

@@ -72,7 +72,7 @@ def test_half_precision_is_as_good_as_with_all_logits(monkeypatch, dtype, loss_s
     naive = [naive.detach().view_as(targets), *torch.autograd.grad(naive.view_as(targets), leaves, upstream)]
     found = ours(x, weight, targets, upstream)
     assert [part.dtype for part in found] == [torch.float32, dtype, dtype]
-    for mine, other, truth in zip(found, naive, expected):
+    for mine, other, truth in zip(found, naive, expected, strict=True):
         assert largest_difference([mine], [truth]) < 1.05 * largest_difference([other], [truth])
 
 
@@ -132,15 +132,18 @@ def test_memory_is_at_most_a_quarter_of_that_of_all_logits(monkeypatch):
 
 
 def test_each_direction_passes_over_the_logits_once(monkeypatch):
-    """Beside matrix products: 6 bytes for each logit of bf16. Operations of PyTorch, forward float(), amax, sub_, exp_ and sum,
-    backward float(), sub_, exp_, mul_ and to(), move 30 and 36. On tensors without storage, which take the way of GPUs."""
+    """Beside matrix products: 6 bytes for each logit of bf16. Operations of PyTorch, forward float(), amax, sub_, exp_
+    and sum, backward float(), sub_, exp_, mul_ and to(), move 30 and 36. On tensors without storage, which take the way
+    of GPUs."""
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 1024 * 4096)
-    x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in ((4096, 8), (4096, 8)))
+    x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape
+                 in ((4096, 8), (4096, 8)))
     targets = torch.empty(4096, dtype=torch.int64, device="meta")
     with Costs() as costs:
         losses = cross_entropy.head_cross_entropy(x, weight, targets)
         torch.autograd.grad(losses, (x, weight), torch.empty_like(losses))
-    assert [costs.operations.count(f"gigatok.{name}.default") for name in ("totals_and_picked", "become_gradient_")] == [4, 4]
+    assert [costs.operations.count(f"gigatok.{name}.default") for name
+            in ("totals_and_picked", "become_gradient_")] == [4, 4]
     assert 6 <= costs.but_products / 4096**2 < 6.5
 
 

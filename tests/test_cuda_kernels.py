@@ -22,7 +22,8 @@ def test_kernels_compile_without_spilling(resources, architecture):
         pytest.skip("no CUDA toolkit (nvcc) on this machine")
     kernels = resources.compiled_kernels(architecture)
     assert {kernel.dim for kernel in kernels} == {4, 8, 16, 32, 64}
-    assert len(kernels) == 5 * 5 + 3  # five sweeps in five dimensions; the filter on tensor cores, and distances after it
+    # Five sweeps in five dimensions; the filter on tensor cores, and distances after it.
+    assert len(kernels) == 5 * 5 + 3
     assert [kernel for kernel in kernels if kernel.spilled_bytes and kernel.dim <= 32] == []
     assert max(kernel.shared_bytes for kernel in kernels) <= 48 * 1024
 

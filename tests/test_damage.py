@@ -13,12 +13,12 @@ from test_fast import photograph
 from test_shards import make_images, plain_tar
 from test_transforms import encode
 
-from gigatok_ds.data.checking import check_shards
 from gigatok_ds.data.damage import damage_of
-from gigatok_ds.data.packing import Packing, pack
-from gigatok_ds.data.sources import open_source
 from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.errors import InputError
+from gigatok_ds.packing.checking import check_shards
+from gigatok_ds.packing.image_sources import open_source
+from gigatok_ds.packing.pack_shards import Packing, pack
 
 PHOTOGRAPH = photograph(120, 90)
 JPEG, PROGRESSIVE, PNG = (encode(PHOTOGRAPH, *kind) if len(kind) == 1 else encode(PHOTOGRAPH, kind[0], progressive=True)
@@ -58,7 +58,7 @@ DAMAGED = {
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
 def test_damage_that_decoders_pass_over_is_refused_and_named(data, tmp_path):
     root = make_images(tmp_path / "images", {"a/1.jpg": data, "a/2.jpg": JPEG})
-    with pytest.raises(InputError, match="1.jpg: cannot decode this image.*--skip-bad"):
+    with pytest.raises(InputError, match=r"1.jpg: cannot decode this image.*--skip-bad"):
         pack(open_source(root), tmp_path / "out", Packing(), workers=0)
     assert pack(open_source(root), tmp_path / "out", Packing(skip_bad=True), workers=0).count == 1
     directory = plain_tar(tmp_path / "in/x.tar", [("k.jpg", data), ("k.cls", b"0")])
@@ -67,10 +67,12 @@ def test_damage_that_decoders_pass_over_is_refused_and_named(data, tmp_path):
 
 
 def test_good_images_of_every_kind_pass():
-    kinds = [("JPEG", options) for options in ({"quality": 30}, {"quality": 100, "subsampling": 0}, {"progressive": True},
+    kinds = [("JPEG", options) for options
+             in ({"quality": 30}, {"quality": 100, "subsampling": 0}, {"progressive": True},
                                                {"restart_marker_blocks": 4}, {"optimize": True})]
     kinds += [("PNG", {}), ("PNG", {"compress_level": 0}), ("WEBP", {}), ("BMP", {})]
-    modes = {"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "L", "LA", "P", "1"), "WEBP": ("RGB",), "BMP": ("RGB", "L")}
+    modes = {"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "L", "LA", "P", "1"), "WEBP": ("RGB",),
+             "BMP": ("RGB", "L")}
     for (kind, options), size in itertools.product(kinds, ((120, 90), (1, 1), (17, 33))):
         for mode in modes[kind]:
             data = encode(PHOTOGRAPH.resize(size).convert(mode), kind, **options)
@@ -83,13 +85,15 @@ def test_good_images_of_every_kind_pass():
 def test_the_rows_of_interlaced_pngs_are_counted(size):
     """Against the passes written out by their places."""
     columns, rows = size
-    starts = ((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1))  # rows, columns
+    # Rows, columns.
+    starts = ((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1))
     data = b""
     for top, down, left, right in starts:
         part = ROWS[:rows, :columns][top::down, left::right]
         data += b"".join(b"\0" + row.tobytes() for row in part if len(row))
     header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 1)
-    image, short = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    image, short = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels))
+                    + chunk(b"IEND", b"")
                     for pixels in (data, data[:-1]))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), ROWS[:rows, :columns])
     assert damage_of(image) is None and "bytes of pixels" in damage_of(short)

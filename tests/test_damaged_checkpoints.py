@@ -1,4 +1,6 @@
-"""Every byte region of every file of a checkpoint, damaged in turn: resuming detects it, or goes on exactly as from the whole one."""
+"""Every byte region of every file of a checkpoint, damaged in turn: resuming detects it, or goes on exactly as from the
+whole one.
+"""
 
 import json
 import random
@@ -11,14 +13,14 @@ from training_runs import prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import STATE_FILE, checkpoint_path, damage, read_state
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.training.history import read_history
+from gigatok_ds.monitoring.history import read_history
 
 SETTINGS = ["checkpoint.every=2", "checkpoint.keep=9"]
 RANKS = {"gpt": 2, "tokenizer": 1}
 DAMAGE = {
     "the first byte": lambda data: bytes([data[0] ^ 1]) + data[1:],
-    "a byte in the middle": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
-    "the last byte": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "a byte in the middle": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1])
+    + data[len(data) // 2 + 1 :], "the last byte": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
     "a byte less": lambda data: data[:-1],
     "half of it": lambda data: data[: len(data) // 2],
     "nothing left": lambda data: b"",
@@ -30,7 +32,8 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Recipes, data, and of each kind of recipe a run with checkpoints of steps 2, 4, 6 and 8: the GPT's of two ranks."""
+    """Recipes, data, and of each kind of recipe a run with checkpoints of steps 2, 4, 6 and 8: the GPT's of two ranks.
+    """
     folder = tmp_path_factory.mktemp("damaged")
     data = prepare(folder)
     for kind, ranks in RANKS.items():
@@ -68,7 +71,8 @@ def test_damage_anywhere_is_detected_or_means_the_same(kind, runs):
                 assert path.name == STATE_FILE and read_state(folder) == state, (path, how)
                 undetected.append(how)
             else:
-                assert str(path) in problem or path.name == STATE_FILE and str(folder) in problem, (path, how, problem)
+                assert str(path) in problem or (path.name == STATE_FILE and str(folder) in problem), (path, how,
+                                                                                                      problem)
             path.write_bytes(whole)
     assert damage(folder, ALONE) is None
     assert undetected == ["a byte less"]  # the new line at its end
@@ -81,7 +85,8 @@ def losses(run):
 
 
 def check_resumed(runs, out, kind, path, how):
-    """A run that had come to step 6, and lost something of that checkpoint: its end is that of the one left in peace."""
+    """A run that had come to step 6, and lost something of that checkpoint: its end is that of the one left in peace.
+    """
     folder, data = runs
     shutil.copytree(folder / kind, out)
     shutil.rmtree(checkpoint_path(out, 8))
@@ -121,7 +126,7 @@ def test_what_lies_beside_checkpoints_changes_no_resumed_run(runs, tmp_path):
     """Of a run directory, each other file, damaged or absent: one line that names it, or the same end."""
     folder, data = runs
     whole = folder / "gpt"
-    names = sorted(path.name for path in whole.iterdir() if path.is_file()) + ["checkpoints/latest"]
+    names = [*sorted(path.name for path in whole.iterdir() if path.is_file()), "checkpoints/latest"]
     assert {"recipe.yaml", "data.json", "history.jsonl", "metrics.jsonl", "heartbeat.json"} <= set(names)
     arguments = [folder / "gpt.yaml", *data["gpt"], *SETTINGS]
     shutil.copytree(whole, tmp_path / "one")

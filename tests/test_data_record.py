@@ -21,7 +21,7 @@ def record_on_a_rank(identities, folder):
 
 
 def test_ranks_with_other_data_are_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(RanksFailed, match="InputError: data.train is not"):
+    with pytest.raises(RanksFailed, match=r"InputError: data.train is not"):
         run_ranks(record_on_a_rank, 2, [{"train": "one"}, {"train": "other"}], tmp_path)
     assert not list(tmp_path.iterdir())
     run_ranks(record_on_a_rank, 2, [{"train": "one"}, {"train": "one"}], tmp_path)
@@ -70,5 +70,6 @@ def test_the_same_data_elsewhere_is_the_same_data(tmp_path, monkeypatch):
     code_shards(tmp_path / "others", 40, seed=5)
     for changed, said in (("data.train=others", "data.train is not what run began with"),
                           ("data.validation=others", "data.validation is not what run began with")):
-        code, output = start(["gpt.yaml", "--out", "other", "--branch-from", "run", *moved, changed, "training.steps=5"])
+        code, output = start(["gpt.yaml", "--out", "other", "--branch-from", "run", *moved, changed,
+                              "training.steps=5"])
         assert code == 2 and said in output and "Traceback" not in output, output

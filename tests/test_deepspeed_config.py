@@ -85,7 +85,7 @@ def test_what_is_silently_wrong_or_useless_is_said():
     with pytest.raises(InputError, match="zero_hpz_partition_size with tensor parallelism"):
         resolve_deepspeed(hpz, load_recipe("VQ_SS256", ["parallel.tensor=2"]), data_parallel_size=8)
     sharded = load_recipe("VQ_SS256", ["parallel.tensor=2"])
-    with pytest.raises(InputError, match="stage 0 in fp16 with tensor parallelism .* use stage 1"):
+    with pytest.raises(InputError, match=r"stage 0 in fp16 with tensor parallelism .* use stage 1"):
         resolve_deepspeed(zero_settings(0), sharded, data_parallel_size=8)
     resolve_deepspeed(zero_settings(1), sharded, data_parallel_size=8)
     assert "136M" in zero3_worth_it(136_000_000) and zero3_worth_it(2_900_000_000) is None

@@ -49,12 +49,15 @@ def refused(given, precision="fp32"):
 
 
 @pytest.mark.parametrize("given, said", [
-    (settings(wall_clock_breakdown=True), "wall_clock_breakdown is True; remove it (or write False or None): its timers"),
+    (settings(wall_clock_breakdown=True),
+     "wall_clock_breakdown is True; remove it (or write False or None): its timers"),
     (settings(flops_profiler={"enabled": True}), "flops_profiler.enabled is True"),
     (settings(compile={"deepcompile": True}), "compile.deepcompile is True; .*the recipe's training.compile decides"),
     (settings(compile={"passes": ["z3"]}), "compile.passes"),
-    (settings(activation_checkpointing={"partition_activations": True}), "partition_activations is True.*recompute_every"),
-    (settings(checkpoint={"tag_validation": "Fail"}), "checkpoint.tag_validation.*the recipe's checkpoint section decides"),
+    (settings(activation_checkpointing={"partition_activations": True}), "partition_activations is "
+                                                                         "True.*recompute_every"),
+    (settings(checkpoint={"tag_validation": "Fail"}),
+     "checkpoint.tag_validation.*the recipe's checkpoint section decides"),
     (settings(datastates_ckpt={"config": {"host_cache_size": 1}}), "datastates_ckpt.config.host_cache_size"),
     (settings(aio={"block_size": 1}), "aio.block_size"),
     (settings(comms_logger={"enabled": True}), "comms_logger.enabled.*check-cluster"),
@@ -81,7 +84,8 @@ def refused(given, precision="fp32"):
     (settings(3, zero={"offload_param": {"device": "cpu", "nvme_path": "/x"}}), "offload_param.nvme_path"),
     (settings(3, zero={"offload_optimizer": {"device": "cpu", "ratio": 0.5}}), "offload_optimizer.ratio is 0.5"),
     (settings(zero={"allgather_bucket_size": 0}), "allgather_bucket_size is 0; a whole number of at least 2"),
-    (settings(zero={"allgather_bucket_size": 10**6 + 1}), "allgather_bucket_size is 1000001; an even number is expected"),
+    (settings(zero={"allgather_bucket_size": 10**6 + 1}), "allgather_bucket_size is 1000001; an even number is "
+                                                          "expected"),
     (settings(3, zero={"stage3_module_granularity_threshold": 9}), "stage3_module_granularity_threshold is 9"),
     (settings(zero={"parameter_alignment": True}), "parameter_alignment"),
     (settings(2, zero={"round_robin_gradients": True}), "round_robin_gradients"),
@@ -102,9 +106,11 @@ def test_what_would_break_or_do_nothing_is_refused_with_the_reason(given, said):
     ("fp16", {"fp16": {"hysteresis": 0}}, "a whole number of at least 1"),
     ("fp16", {"fp16": {"loss_scale_window": 0.5}}, "a whole number of at least 1"),
     ("fp16", {"fp16": {"min_loss_scale": 32, "initial_scale_power": 4}}, "above the scale to begin with"),
-    ("fp32", {"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype is 'bf16', but recipe GPT-B trains in fp32"),
+    ("fp32", {"data_types": {"grad_accum_dtype": "bf16"}},
+     "grad_accum_dtype is 'bf16', but recipe GPT-B trains in fp32"),
     ("fp32", {"data_types": {"grad_accum_dtype": "fp16"}}, "grad_accum_dtype is 'fp16'"),
-    ("bf16", {"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype is 'fp32', but recipe GPT-B trains in bf16"),
+    ("bf16", {"data_types": {"grad_accum_dtype": "fp32"}},
+     "grad_accum_dtype is 'fp32', but recipe GPT-B trains in bf16"),
     ("bf16", {"data_types": {"param_dtype": "fp16"}}, "param_dtype is 'fp16'"),
     ("bf16", {"data_types": {"buffer_dtype": "bf16"}}, "buffer_dtype"),
     ("bf16", {"data_types": {"keep_in_fp32_modules": ["x"]}}, "keep_in_fp32_modules"),
@@ -129,7 +135,8 @@ def test_what_agrees_passes(precision, given):
 
 def test_what_says_that_nothing_is_on_passes():
     """Files that other programs wrote list what they do not use."""
-    idle = {"wall_clock_breakdown": False, "flops_profiler": {"enabled": False, "profile_step": 1}, "memory_breakdown": False,
+    idle = {"wall_clock_breakdown": False, "flops_profiler": {"enabled": False, "profile_step": 1},
+            "memory_breakdown": False,
             "tensorboard": {"enabled": False, "output_path": "x"}, "compile": {"deepcompile": False},
             "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}, "aio": {}}
     auto = {"reduce_bucket_size": "auto", "stage3_gather_16bit_weights_on_model_save": "auto"}
@@ -157,7 +164,7 @@ def deepspeed():
 
 def asked(given, precision="fp32"):
     """None, or the one line that DeepSpeed's models lead to."""
-    from gigatok_ds.training.deepspeed_schema import check_with_deepspeed
+    from gigatok_ds.engine.deepspeed_schema import check_with_deepspeed
 
     try:
         check_with_deepspeed(*check_settings(given, recipe_of(precision)))
@@ -172,8 +179,10 @@ def asked(given, precision="fp32"):
     ({"strict": True}, "unknown key 'strict' in zero_optimization"),
     ({"reduce_bucket_size": -5}, "reduce_bucket_size is -5"),
     ({"overlap_comm": "perhaps"}, "zero_optimization.overlap_comm is 'perhaps': input should be a valid boolean"),
-    ({"stage3_max_live_parameters": -1}, "stage3_max_live_parameters is -1: input should be greater than or equal to 0"),
-    ({"offload_optimizer": {"devise": "cpu"}}, "unknown key 'devise' in zero_optimization.offload_optimizer; did you mean device?"),
+    ({"stage3_max_live_parameters": -1},
+     "stage3_max_live_parameters is -1: input should be greater than or equal to 0"),
+    ({"offload_optimizer": {"devise": "cpu"}}, "unknown key 'devise' in zero_optimization.offload_optimizer; did you "
+                                               "mean device?"),
     ({"offload_optimizer": {"device": "cpu", "pin_memory": 7}}, "zero_optimization.offload_optimizer.pin_memory is 7"),
     ({"offload_param": True}, "zero_optimization.offload_param is True; it must be a JSON object"),
 ])
@@ -192,7 +201,8 @@ def test_the_other_sections_are_checked_too(deepspeed, precision, given, said):
     assert said in asked(settings() | given, precision)
 
 
-VALUES = (None, True, False, 0, 1, -1, 0.5, 1e12, 10**30, float("nan"), "auto", "fp16", "", "1", [], ["x"], {}, {"enabled": True})
+VALUES = (None, True, False, 0, 1, -1, 0.5, 1e12, 10**30, float("nan"), "auto", "fp16", "", "1", [], ["x"], {},
+          {"enabled": True})
 
 
 PER_RANK = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
@@ -204,14 +214,19 @@ def test_what_passes_is_understood_by_deepspeed_and_all_else_is_one_line(deepspe
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     places = [(key,) for key in sorted(KNOWN_KEYS - DECIDED_ELSEWHERE.keys() - PER_RANK)]
-    for path, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config), ("fp16", DeepSpeedFP16Config),
+    for path, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config),
+                        ("fp16", DeepSpeedFP16Config),
                         ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
                         ("zero_optimization.offload_param", DeepSpeedZeroOffloadParamConfig)):
         places += [(*path.split("."), field.alias or name) for name, field in model.model_fields.items()]
-    places += [("data_types", name) for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")]
+    places += [("data_types", name) for name
+               in ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")]
     rng, passed = random.Random(30), 0
     for _ in range(count):
         place, precision = rng.choice(places), rng.choice(("fp32", "bf16", "fp16"))
@@ -252,7 +267,8 @@ def data(tmp_path_factory):
 def test_nothing_is_written_before_all_is_checked(data, tmp_path, given, said):
     folder, names = data
     (tmp_path / "mine.json").write_text(json.dumps(given))
-    code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names["gpt"], "--deepspeed", tmp_path / "mine.json"])
+    code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names["gpt"], "--deepspeed",
+                          tmp_path / "mine.json"])
     assert code == 2 and said in output and "Traceback" not in output and "pydantic" not in output, output
     assert not (tmp_path / "run").exists()
 
@@ -261,8 +277,8 @@ def test_what_failed_is_told_without_what_a_library_adds_to_it():
     text = ('rank 0 (host a, pid 1) failed:\nTraceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\n'
             "pydantic_core.ValidationError: 1 validation error for A\nb\n  Extra inputs are not permitted [type=x]\n"
             "    For further information visit https://errors.pydantic.dev/2.11/v/extra_forbidden")
-    assert told_reason(text) == ("pydantic_core.ValidationError: 1 validation error for A b Extra inputs are not permitted "
-                                 "[type=x]")
+    assert told_reason(text) == ("pydantic_core.ValidationError: 1 validation error for A b Extra inputs are not "
+                                 "permitted [type=x]")
     assert told_reason("gigatok-ds train: error: no\n") == "gigatok-ds train: error: no"
 
 
@@ -272,11 +288,13 @@ def train(recipe, out, given):
 
 def trained(data, out, given, precision, ranks):
     folder, names = data
-    recipe = load_recipe(folder / "gpt.yaml", [*names["gpt"], "training.steps=3", "checkpoint.every=3", "training.validate_every=3",
+    recipe = load_recipe(folder / "gpt.yaml",
+                         [*names["gpt"], "training.steps=3", "checkpoint.every=3", "training.validate_every=3",
                                                f"training.precision={precision}"])
     run_ranks(train, ranks, recipe, out, given)
     folder = checkpoint_path(out, 3)
-    return {(part, *key): value for part in read_state(folder).parts for key, value in read_everything(folder / part)[0].items()}
+    return {(part, *key): value for part in read_state(folder).parts
+            for key, value in read_everything(folder / part)[0].items()}
 
 
 BUCKETS = {"reduce_bucket_size": 1, "allgather_bucket_size": 2}
@@ -287,12 +305,13 @@ WORKS = [
      {"contiguous_gradients": False, "reduce_scatter": False, "allgather_partitions": False, "overlap_comm": False}),
     (2, "fp32", {"memory_breakdown": True, "dump_state": True, "steps_per_print": 1,
                  "timers": {"throughput": {"enabled": True, "synchronized": False}}}, BUCKETS),
-    (2, "fp32", {}, {"contiguous_gradients": False, "use_multi_rank_bucket_allreduce": False, "ignore_unused_parameters": False,
-                     "reduce_scatter": False}),
+    (2, "fp32", {}, {"contiguous_gradients": False, "use_multi_rank_bucket_allreduce": False,
+                     "ignore_unused_parameters": False, "reduce_scatter": False}),
     (3, "fp32", {}, {"reduce_bucket_size": 1, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0,
                      "stage3_model_persistence_threshold": 0,
                      "memory_efficient_linear": False, "log_trace_cache_warnings": True}),
-    (3, "fp32", {}, {"stage3_use_all_reduce_for_fetch_params": True, "reduce_scatter": False, "enable_sanity_checks": True}),
+    (3, "fp32", {}, {"stage3_use_all_reduce_for_fetch_params": True, "reduce_scatter": False,
+                     "enable_sanity_checks": True}),
     (3, "fp32", {}, {"stage3_allgather_sequential": True, "sub_group_size": 100, "zero_hpz_partition_size": 2}),
     (3, "fp32", {}, {"offload_optimizer": {"device": "cpu", "pin_memory": False},
                      "offload_param": {"device": "cpu", "pin_memory": False}}),

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from gigatok_ds.data.shards import write_shards
 from gigatok_ds.demo.digits import CLASSES, digits_splits
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.classifier import ImageClassifier
+from gigatok_ds.packing.shard_writer import write_shards
 
 TEST_KEYS = "bb1c583e8df6110c"
 
@@ -35,7 +35,7 @@ def test_every_digit_is_in_exactly_one_split(splits):
     train, test = ([sample.key for sample in split] for split in splits)
     assert not set(train) & set(test)
     assert sorted(train + test) == [f"digit-{number:04d}" for number in range(1797)]
-    assert CLASSES == list("0123456789")
+    assert list("0123456789") == CLASSES
 
 
 def test_the_split_is_stratified(splits):

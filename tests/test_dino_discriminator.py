@@ -10,15 +10,15 @@ from golden_models import arrays, manifest
 from golden_weights import image, stream, tensor
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.losses.diffaug import diff_augment
-from gigatok_ds.models.dino_discriminator import (
+from gigatok_ds.models.discriminators.dino import (
     BatchNormLocal,
     DinoDiscriminator,
     SpectralConv1d,
     dino_backbone,
     fit_to_backbone,
 )
+from gigatok_ds.optional_imports import timm_library
 from gigatok_ds.streams import SampleDraws
 
 
@@ -57,7 +57,8 @@ def golden_discriminator(backbone_file):
 
 def tiny_discriminator(**options):
     torch.manual_seed(0)
-    backbone = timm_library().models.VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0)
+    backbone = timm_library().models.VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2,
+                                                       num_classes=0)
     return DinoDiscriminator(backbone, **options)
 
 
@@ -132,7 +133,7 @@ def test_spectral_norm_is_that_of_torch():
         outputs = [layer(x) for layer in layers]
         torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
         gradients = [torch.autograd.grad(output.square().sum(), layer.weight_orig)[0]
-                     for output, layer in zip(outputs, layers)]
+                     for output, layer in zip(outputs, layers, strict=True)]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
@@ -161,7 +162,7 @@ def test_virtual_batches_are_normalised_apart():
         torch.testing.assert_close(ours[part], expected, rtol=0, atol=1e-5)
     assert torch.equal(ours, norm.eval()(x))
     assert norm(x[:12]).shape == x[:12].shape  # two of six
-    with pytest.raises(InputError, match="9 images into 2 equal virtual batches.*training.micro_batch_size"):
+    with pytest.raises(InputError, match=r"9 images into 2 equal virtual batches.*training.micro_batch_size"):
         norm(x[:9])
 
 

@@ -49,7 +49,7 @@ def distance_of_few(ours, theirs):
     """Of two sets of N vectors, without matrices of their dimension: with centred rows X / (N - 1)^(1/2) as R^T in
     C = R R^T, the roots' overlap is the sum of the singular values of X1 X2^T / (N - 1)."""
     means = [side.mean(dim=0) for side in (ours, theirs)]
-    ours, theirs = ((side - mean) / (len(side) - 1) ** 0.5 for side, mean in zip((ours, theirs), means))
+    ours, theirs = ((side - mean) / (len(side) - 1) ** 0.5 for side, mean in zip((ours, theirs), means, strict=True))
     apart = (means[0] - means[1]).square().sum() + ours.square().sum() + theirs.square().sum()
     return (apart - 2 * torch.linalg.matrix_norm(ours @ theirs.T, "nuc")).item()
 
@@ -143,7 +143,8 @@ def test_diagonal_gaussians_have_a_closed_form():
     expected = float((means[0] - means[1]).square().sum() + (spreads[0] - spreads[1]).square().sum())
     basis = torch.linalg.qr(torch.as_tensor(rng.normal(size=(32, 32))))[0]
     for turn in (torch.eye(32, dtype=torch.float64), basis):
-        sides = [Gaussian(turn @ mean, turn @ spread.square().diag() @ turn.T) for mean, spread in zip(means, spreads)]
+        sides = [Gaussian(turn @ mean, turn @ spread.square().diag() @ turn.T)
+                 for mean, spread in zip(means, spreads, strict=True)]
         assert frechet_distance(*sides) == pytest.approx(expected, rel=1e-6)
 
 

@@ -1,4 +1,6 @@
-"""Commands killed, interrupted, stopped for a while or not read any more at random moments, and run again: the same result."""
+"""Commands killed, interrupted, stopped for a while or not read any more at random moments, and run again: the same
+result.
+"""
 
 import os
 import shutil
@@ -24,7 +26,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     for name, model in (("tok", small_tokenizer()), ("gpt", small_gpt())):
         save_standalone(folder / name, model.config, model.state_dict())
-    make_images(folder / "photos", {f"class-{label}/{number}.jpg": encoded(number) for label in range(5) for number in range(8)})
+    make_images(folder / "photos",
+                {f"class-{label}/{number}.jpg": encoded(number) for label in range(5) for number in range(8)})
     image_shards(folder / "images", 40)
     image_shards(folder / "test_images", 10)
     Command(["recipes"], folder).run()  # starts the server, which must not count as a command's time
@@ -41,13 +44,14 @@ def commands(world, folder):
     return {
         "make-shards": Command(["make-shards", world / "photos", "--out", folder / "shards", "--samples-per-shard", "5",
                                 "--workers", "2"], folder / "shards", "exists and is not empty"),
-        "extract-codes": Command(["extract-codes", tok, images, "--out", folder / "codes", "--crops", "flip", "--samples-per-shard",
-                                  "4", "--workers", "1", "--batch-size", "4"], folder / "codes"),
+        "extract-codes": Command(["extract-codes", tok, images, "--out", folder / "codes", "--crops", "flip",
+                                  "--samples-per-shard", "4", "--workers", "1", "--batch-size", "4"], folder / "codes"),
         "sample": Command(sample("drawn.npz"), folder / "drawn.npz"),
         "sample into a directory": Command(sample("drawn"), folder / "drawn"),
-        "evaluate": Command(["evaluate", "reconstruction", tok, world / "test_images", "--out", folder / "results", "--allow",
-                             "count"], folder / "results"),
-        "probe": Command(["probe", tok, "--train", images, "--val", world / "test_images", "--out", folder / "probe", "--epochs",
+        "evaluate": Command(["evaluate", "reconstruction", tok, world / "test_images", "--out", folder / "results",
+                             "--allow", "count"], folder / "results"),
+        "probe": Command(["probe", tok, "--train", images, "--val", world / "test_images", "--out", folder / "probe",
+                          "--epochs",
                           "6", "--warmup-epochs", "1", "--batch-size", "8", "--workers", "1"], folder / "probe"),
         "convert": Command(["convert", tok, folder / "converted", "--dtype", "bf16", "--verify"], folder / "converted",
                            "exists already"),
@@ -87,7 +91,8 @@ def test_a_command_disturbed_at_many_moments_and_run_again_leaves_the_same(name,
 def fresh(words, **how):
     """`python -m gigatok_ds WORDS` in an interpreter of its own, in a session of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(gigatok_ds.__file__).parent.parent)}
-    return subprocess.Popen([sys.executable, "-m", "gigatok_ds", *map(str, words)], start_new_session=True, env=environment, **how)
+    return subprocess.Popen([sys.executable, "-m", "gigatok_ds", *map(str, words)], start_new_session=True,
+                            env=environment, **how)
 
 
 def check_interrupted(words, moment):
@@ -118,7 +123,8 @@ def test_a_fresh_interpreter_is_interrupted_and_unread_in_silence(world, tmp_pat
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_interpreter_is_interrupted_at_any_moment(name, world, tmp_path):
     for number, moment in enumerate(moments(6, 12, seed=2)):
-        check_interrupted(commands(world, tmp_path / str(number))[name].words, 0.3 + moment)  # python itself starts before
+        # Python itself starts before.
+        check_interrupted(commands(world, tmp_path / str(number))[name].words, 0.3 + moment)
     check_unread(commands(world, tmp_path)[name].words)
 
 
@@ -129,7 +135,9 @@ SHORT += ["--tokenizer", "loss.adversarial.start_step=3"]
 
 @pytest.mark.slow
 def test_a_disturbed_demo_run_again_ends_the_same(world, tmp_path):
-    """Its models, figures and samples; times and dates are others. A training that outlives a killed demo has to end first."""
+    """Its models, figures and samples; times and dates are others. A training that outlives a killed demo has to end
+    first.
+    """
     def demo(out):
         return ["demo", "--data", world / "photos", "--out", out, *SHORT]
 
@@ -158,12 +166,17 @@ def test_a_disturbed_demo_run_again_ends_the_same(world, tmp_path):
                 time.sleep(1)
                 os.killpg(process.pid, signal.SIGCONT)
             code, said = process.wait(900), (tmp_path / "said").read_text()
-        assert code in (0, {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGSTOP: 0}[which]) and "Traceback" not in said, (moment, said)
+        assert code in (0, {signal.SIGKILL: -9, signal.SIGINT: 130,
+                            signal.SIGSTOP: 0}[which]) and "Traceback" not in said, (moment, said)
         deadline = time.monotonic() + 300
         while True:
             again, said = run(out)
             if not again.returncode or time.monotonic() > deadline:
                 break
-            assert again.returncode == 2 and "is being written by process" in said and "Traceback" not in said, (which, moment, said)
+            assert again.returncode == 2 and "is being written by process" in said and "Traceback" not in said, (
+                which,
+                moment,
+                said,
+            )
             time.sleep(2)
         assert again.returncode == 0 and result(out) == reference, (which, moment, said)

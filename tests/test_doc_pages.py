@@ -1,4 +1,6 @@
-"""Tables and names of docs/ are true: recipes, sizes, rooms, files, options of scripts, and what docs/extend.md promises."""
+"""Tables and names of docs/ are true: recipes, sizes, rooms, files, options of scripts, and what docs/extend.md
+promises.
+"""
 
 import dataclasses
 import re
@@ -20,8 +22,8 @@ from gigatok_ds.config.model import GPT_SIZES, TRANSFORMER_SIZES, TransformerSiz
 from gigatok_ds.losses import adversarial, feature, reconstruction
 from gigatok_ds.losses.semantic import check_teacher
 from gigatok_ds.models import quantizer
-from gigatok_ds.models.frozen_vit import VITS
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.models.frozen.frozen_vit import VITS
+from gigatok_ds.monitoring.metrics import read_metrics
 
 DOCS = ROOT / "docs"
 
@@ -62,7 +64,8 @@ def test_files_and_anchors_that_a_page_names_exist(page):
     for target, anchor in re.findall(r"\]\(([\w/.-]*)#([\w-]+)\)", text):
         other = (page.parent / target) if target else page
         headings = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
-        assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], (target, anchor)
+        assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], (target,
+                                                                                                               anchor)
 
 
 def test_every_room_is_on_the_page_of_the_architecture():

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gigatok_ds.cli import doctor as command
-from gigatok_ds.kernels import build, doctor, group_norm, native, reference
+from gigatok_ds.cli.training import doctor as command
+from gigatok_ds.kernels import build, group_norm_ops, installation, native, reference
 from gigatok_ds.kernels.ops import nearest_code
 
 COMPILER, NINJA = build.compiler, build.ninja
@@ -36,7 +36,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def finding(subject):
-    return next(found for found in doctor.examine() if found.subject == subject)
+    return next(found for found in installation.examine() if found.subject == subject)
 
 
 def search_works():
@@ -48,8 +48,8 @@ def test_the_command_reports_every_subject(capsys):
     command.add_arguments(parser)
     assert command.run(parser.parse_args([])) == 0
     printed = capsys.readouterr().out
-    for subject in ("quantizer kernels", "group norm on GPUs", "devices", "C++ compiler", "ninja", "CUDA toolkit", "deepspeed",
-                    "megatron-core", "NVIDIA apex"):
+    for subject in ("quantizer kernels", "group norm on GPUs", "devices", "C++ compiler", "ninja", "CUDA toolkit",
+                    "deepspeed", "megatron-core", "NVIDIA apex"):
         assert sum(line.startswith(subject + "  ") for line in printed.splitlines()) == 1
     assert torch.__version__ in printed
 
@@ -135,10 +135,10 @@ def test_kernels_of_another_gpu_leave_plain_torch_and_a_reason(machine, monkeypa
 
 def test_asking_again_tries_again(machine, monkeypatch):
     monkeypatch.setattr(build, "compile_apart", lambda path, cuda: "error: no space")
-    doctor.examine(build_now=True)
+    installation.examine(build_now=True)
     assert build.failure_log().read_text() == "error: no space" and not build.library_path().exists()
     monkeypatch.setattr(build, "compile_apart", lambda path, cuda: path.write_text("library") and "")
-    doctor.examine(build_now=True)
+    installation.examine(build_now=True)
     assert not build.failure_log().exists() and build.library_path().exists()
     assert "the library does not load" in finding("quantizer kernels").state  # it is a text
 
@@ -207,7 +207,7 @@ def test_a_toolkit_is_where_its_headers_are(machine, monkeypatch):
 
 @pytest.mark.parametrize("there, said", [(True, "Triton's kernels"), (False, "there is no Triton")])
 def test_what_normalises_maps_on_gpus_is_told(monkeypatch, there, said):
-    monkeypatch.setattr(group_norm, "HAS_TRITON", there)
+    monkeypatch.setattr(group_norm_ops, "HAS_TRITON", there)
     found = finding("group norm on GPUs")
     assert said in found.state and bool(found.advice) != there
 
@@ -216,7 +216,7 @@ def test_what_normalises_maps_on_gpus_is_told(monkeypatch, there, said):
     ("raise RuntimeError('a web toolkit')", (), "another apex (RuntimeError: a web toolkit)"),
     ("", (), "another apex"),
     ("class FusedLayerNorm: ...\nclass FusedAdam: ...", ("amp_C",), "without fused_layer_norm_cuda"),
-    ("class FusedLayerNorm: ...\nclass FusedAdam: ...", doctor._APEX_EXTENSIONS, "with its CUDA extensions"),
+    ("class FusedLayerNorm: ...\nclass FusedAdam: ...", installation._APEX_EXTENSIONS, "with its CUDA extensions"),
 ])
 def test_apex_is_known_by_what_it_defines(tmp_path, monkeypatch, content, extensions, expected):
     (tmp_path / "apex").mkdir()
@@ -227,6 +227,6 @@ def test_apex_is_known_by_what_it_defines(tmp_path, monkeypatch, content, extens
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
         monkeypatch.delitem(sys.modules, name)
-    assert expected in doctor.apex().state
+    assert expected in installation.apex().state
     for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
         del sys.modules[name]

@@ -1,4 +1,5 @@
-"""Every command that README.md and docs/ show is run, in a small form and in their order; `documented_commands` has the table.
+"""Every command that README.md and docs/ show is run, in a small form and in their order; `documented_commands` has the
+table.
 
 What one command writes the next ones read, so run the whole file.
 """
@@ -75,7 +76,9 @@ def ours(words):
 @pytest.mark.parametrize("command", FOUND, ids=str)
 def test_it_means_something_as_it_stands(command):
     """Not only in its small form: options are known, recipes have the settings; and there is a rule to run it by."""
-    assert NAMED[command], f"no rule begins like {' '.join(command.words)!r}; add one to RULES in tests/documented_commands.py"
+    assert NAMED[command], (
+        f"no rule begins like {' '.join(command.words)!r}; add one to RULES in tests/documented_commands.py"
+    )
     assert "..." not in command.words, "a reader cannot run dots"
     if words := ours(command.words):
         args = parse(words)
@@ -109,7 +112,9 @@ def here(words):
 
 
 def fork(words):
-    """In ranks of their own, the two of a launcher or one: training leaves a process group and DeepSpeed's settings behind."""
+    """In ranks of their own, the two of a launcher or one: training leaves a process group and DeepSpeed's settings
+    behind.
+    """
     code, said = run_main(ours(words), 1 if words[0] == "gigatok-ds" else 2)
     print(said)
     return code
@@ -117,8 +122,8 @@ def fork(words):
 
 def shell(words):
     given = dict(word.split("=", 1) for word in words[:len(words) - len(after_variables(words))])
-    finished = subprocess.run(after_variables(words), env=os.environ | given, capture_output=True, text=True, timeout=300,
-                              check=False)
+    finished = subprocess.run(after_variables(words), env=os.environ | given, capture_output=True, text=True,
+                              timeout=300, check=False)
     print(finished.stdout, finished.stderr)
     return finished.returncode
 
@@ -131,10 +136,12 @@ def test_every_rule_and_every_replacement_is_of_use():
     assert not unused, "no command begins like these rules"
     used = [(rule, command.words) for command, rule in NAMED.items()]
     for old in EVERYWHERE:
-        assert any(rule.everywhere and occurs(words, old) is not None for rule, words in used), f"{old!r} is in no command"
+        assert any(rule.everywhere and occurs(words, old) is not None
+                   for rule, words in used), f"{old!r} is in no command"
     for rule in RULES:
         for old in rule.replace:
-            assert any(mine is rule and occurs(words, old) is not None for mine, words in used), f"{rule.begins}: {old!r}"
+            assert any(mine is rule and occurs(words, old) is not None
+                       for mine, words in used), f"{rule.begins}: {old!r}"
 
 
 def test_what_stays_of_a_command_stays_word_for_word():
@@ -154,7 +161,7 @@ def test_the_python_of_the_readme_runs_and_its_shapes_are_true(world):
     ((_, _, text),) = [block for block in blocks("python") if block[0] == "README.md"]
     names = {}
     for line in text.splitlines():
-        exec(line, names)  # noqa: S102 (our own page)
+        exec(line, names)
         if shape := re.search(r"# \(([\d, ]+)\)", line):
             value = names[line.partition(" = ")[0]]
             assert str(tuple(value.shape)) == f"({shape[1]})", line

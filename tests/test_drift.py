@@ -8,11 +8,11 @@ from training_runs import prepare, start, train_with_faults
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.monitoring.history import read_history
 from gigatok_ds.parallel import drift
 from gigatok_ds.parallel.topology import single_process
-from gigatok_ds.training.health import check_health
-from gigatok_ds.training.history import read_history
-from gigatok_ds.training.injection import parse_fault
+from gigatok_ds.resilience.fault_injection import parse_fault
+from gigatok_ds.resilience.health import check_health
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,8 @@ def test_a_checksum_knows_not_a_number_and_signs_of_zero():
     ("tokenizer", 2, 1, 1, "drift:rank=0,step=5,part=discriminator", "of the discriminator"),
     ("gpt", 2, 2, 0, "drift:rank=1,step=3,tensor=norm.weight", "should be alike on ranks 0 (host"),
 ])
-def test_a_rank_that_drifts_is_named_before_anything_is_saved(data, tmp_path, kind, ranks, tensor_size, stage, fault, said):
+def test_a_rank_that_drifts_is_named_before_anything_is_saved(data, tmp_path, kind, ranks, tensor_size, stage, fault,
+                                                              said):
     folder, names = data
     out = tmp_path / "run"
     recipe = load_recipe(folder / f"{kind}.yaml", [*names[kind], f"parallel.tensor={tensor_size}", "checkpoint.every=2",
@@ -70,7 +71,9 @@ def test_a_rank_that_drifts_is_named_before_anything_is_saved(data, tmp_path, ki
     assert f"step {drifted.step + 1}: of the " in failed["reason"]
     assert f"step-000000{drifted.step - 1}, which is from before" in failed["reason"]
     if ranks > 2:
-        assert f"on rank {drifted.rank} (host " in failed["reason"] and "is not what ranks 0, 1 hold" in failed["reason"]
+        assert (
+            f"on rank {drifted.rank} (host " in failed["reason"] and "is not what ranks 0, 1 hold" in failed["reason"]
+        )
     assert complete_checkpoints(out)[-1][0] == drifted.step - 1
 
 
@@ -92,7 +95,8 @@ class Fake:
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    with pytest.raises(InputError, match="step 3: weights of the gpt are not finite; nothing is saved: lower optimizer.lr"):
+    with pytest.raises(InputError, match=r"step 3: weights of the gpt are not finite; nothing is saved: lower "
+                                         r"optimizer.lr"):
         check_health({"gpt": Fake()}, 3, tmp_path, single_process())
 
 

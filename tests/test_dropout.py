@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from gigatok_ds.kernels.dropout_mask import keep_mask, rule_of
 from gigatok_ds.parallel.dropout import Dropout, Part, dropout_at, name_dropouts
-from gigatok_ds.parallel.dropout_mask import keep_mask, rule_of
 
 SAMPLES = torch.tensor([3, 2**33 + 1, 70, 71])
 
@@ -31,7 +31,8 @@ def reference(probability, seed, samples, tokens, features):
     cell = mixed(mixed(row & np.uint64(0xFFFFFFFF)) + token[:, None] * np.uint64(0x85EBCA77) & np.uint64(0xFFFFFFFF))
     value = mixed(cell[..., None] ^ mixed(feature * np.uint64(0xC2B2AE3D) & np.uint64(0xFFFFFFFF)))
     # Compared after turning 2^31 to 0, as numbers with a sign are.
-    return torch.from_numpy(((value + np.uint64(2**31)) % np.uint64(2**32)).astype(np.int64) >= int(probability * 2**32))
+    return torch.from_numpy(((value + np.uint64(2**31)) % np.uint64(2**32)).astype(np.int64) >= int(probability
+                                                                                                    * 2**32))
 
 
 @pytest.mark.parametrize("seed", [5, 2**31 + 9, 2**32 - 1])
@@ -46,7 +47,10 @@ def test_masks_are_those_of_the_formula(probability, seed):
 
 def test_masks_are_those_of_runs_before():
     """What is resumed goes on with the masks that it had."""
-    assert hashlib.sha256(mask(0.3).numpy().tobytes()).hexdigest() == "8b7e49698d48b824e40f6758feca8f7ba3619e04aa2b432f39ddd8c59b238cc9"
+    assert (
+        hashlib.sha256(mask(0.3).numpy().tobytes()).hexdigest()
+        == "8b7e49698d48b824e40f6758feca8f7ba3619e04aa2b432f39ddd8c59b238cc9"
+    )
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])

@@ -1,11 +1,14 @@
-"""Dropout as one operation: its masks by every way of computing it, and what it costs. test_triton_kernels.py has the kernel."""
+"""Dropout as one operation: its masks by every way of computing it, and what it costs. test_triton_kernels.py has the
+kernel.
+"""
 
 import pytest
 import torch
 from operation_costs import Costs
 
-from gigatok_ds.parallel.dropout import DropPath, Dropout, Part, dropout_at, name_dropouts
-from gigatok_ds.parallel.dropout_mask import addressed_dropout, dropped, rule_of
+from gigatok_ds.kernels.addressed_dropout import addressed_dropout
+from gigatok_ds.kernels.dropout_mask import dropped, rule_of
+from gigatok_ds.parallel.dropout import Dropout, DropPath, Part, dropout_at, name_dropouts
 
 SAMPLES = torch.tensor([3, 2**33 + 1, 70, 2**62 - 5])
 RULE = torch.tensor(rule_of(2**31 + 9, 0.3), dtype=torch.int32)
@@ -53,7 +56,8 @@ def test_compiled_it_drops_alike_and_layers_share_what_is_compiled():
     x = values(7, 4, 40)
     with dropout_at(3, SAMPLES):
         expected = [layer(x) for layer in network]
-        compiled = [torch.compile(layer.forward, backend=counter, fullgraph=True, dynamic=False)(x) for layer in network]
+        compiled = [torch.compile(layer.forward, backend=counter, fullgraph=True, dynamic=False)(x) for layer
+                    in network]
     assert all(map(torch.equal, compiled, expected)) and counter.frame_count == 1
     with dropout_at(4, SAMPLES + 1):
         again = torch.compile(network[0].forward, backend=counter, fullgraph=True, dynamic=False)(x)

@@ -16,18 +16,20 @@ from saved_runs import read_everything
 from training_runs import partitioning
 
 from gigatok_ds.config.deepspeed import zero_settings
-from gigatok_ds.training.live_state import LiveState
-from gigatok_ds.training.monitor import of_the_machine, read_metrics
+from gigatok_ds.engine.zero_state import LiveState
+from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
 
 SAVED, STEPS = 3, 6
 MORE = [f"training.steps={STEPS}", "checkpoint.every=3", "training.ema_decay=0.8", "training.validate_every=6"]
 LAYOUTS = {
-    "gpt": [Layout(), Layout(data=2, stage=1), Layout(tensor=2, stage=3), Layout(data=2, stage=3), Layout(tensor=2, data=2, stage=2),
-            Layout(tensor=2, data=2, stage=3)],
+    "gpt": [Layout(), Layout(data=2, stage=1), Layout(tensor=2, stage=3), Layout(data=2, stage=3),
+            Layout(tensor=2, data=2, stage=2), Layout(tensor=2, data=2, stage=3)],
     "tokenizer": [Layout(stage=1), Layout(data=2, stage=3), Layout(tensor=2, data=2, stage=3)],
 }
-PAIRS = [(kind, one, other) for kind, layouts in LAYOUTS.items() for one in layouts for other in layouts if one != other]
-ALWAYS = [("gpt", LAYOUTS["gpt"][a], LAYOUTS["gpt"][b]) for a, b in ((5, 0), (0, 5), (1, 2), (2, 3), (3, 4), (4, 1))] + [
+PAIRS = [(kind, one, other)
+         for kind, layouts in LAYOUTS.items() for one in layouts for other in layouts if one != other]
+ALWAYS = [("gpt", LAYOUTS["gpt"][a], LAYOUTS["gpt"][b])
+          for a, b in ((5, 0), (0, 5), (1, 2), (2, 3), (3, 4), (4, 1))] + [
     ("tokenizer", LAYOUTS["tokenizer"][a], LAYOUTS["tokenizer"][b]) for a, b in ((2, 0),)]
 
 
@@ -144,7 +146,8 @@ def test_nothing_changes_by_being_handed_over(runs, kind, layout, other, more, t
     for ours in handed:
         (tensors, steps), (expected, expected_steps) = read_everything(ours), read_everything(source / ours.name)
         assert steps == expected_steps and (ours.name == "discriminator" or min(steps.values()) >= SAVED)
-        assert tensors.keys() == expected.keys() and {kind for kind, _ in expected} >= {"weights", "exp_avg", "exp_avg_sq"}
+        assert tensors.keys() == expected.keys() and {kind for kind, _ in expected} >= {"weights", "exp_avg",
+                                                                                        "exp_avg_sq"}
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
         for name, value in networks[0].get(ours.name, {}).items():
             whole = expected[("weights", name) if ("weights", name) in expected else ("whole", name)]
@@ -181,7 +184,8 @@ class Scaled:
 
     def __init__(self, scaler, **counts):
         self.optimizer = SimpleNamespace(**scaler)
-        self.global_steps, self.global_samples, self.skipped_steps = (counts.get(name, 0) for name in ("steps", "samples", "skipped"))
+        self.global_steps, self.global_samples, self.skipped_steps = (counts.get(name, 0) for name
+                                                                      in ("steps", "samples", "skipped"))
 
     def state(self):
         live = LiveState.__new__(LiveState)
@@ -190,7 +194,8 @@ class Scaled:
 
 
 def dynamic(scale, window=500):
-    return DynamicLossScaler(init_scale=scale, scale_window=window, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
+    return DynamicLossScaler(init_scale=scale, scale_window=window, min_scale=1, delayed_shift=2,
+                             consecutive_hysteresis=False)
 
 
 def config(scale):
@@ -202,7 +207,8 @@ def test_the_scale_of_an_fp16_loss_is_handed_over_between_its_two_kinds_of_keepe
                          Scaled({"loss_scale_config": config(2.0**16)}), Scaled({"loss_scaler": LossScaler(scale=1.0)}))
     vars(zero.optimizer.loss_scaler).update(cur_scale=2.0**14, cur_iter=3, last_overflow_iter=1, cur_hysteresis=1)
     kept = zero.state()._counters()
-    assert {name: kept[f"scaler.{name}"] for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")} == {
+    assert {name: kept[f"scaler.{name}"] for name
+            in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")} == {
         "cur_scale": 2.0**14, "cur_iter": 3, "last_overflow_iter": 1, "cur_hysteresis": 1}
     other = Scaled({"loss_scaler": dynamic(2.0**10)})
     for engine in (other, plain):

@@ -1,4 +1,5 @@
-"""The moving average of weights: spread over ranks and stages, it is the one of a single process, and resumes bitwise."""
+"""The moving average of weights: spread over ranks and stages, it is the one of a single process, and resumes bitwise.
+"""
 
 import os
 import shutil
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from saved_runs import read_ema, read_weights
 from training_runs import partitioning, prepare
 
+from gigatok_ds.checkpoint.export_run import export_run
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.checkpoint.standalone import lazy_weights
 from gigatok_ds.config.deepspeed import zero_settings
@@ -17,7 +19,6 @@ from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
-from gigatok_ds.training.export import export_run
 
 DECAY, STEPS = 0.8, 4
 PARTS = {"tokenizer": "generator", "gpt": "gpt"}
@@ -88,7 +89,8 @@ def test_it_is_the_average_of_the_weights_after_each_step(runs):
 ])
 def test_every_layout_has_the_average_of_a_single_process(runs, kind, stage, ranks, more):
     """To 1e-6: float32 rounding of four steps, of weights of order 0.1."""
-    assert largest_difference(average(runs.run(kind, stage, ranks, *more), kind), average(runs.run(kind, 1), kind)) <= 1e-6
+    assert largest_difference(average(runs.run(kind, stage, ranks, *more), kind),
+                              average(runs.run(kind, 1), kind)) <= 1e-6
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -97,7 +99,7 @@ def test_no_rank_holds_more_than_its_share(runs, stage):
     counts = []
     for path in sorted(folder.glob("tensor-*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            counts.append(sum(file.get_tensor(name).numel() for name in file.keys() if name.startswith("ema/")))
+            counts.append(sum(file.get_tensor(name).numel() for name in file if name.startswith("ema/")))
     network = build_on_meta(runs.recipe("gpt").model)
     total, tensors = sum(p.numel() for p in network.parameters()), len(list(network.parameters()))
     assert len(counts) == 2 and sum(counts) == total
@@ -138,7 +140,7 @@ def test_an_export_takes_the_average_unless_told_otherwise(runs, tmp_path):
 
 def test_without_an_average_none_can_be_exported(runs, tmp_path):
     out = runs.run("gpt", 1, 1, "training.ema_decay=null")
-    with pytest.raises(InputError, match="training.ema_decay=null"):
+    with pytest.raises(InputError, match=r"training.ema_decay=null"):
         export_run(out, tmp_path / "export", choice="ema")
     assert not (tmp_path / "export").exists()
     export_run(out, tmp_path / "export")

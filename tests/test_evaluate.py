@@ -1,4 +1,6 @@
-"""`gigatok-ds evaluate` from files to results: on one rank and several, against plain computations, and what it refuses."""
+"""`gigatok-ds evaluate` from files to results: on one rank and several, against plain computations, and what it
+refuses.
+"""
 
 import json
 
@@ -60,8 +62,8 @@ def refused(capsys, *arguments):
 
 def generation(batches, out, *more):
     return ["evaluate", "generation", batches / "samples.npz", "--reference", batches / "reference.npz", "--inception",
-            "random", "--allow", "count", "--allow", "reference", "--cache", batches / "cache", "--batch-size", "2", "--out",
-            out, *more]
+            "random", "--allow", "count", "--allow", "reference", "--cache", batches / "cache", "--batch-size", "2",
+            "--out", out, *more]
 
 
 def test_generated_images_have_the_figures_of_their_features(batches, tmp_path):
@@ -86,7 +88,9 @@ def test_generated_images_have_the_figures_of_their_features(batches, tmp_path):
     assert figures(tmp_path / "four") == pytest.approx(figures(tmp_path / "one"), rel=1e-6)
     assert list((batches / "cache").iterdir()) == kept, "computed once"
     settings = json.loads((tmp_path / "one" / "results.json").read_text())["settings"]
-    assert settings["reference_kind"] == "custom" and len(settings["samples_sha256"]) == 64 and "tf32_products" in settings
+    assert (
+        settings["reference_kind"] == "custom" and len(settings["samples_sha256"]) == 64 and "tf32_products" in settings
+    )
     page = (tmp_path / "one" / "results.html").read_text()
     assert "gfid_custom9_random" in page and "data:image/png;base64" in page
     assert "| gfid_custom9_random |" in (tmp_path / "one" / "results.md").read_text()
@@ -97,7 +101,7 @@ def test_statistics_in_the_reference_are_used_as_they_are(batches, tmp_path):
     arrays = np.load(batches / "reference.npz")["arr_0"]
     output = inception.outputs(torch.as_tensor(np.load(batches / "samples.npz")["arr_0"]).permute(0, 3, 1, 2))
     statistics = {}
-    for name, part, width in (("", output.pooled, 2048), ("_s", output.spatial, 2023)):
+    for name, _part, width in (("", output.pooled, 2048), ("_s", output.spatial, 2023)):
         statistics |= {f"mu{name}": np.full(width, 0.25), f"sigma{name}": np.eye(width)}
     np.savez(tmp_path / "reference.npz", arrays, **statistics)
     arguments = generation(batches, tmp_path / "out")
@@ -129,11 +133,14 @@ def test_what_would_not_compare_is_refused(batches, tmp_path, capsys):
     allowed = ["--reference", batches / "reference.npz", "--inception", "random", "--out", tmp_path / "out", "--allow",
                "count", "--allow", "reference"]
     start = ["evaluate", "generation"]
-    assert "images of (32, 32) pixels, the reference of (16, 16)" in refused(capsys, *start, tmp_path / "large.npz", *allowed)
+    assert "images of (32, 32) pixels, the reference of (16, 16)" in refused(capsys, *start, tmp_path / "large.npz",
+                                                                             *allowed)
     assert "holds float32, but" in refused(capsys, *start, tmp_path / "float.npz", *allowed)
-    assert "arr_0 should be (images, height, width, 3), not (5, 16)" in refused(capsys, *start, tmp_path / "flat.npz", *allowed)
+    assert "arr_0 should be (images, height, width, 3), not (5, 16)" in refused(capsys, *start, tmp_path / "flat.npz",
+                                                                                *allowed)
     assert "does not exist" in refused(capsys, *start, tmp_path / "none.npz", *allowed)
-    assert "needs --reference and --inception" in refused(capsys, *start, batches / "samples.npz", "--out", tmp_path / "out")
+    assert "needs --reference and --inception" in refused(capsys, *start, batches / "samples.npz", "--out",
+                                                          tmp_path / "out")
     assert "--vgg does nothing" in refused(capsys, *plain, "--vgg", "random")
     assert "--allow size does nothing for evaluate reconstruction" in refused(
         capsys, "evaluate", "reconstruction", tmp_path, tmp_path, "--out", tmp_path, "--allow", "size")
@@ -160,14 +167,14 @@ def test_folders_and_files_hold_the_same(batches, tmp_path):
 def test_damaged_and_floating_batches(tmp_path, batches):
     content = (batches / "samples.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match="is not an .npz batch"):
+    with pytest.raises(InputError, match=r"is not an .npz batch"):
         open_images(tmp_path / "cut.npz")
     values = np.linspace(0, 255.9, 2 * 16 * 16 * 3).reshape(2, 16, 16, 3)
     np.savez(tmp_path / "float.npz", values)
     images = open_images(tmp_path / "float.npz", any_dtype=True)
     assert np.array_equal(images.read(range(2)).permute(0, 2, 3, 1), np.floor(values))
     np.savez(tmp_path / "unit.npz", values / 100 - 1)
-    with pytest.raises(InputError, match="outside 0 .. 255"):
+    with pytest.raises(InputError, match=r"outside 0 .. 255"):
         open_images(tmp_path / "unit.npz", any_dtype=True).read(range(2))
 
 
@@ -218,7 +225,8 @@ def test_reconstruction_needs_the_validation_set(models, photos, tmp_path, capsy
 
 
 def test_loss_is_the_mean_over_codes(models, photos, tmp_path):
-    arguments = ["evaluate", "loss", models / "gpt", photos, "--tokenizer", models / "tok", "--batch-size", "2", "--out"]
+    arguments = ["evaluate", "loss", models / "gpt", photos, "--tokenizer", models / "tok", "--batch-size", "2",
+                 "--out"]
     for ranks in (1, 2):
         run_ranks(on_ranks, ranks, [*arguments, tmp_path / str(ranks)])
     tokenizer, gpt, images = small_tokenizer(), small_gpt(), CroppedImages(photos, 16)
@@ -244,14 +252,15 @@ def test_loss_of_stored_codes_is_the_same(models, photos, tmp_path):
 def test_samples_that_lost_pixels_or_would_be_black_are_refused(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(3):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.{'jpg' if i == 1 else 'png'}")
-    with pytest.raises(InputError, match="1.jpg is a JPEG.*--allow dtype"):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3),
+                                     dtype=np.uint8)).save(tmp_path / f"{i}.{'jpg' if i == 1 else 'png'}")
+    with pytest.raises(InputError, match=r"1.jpg is a JPEG.*--allow dtype"):
         open_images(tmp_path).read(range(3))
     for allowed in ({"any_dtype": True}, {"lossy": True}):
         assert open_images(tmp_path, **allowed).read(range(3)).shape == (3, 3, 16, 16)
     (tmp_path / "1.jpg").rename(tmp_path / "1.png")  # it is still one
-    with pytest.raises(InputError, match="1.png is a JPEG"):
+    with pytest.raises(InputError, match=r"1.png is a JPEG"):
         open_images(tmp_path).read(range(3))
     np.savez(tmp_path / "one.npz", rng.random((5, 16, 16, 3)).astype(np.float32))
-    with pytest.raises(InputError, match="floats in 0 .. 1, which would all be black; multiply them by 255"):
+    with pytest.raises(InputError, match=r"floats in 0 .. 1, which would all be black; multiply them by 255"):
         open_images(tmp_path / "one.npz", any_dtype=True)

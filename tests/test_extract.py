@@ -21,18 +21,19 @@ from rank_runs import run_ranks
 from small_models import small_tokenizer
 
 from gigatok_ds.checkpoint.standalone import identify, load_tokenizer, save_standalone
-from gigatok_ds.data import code_directory
 from gigatok_ds.data.codes import CodeDataset
-from gigatok_ds.data.index import ShardIndex
-from gigatok_ds.data.shards import Sample, new_directory, write_shards, write_tars
 from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of, scale_pixels, to_tensor
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.quantizer import VectorQuantizer
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.packing import code_directory
+from gigatok_ds.packing.shard_writer import Sample, write_shards
 from gigatok_ds.parallel.launched import LaunchedRank, launched_rank
+from gigatok_ds.sampling.augmented_views import views_of
 from gigatok_ds.sampling.extract import extract_codes
 from gigatok_ds.sampling.read_later import read_later
-from gigatok_ds.sampling.views import views_of
+from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.tar_writer import new_directory, write_tars
 
 COUNT, PER_SHARD, BATCH = 11, 4, 5  # images; images in a shard of codes (3 shards); crops in a batch (2 images)
 
@@ -75,7 +76,8 @@ def source(tmp_path_factory):
 
 def extract(source, out, rank=LaunchedRank(), **changes):
     """What the command does, with two crops of each image."""
-    arguments = dict(batch_size=BATCH, samples_per_shard=PER_SHARD, tokenizer="tokenizer", images="images", crops="flip")
+    arguments = dict(batch_size=BATCH, samples_per_shard=PER_SHARD, tokenizer="tokenizer", images="images",
+                     crops="flip")
     arguments |= changes
     checkpoint, images, crops = (arguments.pop(name) for name in ("tokenizer", "images", "crops"))
     tokenizer = load_tokenizer(source / checkpoint)
@@ -220,6 +222,7 @@ def kill_everywhere(source, expected, folder):
                 CodeDataset.open(out)
         extract(source, out)
         assert contents(out) == expected, event
+    return None
 
 
 def kill_at_random(source, expected, folder):
@@ -348,13 +351,13 @@ def test_other_contents_under_the_same_names_are_refused(source, others, tmp_pat
     out, moved = interrupted(source, tmp_path / "codes"), tmp_path / "moved"
     for before, now in (("other", "tokenizer"), ("images", "images"), ("tokenizer", "kept"), ("relabelled", "labels")):
         shutil.copytree(source / before, moved / now)
-    with pytest.raises(InputError, match="provenance.tokenizer.config_sha256 '"):
+    with pytest.raises(InputError, match=r"provenance.tokenizer.config_sha256 '"):
         extract(moved, out)
     os.rename(moved / "tokenizer", moved / "other")
     os.rename(moved / "kept", moved / "tokenizer")
     os.rename(moved / "images", moved / "before")
     os.rename(moved / "labels", moved / "images")
-    with pytest.raises(InputError, match="provenance.shards_sha256 '"):
+    with pytest.raises(InputError, match=r"provenance.shards_sha256 '"):
         extract(moved, out)
 
 
@@ -363,7 +366,7 @@ def test_a_directory_of_something_else_is_refused(source, tmp_path):
     with pytest.raises(InputError, match="exists and is not empty"):
         extract(source, tmp_path)
     (tmp_path / "precious").rename(tmp_path / "metadata.partial.json")
-    with pytest.raises(InputError, match="metadata.partial.json is damaged"):
+    with pytest.raises(InputError, match=r"metadata.partial.json is damaged"):
         extract(source, tmp_path)
     with pytest.raises(InputError, match="it must be at least 1"):
         extract(source, tmp_path / "codes", samples_per_shard=0)
@@ -374,7 +377,7 @@ def test_a_directory_of_something_else_is_refused(source, tmp_path):
 
 def test_the_first_rank_does_not_wait_for_ever(source, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(code_directory, "PATIENCE", 0.2)
-    with pytest.raises(InputError, match="lacks 1 shards, codes-000001.tar first"):
+    with pytest.raises(InputError, match=r"lacks 1 shards, codes-000001.tar first"):
         extract(source, tmp_path / "codes", LaunchedRank(rank=0, world_size=2))
     extract(source, tmp_path / "codes", LaunchedRank(rank=1, world_size=2))
     assert "metadata.json" not in contents(tmp_path / "codes")
@@ -389,7 +392,7 @@ def test_an_undecodable_image_is_named_and_what_is_whole_stays(source, tmp_path,
     with new_directory(tmp_path / "images") as scratch:
         write_tars(records, scratch, prefix="x", samples_per_shard=50, extensions=("png",), classes=[])
     shutil.copytree(source / "tokenizer", tmp_path / "tokenizer")
-    with pytest.raises(InputError, match="sample 'image009' of .*images: cannot decode"):
+    with pytest.raises(InputError, match=r"sample 'image009' of .*images: cannot decode"):
         extract(tmp_path, tmp_path / "codes", workers=workers)
     assert sorted(contents(tmp_path / "codes")) == ["codes-000000.tar", "codes-000001.tar", "metadata.partial.json"]
 

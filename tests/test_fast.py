@@ -9,7 +9,8 @@ from PIL import Image
 from test_transforms import encode, picture
 
 from gigatok_ds.data import fast
-from gigatok_ds.data.transforms import decode_image, halved, resize_short_side, training_transform
+from gigatok_ds.data.decoding import training_transform
+from gigatok_ds.data.transforms import decode_image, halved, resize_short_side
 from gigatok_ds.errors import InputError
 
 SIZE = 64
@@ -123,8 +124,8 @@ def test_only_what_the_window_needs_is_resized(size):
         pixels = np.array(image)
         found = fast._window(pixels, image.size, crop._replace(mirrored=False), SIZE).int()
         whole = torch.nn.functional.interpolate(
-            torch.from_numpy(np.array(halved(image, crop.short_side))).permute(2, 0, 1)[None], mode="bicubic", antialias=True,
-            size=resize_short_side(image, crop.short_side).size[::-1])[0].int()
+            torch.from_numpy(np.array(halved(image, crop.short_side))).permute(2, 0, 1)[None], mode="bicubic",
+            antialias=True, size=resize_short_side(image, crop.short_side).size[::-1])[0].int()
         expected = whole[:, crop.top : crop.top + SIZE, crop.left : crop.left + SIZE]
         assert (found - expected).abs().max() <= 2
         assert torch.equal(fast._window(pixels, image.size, crop._replace(mirrored=True), SIZE).int(), found.flip(2))

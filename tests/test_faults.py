@@ -18,13 +18,13 @@ def run(body):
 
     from gigatok_ds.errors import InputError
     from gigatok_ds.parallel.topology import start_process_group
-    from gigatok_ds.training.faults import watch_ranks
+    from gigatok_ds.resilience.rank_monitor import watch_ranks
 
     topology = start_process_group()
     with watch_ranks(topology):
         dist.barrier()
         print("ready", flush=True)
-        exec(body, {"rank": topology.rank, "dist": dist, "time": time, "os": os,  # noqa: S102 (our own)
+        exec(body, {"rank": topology.rank, "dist": dist, "time": time, "os": os,
                     "InputError": InputError})
     print("done", flush=True)
 

@@ -86,5 +86,5 @@ def test_what_does_nothing_or_is_missing_is_refused(monkeypatch, tmp_path):
     for model, file in (("dinov2-s", "dinov2_vits14_pretrain.pth"), ("resnet50", "resnet50-11ad3fa6.pth")):
         with pytest.raises(InputError, match=f"loss.perceptual.weights: there is no file .*{file}"):
             load_feature_distance(model)
-    with pytest.raises(InputError, match="loss.adversarial.backbone_weights is some.pth, a setting of dino only"):
+    with pytest.raises(InputError, match=r"loss.adversarial.backbone_weights is some.pth, a setting of dino only"):
         load_recipe("VQ_SS256", ["loss.adversarial.backbone_weights=some.pth"])

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_runs import GPT, TOKENIZER
 
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.losses import composition
 from gigatok_ds.models.quantizer import VectorQuantizer
-from gigatok_ds.training.flops import GPTFlops, TokenizerFlops, counted, own_formulas
+from gigatok_ds.monitoring.flops import GPTFlops, TokenizerFlops, counted, own_formulas
+from gigatok_ds.optional_imports import timm_library
 
 BATCH, IMAGES, CODES, TOKENS, DIM = 8, 4, 64, 8, 4
 
@@ -66,7 +66,8 @@ def test_the_quantizer_counts_its_distances(tmp_path):
 @pytest.mark.parametrize("direct", [False, True])
 def test_the_count_is_that_of_torchs_counter(tmp_path, direct):
     flops = tokenizer_flops(tmp_path)
-    with FlopCounterMode(display=False, custom_mapping=own_formulas(again=False)) as theirs, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False,
+                         custom_mapping=own_formulas(again=False)) as theirs, sdpa_kernel(SDPBackend.MATH):
         flops._generator("global", direct)
     for _ in range(2):  # the second time calls are remembered
         assert counted(lambda: flops._generator("global", direct)).once == theirs.get_total_flops() > 0

@@ -14,7 +14,7 @@ from gigatok_ds.losses.feature_distance import RESNET_URL
 from gigatok_ds.losses.frozen import weight_files
 from gigatok_ds.losses.perceptual import VGG_URL
 from gigatok_ds.losses.semantic import teacher_file
-from gigatok_ds.models.published import WeightFile, cache_folder
+from gigatok_ds.models.frozen.pretrained_files import WeightFile, cache_folder
 from gigatok_ds.training.frozen_weights import check_frozen, random_weight_warnings, record_frozen
 
 CONTENT = b"weights"
@@ -85,10 +85,10 @@ def test_a_download_is_wanted_checked_and_done_once(published):
 def test_a_download_that_fails_or_is_another_file_leaves_nothing(published):
     file = weight_file(published, "download")
     published.write_bytes(b"something else")
-    with pytest.raises(InputError, match="cannot be downloaded .*invalid hash value"):
+    with pytest.raises(InputError, match=r"cannot be downloaded .*invalid hash value"):
         file.fetch()
     published.unlink()
-    with pytest.raises(InputError, match="loss.some.weights: file://.* cannot be downloaded"):
+    with pytest.raises(InputError, match=r"loss.some.weights: file://.* cannot be downloaded"):
         file.fetch()
     assert not list(cache_folder().iterdir())
     with pytest.raises(InputError, match="is not published; give a path"):
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_found_by_its_name(published):
 def test_addresses_are_those_of_torchvision_and_timm():
     from torchvision.models import ResNet50_Weights, VGG16_Weights
 
-    assert (VGG_URL, RESNET_URL) == (VGG16_Weights.IMAGENET1K_V1.url, ResNet50_Weights.IMAGENET1K_V2.url)
+    assert (VGG16_Weights.IMAGENET1K_V1.url, ResNet50_Weights.IMAGENET1K_V2.url) == (VGG_URL, RESNET_URL)
     siglip = teacher_file("siglip-so400m", None)
     assert siglip.hub == "timm/vit_so400m_patch14_siglip_224.webli" and siglip.url.endswith(
         "timm/vit_so400m_patch14_siglip_224.webli/resolve/main/model.safetensors")
@@ -142,7 +142,7 @@ def test_a_missing_file_is_told_before_anything_is_built(missing):
 
 
 def test_a_head_of_another_width_and_an_unknown_teacher_are_told_first():
-    with pytest.raises(InputError, match="teacher_width is 768, but the tokens of siglip-so400m .* are 1152 wide"):
+    with pytest.raises(InputError, match=r"teacher_width is 768, but the tokens of siglip-so400m .* are 1152 wide"):
         check_frozen(recipe(*RANDOM, "loss.semantic.teacher=siglip-so400m"))
     with pytest.raises(InputError, match="did you mean dinov2-vit-b"):
         check_frozen(recipe(*RANDOM, "loss.semantic.teacher=dinov2-vit-bb"))
@@ -179,7 +179,8 @@ def test_a_run_keeps_to_the_files_it_was_started_with(tmp_path):
     assert "moved.pth" in (tmp_path / "frozen_weights.json").read_text()
 
 
-SMALL = ["model.image_size=32", "model.semantic_head={depth: 1, teacher_width: 192}", "training.steps=1", "schedule.warmup_steps=1",
+SMALL = ["model.image_size=32", "model.semantic_head={depth: 1, teacher_width: 192}", "training.steps=1",
+         "schedule.warmup_steps=1",
          "loss.semantic={teacher: vit_tiny_patch16_224, weights: random}", "loss.auxiliary={end_step: 6}",
          "training.global_batch_size=2", "training.validate_every=1", "checkpoint.every=1"]
 

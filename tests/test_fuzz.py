@@ -13,10 +13,11 @@ from test_shards import plain_tar
 from test_transforms import encode, picture
 from training_runs import forget_shared_memory
 
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
-from gigatok_ds.data.transforms import decode_image, training_transform
+from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.errors import InputError
+from gigatok_ds.shards.index import ShardIndex
 
 IMAGES, TARS, CHANGED_TARS = 700, 150, 150
 SECONDS = 5  # that a single image or tar may take, on a machine that is busy with other tests
@@ -207,7 +208,7 @@ def test_a_worker_that_is_killed_ends_the_run(small_tar, tmp_path, limit):
     worker, = children() - before
     limit(30)
     os.kill(int(worker), signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="worker.*exited unexpectedly|killed by signal"):
+    with pytest.raises(RuntimeError, match=r"worker.*exited unexpectedly|killed by signal"):
         for _ in range(100):
             next(batches)
     forget_shared_memory(worker)

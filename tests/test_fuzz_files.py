@@ -1,6 +1,7 @@
 """Files of every kind that are read, damaged at random: what reads them takes them or refuses them in one line.
 
-Few inputs of each kind always, tens of thousands of each with `-m slow`. What may end the interpreter is tried in a child.
+Few inputs of each kind always, tens of thousands of each with `-m slow`. What may end the interpreter is tried in a
+child.
 """
 
 import functools
@@ -26,30 +27,30 @@ from test_sources import devkit
 from training_runs import GPT
 
 from gigatok_ds.checkpoint.class_names import classes_bytes, read_classes
-from gigatok_ds.checkpoint.fragments import Layout, SavedEngine
+from gigatok_ds.checkpoint.fragments import SavedEngine, SavedLayout
 from gigatok_ds.checkpoint.inspection import inspect
+from gigatok_ds.checkpoint.model_sources import open_model
 from gigatok_ds.checkpoint.pt_file import load_plain_data
 from gigatok_ds.checkpoint.run_directory import State, _digest, read_state
-from gigatok_ds.checkpoint.sources import open_model
 from gigatok_ds.checkpoint.standalone import identify, load_gpt, save_standalone
 from gigatok_ds.config.deepspeed import read_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.data.codes import CodeDataset
-from gigatok_ds.data.devkit import devkit_classes
-from gigatok_ds.data.index import load_index
-from gigatok_ds.data.npy_codes import NpyCodes
-from gigatok_ds.data.label_files import read_labels
-from gigatok_ds.data.tar_scan import scan_tar
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_sets import NpzImages
 from gigatok_ds.evaluation.results import Results, read_figures, write_results
+from gigatok_ds.packing.devkit import devkit_classes
+from gigatok_ds.packing.label_files import read_labels
+from gigatok_ds.packing.npy_codes import NpyCodes
 from gigatok_ds.sampling.collection import collection_at
-from gigatok_ds.training.status import status
+from gigatok_ds.shards.index import load_index
+from gigatok_ds.shards.tar_scan import scan_tar
+from gigatok_ds.training.run_status import status
 
 FEW, MANY = 20, 20_000
 SECONDS = 30
-VALUES = [None, True, False, 0, -1, 1.5, 10**400, 2**63, -(10**30), float("nan"), float("inf"), "", "x", "\x1b]0;x\x07", "\ud800",
-          "../x", [], [[]], {}, {"": None}, [1, "x"], {"dtype": 1}, 10**9]
+VALUES = [None, True, False, 0, -1, 1.5, 10**400, 2**63, -(10**30), float("nan"), float("inf"), "", "x", "\x1b]0;x\x07",
+          "\ud800", "../x", [], [[]], {}, {"": None}, [1, "x"], {"dtype": 1}, 10**9]
 
 
 def altered(value, rng):
@@ -105,9 +106,12 @@ def damaged_zip(data, rng):
 
 HEADERS = ["{'descr': '<i8', 'fortran_order': False, 'shape': (10**15,), }",
            "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", "(" * 300,
-           "{'descr': '<f4', 'fortran_order': True, 'shape': (-1, 3), }", "{'descr': '<i8', 'fortran_order': False, 'shape': (",
-           "{'descr': '<U99999999', 'fortran_order': False, 'shape': (4000000000,), }", "{'descr': [('a', '<i4')], 'shape': (2,)}",
-           "{'descr': '<i8', 'fortran_order': False, 'shape': (9223372036854775807, 4, 4), }", "{'descr': 'é', 'shape': 1}"]
+           "{'descr': '<f4', 'fortran_order': True, 'shape': (-1, 3), }", "{'descr': '<i8', 'fortran_order': False, "
+                                                                          "'shape': (",
+           "{'descr': '<U99999999', 'fortran_order': False, 'shape': (4000000000,), }",
+           "{'descr': [('a', '<i4')], 'shape': (2,)}",
+           "{'descr': '<i8', 'fortran_order': False, 'shape': (9223372036854775807, 4, 4), }",
+           "{'descr': 'é', 'shape': 1}"]
 
 
 def damaged_npy(data, rng):
@@ -124,8 +128,8 @@ def damaged_tar(data, rng):
     data = bytearray(data)
     at = 512 * int(rng.integers(max(len(data) // 512 - 4, 1)))
     header = data[at : at + 512]
-    sizes = [b"77777777777\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 11 + b"\0", b"\x80\0\0\0\x7f" + b"\xff" * 7,
-             b"\xff" * 12, b"           \0", b"00000001000\0"]
+    sizes = [b"77777777777\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 11 + b"\0",
+             b"\x80\0\0\0\x7f" + b"\xff" * 7, b"\xff" * 12, b"           \0", b"00000001000\0"]
     header[124:136] = sizes[int(rng.integers(len(sizes)))]
     header[156:157] = [b"0", b"L", b"K", b"x", b"g", b"S", b"1", b"5", b"V"][int(rng.integers(9))]
     header[148:156] = b" " * 8
@@ -143,7 +147,8 @@ def damaged_devkit(data, rng):
     if rng.random() < 0.2:
         return gzip.compress(damaged_tar(gzip.decompress(data), rng), 1)
     whole = io.BytesIO()
-    with tarfile.open(fileobj=io.BytesIO(data)) as source, tarfile.open(fileobj=whole, mode="w:gz", compresslevel=1) as target:
+    with tarfile.open(fileobj=io.BytesIO(data)) as source, tarfile.open(fileobj=whole, mode="w:gz",
+                                                                        compresslevel=1) as target:
         for member in source:
             content = source.extractfile(member).read()
             if member.name.endswith(".mat") or rng.random() < 0.1:
@@ -159,38 +164,42 @@ class World:
     def __init__(self, root):
         self.root = root
         gpt = small_gpt()
-        save_standalone(root / "model", gpt.config, gpt.state_dict(), provenance={"recipe": "r", "metrics": {"loss": 1.0}},
-                        classes=["cat", "dog"])
+        save_standalone(root / "model", gpt.config, gpt.state_dict(),
+                        provenance={"recipe": "r", "metrics": {"loss": 1.0}}, classes=["cat", "dog"])
         torch.save({"model": gpt.state_dict(), "steps": 3}, root / "new.pt")
         torch.save({"model": gpt.state_dict()}, root / "old.pt", _use_new_zipfile_serialization=False)
         run = root / "run"
         (run / "checkpoints").mkdir(parents=True)
         (run / "recipe.yaml").write_text(GPT)
         (run / "classes.json").write_bytes(classes_bytes(["cat", "dog"]))
-        (run / "history.jsonl").write_text("".join(json.dumps({"time": 1.7e9 + n, "event": event, "step": n, "reason": "r"}) + "\n"
+        (run / "history.jsonl").write_text("".join(json.dumps({"time": 1.7e9 + n, "event": event, "step": n,
+                                                               "reason": "r"}) + "\n"
                                                    for n, event in enumerate(("started", "skipped", "failed"))))
         (run / "metrics.jsonl").write_text("".join(
             json.dumps({"step": n, "time": 1.7e9 + n, "loss": 1.0, "throughput/step_seconds": 0.5,
-                        "throughput/images_per_second": 3.0} if n else {"step": 1, "time": 1.7e9, "warning": "w"}) + "\n"
+                        "throughput/images_per_second": 3.0} if n else {"step": 1, "time": 1.7e9, "warning": "w"})
+                        + "\n"
             for n in range(3)))
         (run / "heartbeat.json").write_text(json.dumps({"step": 3, "time": 1.7e9}) + "\n")
         step = root / "step-0000001"
         (step / "gpt").mkdir(parents=True)
-        layout = Layout(tensor_size=1, data_size=1, parameters={"w": [2, 3]}, cuts={}, kinds=["weights"], adam_steps={"w": 1},
+        layout = SavedLayout(tensor_size=1, data_size=1, parameters={"w": [2, 3]}, cuts={}, kinds=["weights"],
+                             adam_steps={"w": 1},
                         counters={"a": 1.0})
         (step / "gpt" / "engine.json").write_text(layout.to_json())
         from safetensors.torch import save_file
 
-        save_file({"weights/w": torch.zeros(6)}, step / "gpt" / "tensor-000-data-00000.safetensors", {"starts": '{"weights/w": 0}'})
+        save_file({"weights/w": torch.zeros(6)}, step / "gpt" / "tensor-000-data-00000.safetensors",
+                  {"starts": '{"weights/w": 0}'})
         save_file({"buffer": torch.zeros(2)}, step / "gpt" / "whole-tensor-000.safetensors")
-        state = State(step=1, samples=2, parts=["gpt"], world_size=1, tensor_size=1, stage=1, metrics={"loss": 1.0}, guard={},
-                      files={"gpt/engine.json": "0"})
+        state = State(step=1, samples=2, parts=["gpt"], world_size=1, tensor_size=1, stage=1, metrics={"loss": 1.0},
+                      guard={}, files={"gpt/engine.json": "0"})
         (step / "state.json").write_text(state.to_json())
         np.savez(root / "stored.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8), arr_1=np.arange(3))
         np.savez_compressed(root / "packed.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8), arr_1=np.arange(3),
                             **{name: np.zeros((4, 4)) for name in ("mu", "sigma", "mu_s", "sigma_s")})
         plain_tar(root / "shards" / "x.tar", [(f"k{n}.{end}", b"1") for n in range(3) for end in ("png", "cls")])
-        from gigatok_ds.data.index import ShardIndex
+        from gigatok_ds.shards.index import ShardIndex
 
         ShardIndex.open(root / "shards")
         for name in ("a_codes", "a_labels"):
@@ -227,11 +236,13 @@ KINDS = {
     "classes.json": ("run/classes.json", damaged_json, read_classes),
     "config.json": ("model/config.json", damaged_json, lambda path: (inspect(path.parent), identify(path.parent),
                                                                      open_model(path.parent), load_gpt(path.parent))),
-    "model.safetensors": ("model/model.safetensors", lambda data, rng: corrupted(data, rng), lambda path: load_gpt(path.parent)),
-    "state.json": ("step-0000001/state.json", damaged_state, lambda path: (read_state(path.parent), inspect(path.parent))),
+    "model.safetensors": ("model/model.safetensors", lambda data, rng: corrupted(data, rng),
+                          lambda path: load_gpt(path.parent)),
+    "state.json": ("step-0000001/state.json", damaged_state,
+                   lambda path: (read_state(path.parent), inspect(path.parent))),
     "engine.json": ("step-0000001/gpt/engine.json", damaged_json, read_engine),
-    "an optimizer's safetensors": ("step-0000001/gpt/tensor-000-data-00000.safetensors", lambda data, rng: corrupted(data, rng),
-                                   read_engine),
+    "an optimizer's safetensors": ("step-0000001/gpt/tensor-000-data-00000.safetensors", lambda data,
+                                   rng: corrupted(data, rng), read_engine),
     ".pt": ("new.pt", lambda data, rng: corrupted(data, rng), load_plain_data),
     "legacy .pt": ("old.pt", lambda data, rng: corrupted(data, rng), load_plain_data),
     "index.npz": ("shards/index.npz", damaged_zip, None),
@@ -241,7 +252,8 @@ KINDS = {
     "sampled .npz": ("packed.npz", damaged_zip, lambda path: collection_at(path).finished(3)),
     ".npy of codes": ("npy/a_codes/0.npy", damaged_npy, read_npy_codes),
     ".npy of a label": ("npy/a_labels/0.npy", damaged_npy, read_npy_codes),
-    "labels": ("labels.txt", lambda data, rng: corrupted(data, rng), lambda path: read_labels(path, ["a.jpg", "b.jpg"])),
+    "labels": ("labels.txt", lambda data, rng: corrupted(data, rng),
+               lambda path: read_labels(path, ["a.jpg", "b.jpg"])),
     "devkit": ("devkit.tar.gz", damaged_devkit, devkit_classes),
     "tar": ("shards/x.tar", damaged_tar, scan_tar),
     "DeepSpeed's JSON": ("ds.json", damaged_json, read_settings),
@@ -253,7 +265,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def recipes_once(monkeypatch):
     """A recipe that is not what is damaged is read once."""
-    monkeypatch.setattr("gigatok_ds.training.status.load_recipe", functools.cache(load_recipe))
+    monkeypatch.setattr("gigatok_ds.training.run_status.load_recipe", functools.cache(load_recipe))
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +376,7 @@ def test_what_unpacks_to_much_more_is_refused(kind, tmp_path):
     (tmp_path / "x.npz").write_bytes(BOMBS[kind]())
     tracemalloc.start()
     try:
-        with pytest.raises(InputError, match="x.npz is damaged"):
+        with pytest.raises(InputError, match=r"x.npz is damaged"):
             read_npz(tmp_path / "x.npz", most=2**20)
         assert tracemalloc.get_traced_memory()[1] < 2**25
     finally:
@@ -374,7 +386,7 @@ def test_what_unpacks_to_much_more_is_refused(kind, tmp_path):
 def test_the_devkit_is_read_as_scipy_reads_it(tmp_path):
     from scipy.io import savemat
 
-    from gigatok_ds.data.devkit import variable
+    from gigatok_ds.packing.devkit import variable
 
     records = np.zeros(5, dtype=[("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("children", "O")])
     for number in range(5):

@@ -11,9 +11,9 @@ from gigatok_ds import InputError, generate
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
-from gigatok_ds.sampling.choose import keep_top_k, keep_top_p
 from gigatok_ds.sampling.generate import Sampler
 from gigatok_ds.sampling.guidance import guidance_scales
+from gigatok_ds.sampling.logits import keep_top_k, keep_top_p
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def test_logits_loss_and_inner_features(gpt_b, golden):
         inner = gpt_b.hidden_states(codes[:, :-1], classes, depth=6).transpose(0, 1)
     np.testing.assert_allclose(logits[:, ::32, ::512].numpy(), golden["logits"], atol=1e-4)
     np.testing.assert_allclose(inner[:, ::32, ::16].numpy(), golden["inner_feature_half_depth"], atol=1e-4)
-    assert F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item() == pytest.approx(float(golden["loss"]), abs=1e-5)
+    assert F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item() == pytest.approx(float(golden["loss"]),
+                                                                                          abs=1e-5)
 
 
 GREEDY = {
@@ -47,7 +48,8 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("key, batch", [
     ("greedy_step1.75", 2),  # with guidance at some positions, and next to none at others
-    *(pytest.param(key, batch, marks=SLOW) for key in GREEDY for batch in (1, 2, 7) if (key, batch) != ("greedy_step1.75", 2)),
+    *(pytest.param(key, batch, marks=SLOW) for key in GREEDY for batch in (1, 2, 7)
+      if (key, batch) != ("greedy_step1.75", 2)),
 ])
 def test_greedy_sequences_are_the_originals(gpt_b, golden, key, batch):
     rows = np.arange(batch) % 2

@@ -72,7 +72,7 @@ def test_originals_of_the_variants_are_read_and_written(changes):
     weights = opinionated(config).float().state_dict()
     _, again = from_original(config, to_original(config, weights), "x.pt")
     assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
-    with pytest.raises(InputError, match="x.pt"):
+    with pytest.raises(InputError, match=r"x.pt"):
         from_original(small_gpt_config(sequence_length=9), weights, "x.pt")
 
 

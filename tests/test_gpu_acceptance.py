@@ -1,4 +1,6 @@
-"""benchmarks/gpu_acceptance.py: its sections in their small form, and what becomes of those that fail, hang or are killed."""
+"""benchmarks/gpu_acceptance.py: its sections in their small form, and what becomes of those that fail, hang or are
+killed.
+"""
 
 import json
 import os
@@ -35,7 +37,8 @@ def acceptance(monkeypatch, tmp_path):
         def add(name, text="", share=1.0, **needs):
             path = folder / "acceptance" / f"made_up_{name}.py"
             body = textwrap.indent(text, "    ")
-            path.write_text(f"import os, signal, subprocess, sys, time\n\ndef run(setting, found):\n{body}\n    return\n")
+            path.write_text(f"import os, signal, subprocess, sys, time\n\ndef run(setting, found):\n{body}\n    "
+                            "return\n")
             known[name] = sections.Section(module=f"made_up_{name}", what=f"about {name}", share=share, **needs)
 
         monkeypatch.setattr(module, "SECTIONS", known)
@@ -49,7 +52,9 @@ def outcome(out):
 
 
 def test_what_fails_hangs_or_is_killed_leaves_the_others_results_and_a_truthful_table(acceptance, tmp_path, capsys):
-    acceptance.add("good", "found.check('one', True)\nfound.figure('speed', 1234.5, 'codes/s', 'fast')\nfound.note('a fact')")
+    acceptance.add(
+        "good", "found.check('one', True)\nfound.figure('speed', 1234.5, 'codes/s', 'fast')\nfound.note('a fact')"
+    )
     acceptance.add("wrong", "found.check('two', True)\nfound.check('three', False, '5 is not 6')")
     acceptance.add("raising", "found.check('four', True)\nraise ValueError('a|b went wrong')")
     acceptance.add("killed", "found.figure('so far', 3, 'ms')\nos.kill(os.getpid(), signal.SIGKILL)")
@@ -64,8 +69,8 @@ def test_what_fails_hangs_or_is_killed_leaves_the_others_results_and_a_truthful_
     assert acceptance.main(["--device", "cpu", "--out", str(out), "--minutes", "2"]) == 1
     found, unfinished = outcome(out)
     assert {name: section["status"] for name, section in found.items()} == {
-        "good": "passed", "wrong": "failed", "raising": "failed", "killed": "failed", "lacking": "skipped", "partly": "passed",
-        "package": "skipped", "program": "skipped", "hanging": "failed", "last": "passed"}
+        "good": "passed", "wrong": "failed", "raising": "failed", "killed": "failed", "lacking": "skipped",
+        "partly": "passed", "package": "skipped", "program": "skipped", "hanging": "failed", "last": "passed"}
     assert unfinished == []
     why = {name: section["why"] for name, section in found.items()}
     assert why["wrong"] == "three: 5 is not 6" and why["raising"] == "exit code 1: ValueError: a|b went wrong"
@@ -105,7 +110,8 @@ def test_the_report_is_whole_after_each_section(acceptance, tmp_path):
 def test_shares_are_told_beforehand_and_add_up(acceptance, tmp_path, capsys):
     for name, share in (("a", 10), ("b", 30), ("c", 60)):
         acceptance.add(name, "found.lacks('nothing')", share=share)
-    assert acceptance.main(["--device", "cpu", "--out", str(tmp_path / "out"), "--minutes", "4", "--only", "a", "b"]) == 0
+    assert acceptance.main(["--device", "cpu", "--out", str(tmp_path / "out"), "--minutes", "4", "--only", "a",
+                            "b"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "2 sections, at most 4 minutes: a 60 + b 180 = 240 s"
     assert told[1] == "[1/2] a (at most 60 s): about a"
@@ -123,10 +129,13 @@ def test_packages_come_from_wheels(acceptance, tmp_path):
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "carried_along-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("carried_along/__init__.py", "VALUE = 7\n")
-        wheel.writestr("carried_along-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried-along\nVersion: 1.0\n")
-        wheel.writestr("carried_along-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("carried_along-1.0.dist-info/METADATA",
+                       "Metadata-Version: 2.1\nName: carried-along\nVersion: 1.0\n")
+        wheel.writestr("carried_along-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: "
+                                                            "py3-none-any\n")
         wheel.writestr("carried_along-1.0.dist-info/RECORD", "")
-    acceptance.add("one", "import carried_along\nfound.figure('value', carried_along.VALUE, 'it')", packages=("carried_along",))
+    acceptance.add("one", "import carried_along\nfound.figure('value', carried_along.VALUE, 'it')",
+                   packages=("carried_along",))
     words = ["--device", "cpu", "--out", str(tmp_path / "out"), "--minutes", "1"]
     assert acceptance.main([*words, "--wheels", str(wheels)]) == 0
     assert outcome(tmp_path / "out")[0]["one"]["figures"][0]["value"] == 7
@@ -144,10 +153,12 @@ def test_bad_options_are_refused(acceptance, tmp_path, words, told):
 
 
 def test_without_a_gpu_it_says_what_can_be_run(tmp_path):
-    finished = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path / "out"], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    finished = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path / "out"],
+                              env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
                               capture_output=True, text=True, check=False)
     assert finished.returncode == 2
-    assert finished.stderr == ("gpu_acceptance.py: error: --device is cuda, but torch sees no GPU; with --device cpu --quick all "
+    assert finished.stderr == ("gpu_acceptance.py: error: --device is cuda, but torch sees no GPU; with --device cpu "
+                               "--quick all "
                                "sections run in a small form\n")
     assert not (tmp_path / "out").exists()
 
@@ -162,4 +173,8 @@ def test_every_section_in_its_small_form(tmp_path):
     assert has_sanitizer["status"] == "skipped" and "compute-sanitizer" in has_sanitizer["why"] + has_sanitizer["what"]
     assert {section["status"] for section in found.values()} == {"passed"} and len(found) == 9
     assert all(section["checks"] or section["figures"] for section in found.values())
-    assert len(found["kernels"]["checks"]) >= 5 and len(found["step"]["checks"]) >= 10 and len(found["engines"]["checks"]) == 4
+    assert (
+        len(found["kernels"]["checks"]) >= 5
+        and len(found["step"]["checks"]) >= 10
+        and len(found["engines"]["checks"]) == 4
+    )

@@ -7,19 +7,20 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gigatok_ds.config.model import CNNConfig
-from gigatok_ds.kernels import group_norm
-from gigatok_ds.lean_imports import timm_library
+from gigatok_ds.kernels import group_norm_ops
 from gigatok_ds.losses.feature_distance import ResNetLogits, resnet_file
 from gigatok_ds.losses.perceptual import load_lpips
 from gigatok_ds.models.cnn import CNNDecoder, CNNEncoder
-from gigatok_ds.models.dino_discriminator import DinoDiscriminator
+from gigatok_ds.models.discriminators.dino import DinoDiscriminator
+from gigatok_ds.models.discriminators.patchgan import PatchGAN
+from gigatok_ds.models.discriminators.stylegan import StyleGANDiscriminator
+from gigatok_ds.models.frozen.pretrained_files import RANDOM
 from gigatok_ds.models.gpt import RMSNorm
-from gigatok_ds.models.patchgan import PatchGAN
-from gigatok_ds.models.published import RANDOM
 from gigatok_ds.models.rotary import rotary_table, rotate
-from gigatok_ds.models.stylegan_discriminator import StyleGANDiscriminator
+from gigatok_ds.optional_imports import timm_library
 
-CNN = CNNConfig(base_channels=32, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), residual_blocks=1, attention=True)
+CNN = CNNConfig(base_channels=32, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), residual_blocks=1,
+                attention=True)
 
 
 class Lpips(torch.nn.Module):
@@ -47,7 +48,7 @@ def test_no_convolution_on_a_gpu_turns_a_map_around(build, side):
         with Layouts() as layouts, Counter() as counter:
             torch.func.functional_call(network, parameters, torch.empty(5, 3, side, side))
     assert layouts.convolutions > 0
-    assert "native_group_norm" not in counter.names or not group_norm.HAS_TRITON
+    assert "native_group_norm" not in counter.names or not group_norm_ops.HAS_TRITON
 
 
 def test_rms_norm_is_one_kernel_on_a_gpu():
@@ -93,7 +94,8 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dino_computes_in_the_type_of_its_heads_and_never_waits(dtype):
     torch.manual_seed(0)
-    backbone = timm_library().models.VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0)
+    backbone = timm_library().models.VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2,
+                                                       num_classes=0)
     network = DinoDiscriminator(backbone).eval()
     exact = network.activations(images := torch.rand(2, 3, 224, 224) * 2 - 1)
     network.heads.to(dtype)

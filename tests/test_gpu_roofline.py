@@ -1,4 +1,6 @@
-"""The meter: operations whose FLOPs and bytes are known by hand, eager and compiled, their floor, and the reports made of them."""
+"""The meter: operations whose FLOPs and bytes are known by hand, eager and compiled, their floor, and the reports made
+of them.
+"""
 
 import importlib
 import json
@@ -14,22 +16,22 @@ from training_runs import GPT, TOKENIZER
 import gigatok_ds
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.dry_run import source_lines
+from gigatok_ds.dry_run.by_layers import rehearse
+from gigatok_ds.dry_run.compiled import block_of, passes_of, signature_of
+from gigatok_ds.dry_run.dry_run import Rehearsal
+from gigatok_ds.dry_run.floor import Floor
+from gigatok_ds.dry_run.meter import Meter
+from gigatok_ds.dry_run.update_bytes import bucket_bytes, update_bytes
+from gigatok_ds.dry_run.work import Operation, Rates, Work, from_rows
 from gigatok_ds.errors import InputError
 from gigatok_ds.kernels.ops import code_histogram
 from gigatok_ds.models.gpt import RMSNorm
-from gigatok_ds.planning import sources
-from gigatok_ds.planning.by_layers import rehearse
 from gigatok_ds.planning.cluster import parse_cluster
-from gigatok_ds.planning.compiled import block_of, passes_of, signature_of
 from gigatok_ds.planning.devices import DEVICES, parse_gpu_spec
-from gigatok_ds.planning.floor import Floor
-from gigatok_ds.planning.meter import Meter
-from gigatok_ds.planning.planner import Layout
-from gigatok_ds.planning.rehearsal import Rehearsal
+from gigatok_ds.planning.planner import PlannedLayout
 from gigatok_ds.planning.roofline import roofline
 from gigatok_ds.planning.speed import Assumptions
-from gigatok_ds.planning.update import bucket_bytes, update_bytes
-from gigatok_ds.planning.work import Operation, Rates, Work, from_rows
 
 ROWS, IN, OUT = 64, 32, 48
 X, W, Y = ROWS * IN * 4, IN * OUT * 4, ROWS * OUT * 4  # bytes in float32
@@ -49,7 +51,7 @@ def measured(run, *parameters, floor=None):
     for operation, calls in meter.calls.items():
         before = found.get(operation.name, (operation.group, 0, 0, 0, 0))
         more = (calls, calls * operation.read, calls * operation.written, calls * operation.flops)
-        found[operation.name] = (operation.group, *(a + b for a, b in zip(before[1:], more)))
+        found[operation.name] = (operation.group, *(a + b for a, b in zip(before[1:], more, strict=True)))
     return found
 
 
@@ -86,8 +88,8 @@ def test_operators_of_ours_without_an_entry_count_what_goes_in_and_out():
 
 
 def test_the_floor_of_two_layers():
-    """Between the products: forward SiLU reads y and writes a; backward it reads y and a's gradient and writes y's. What its
-    inside needs is neither written nor read: the sigmoid of SiLU, taken apart."""
+    """Between the products: forward SiLU reads y and writes a; backward it reads y and a's gradient and writes y's.
+    What its inside needs is neither written nor read: the sigmoid of SiLU, taken apart."""
     x, first, second = meta(ROWS, IN), meta(OUT, IN, requires_grad=True), meta(IN, OUT, requires_grad=True)
     gradient, floor = meta(ROWS, IN), Floor()
 
@@ -99,7 +101,8 @@ def test_the_floor_of_two_layers():
     products = (X + W + Y) + (Y + W + X) + (X + W + Y) + (X + Y + W) + (Y + X + W)
     assert sum(operation.read + operation.written for operation in floor.products) == products
     assert floor.bytes_between == (Y + Y) + (Y + Y + Y)
-    assert sum(read + written for group, _, read, written, _ in eager.values() if group != "matrix") > 2 * floor.bytes_between
+    assert sum(read + written
+               for group, _, read, written, _ in eager.values() if group != "matrix") > 2 * floor.bytes_between
     rates = Rates(products={"fp32": 1e12, "half": 1e12}, bandwidth=1e6, launch=1.0)
     assert floor.seconds(rates) == pytest.approx((products + 5 * Y) / 1e6)
 
@@ -128,8 +131,8 @@ def kernels(work):
 
 
 def test_a_compiled_block_is_what_inductor_fuses():
-    """Forward: the product, and one kernel that reads it and x. Backward: one kernel from the gradient and the product to the
-    product's gradient, and two products, of which that for x adds the gradient that comes around it."""
+    """Forward: the product, and one kernel that reads it and x. Backward: one kernel from the gradient and the product
+    to the product's gradient, and two products, of which that for x adds the gradient that comes around it."""
     with torch.device("meta"):
         module = Residual()
     found = compiled(module, meta(ROWS, IN, requires_grad=True))
@@ -154,7 +157,8 @@ WITHOUT_DROPOUT = ("model.residual_dropout=0", "model.token_dropout=0")
 
 def recipe_of(folder, *overrides):
     (folder / "gpt.yaml").write_text(GPT)
-    return load_recipe(folder / "gpt.yaml", ["model.size={width: 64, layers: 5, heads: 2}", "training.precision=bf16", *overrides])
+    return load_recipe(folder / "gpt.yaml",
+                       ["model.size={width: 64, layers: 5, heads: 2}", "training.precision=bf16", *overrides])
 
 
 def test_compiled_blocks_compute_what_eager_ones_do_and_move_less(tmp_path):
@@ -172,7 +176,8 @@ def test_compiled_blocks_compute_what_eager_ones_do_and_move_less(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, overrides", [("gpt", ["parallel.tensor=2", "parallel.sequence=true"]), ("tokenizer", [])])
+@pytest.mark.parametrize("kind, overrides",
+                         [("gpt", ["parallel.tensor=2", "parallel.sequence=true"]), ("tokenizer", [])])
 def test_compiled_blocks_of_tensor_ranks_and_of_tokenizers(tmp_path, kind, overrides):
     (tmp_path / "recipe.yaml").write_text({"gpt": GPT, "tokenizer": TOKENIZER}[kind])
     recipe = load_recipe(tmp_path / "recipe.yaml", ["training.precision=bf16", *overrides])
@@ -185,7 +190,8 @@ def test_compiled_blocks_of_tensor_ranks_and_of_tokenizers(tmp_path, kind, overr
 def test_work_adds_up_and_survives_a_file(tmp_path):
     work = rehearse(recipe_of(tmp_path), 8, 1).work
     rates = Assumptions().rates(DEVICES["H100"])
-    assert sum(share.seconds for share in work.shared(lambda op: op.group, rates).values()) == pytest.approx(work.seconds(rates))
+    assert sum(share.seconds for share
+               in work.shared(lambda op: op.group, rates).values()) == pytest.approx(work.seconds(rates))
     assert work.starting(rates) > 0 == work.starting(rates._replace(launch=0.0))
     kept = from_rows(json.loads(json.dumps(work.rows())))
     assert kept.seconds(rates) == pytest.approx(work.seconds(rates)) and kept.bytes == work.bytes
@@ -204,23 +210,24 @@ def test_an_operation_takes_the_longest_of_three():
 
 def test_lines_of_a_report_are_those_of_the_source(tmp_path):
     recipe = recipe_of(tmp_path, "training.global_batch_size=16")
-    layout = Layout(tensor=1, sequence=False, stage=1, micro=8, recompute="nothing")
+    layout = PlannedLayout(tensor=1, sequence=False, stage=1, micro=8, recompute="nothing")
     found = roofline(recipe, layout, 1, cluster=parse_cluster("1x2xH100"), assumptions=Assumptions())
     assert 0 < found.mfu < found.floor_mfu < 1
     assert sum(share.seconds for share in found.groups().values()) == pytest.approx(found.plan.time.seconds)
     assert {"matrix", "attention", "norm", "pointwise", "optimizer", "communication"} <= found.groups().keys()
     offenders = found.offenders()
-    assert len(offenders) == 5 and [one.lost for one in offenders] == sorted((one.lost for one in offenders), reverse=True)
+    assert len(offenders) == 5 and [one.lost for one in offenders] == sorted((one.lost for one in offenders),
+                                                                             reverse=True)
     for one in offenders:
         file, _, line = one.source.partition(":")
         assert (PACKAGE / file).read_text().splitlines()[int(line) - 1].strip()
-    again = roofline(recipe, Layout(tensor=1, sequence=False, stage=1, micro=8, recompute="transformer blocks"), 1,
-                     cluster=parse_cluster("1x2xH100"), assumptions=Assumptions())
+    again = roofline(recipe, PlannedLayout(tensor=1, sequence=False, stage=1, micro=8, recompute="transformer blocks"),
+                     1, cluster=parse_cluster("1x2xH100"), assumptions=Assumptions())
     assert again.model == found.model and again.plan.micro.flops > found.plan.micro.flops
 
 
 def test_contexts_name_code_that_is_there():
-    for file, name, group in sources._CONTEXTS:
+    for file, name, group in source_lines._CONTEXTS:
         module = importlib.import_module("gigatok_ds." + file.removesuffix(".py").replace("/", "."))
         part = module
         for attribute in filter(None, name.split(".")):
@@ -256,9 +263,11 @@ def test_a_gpu_that_someone_describes(capsys):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("X1", "write NAME:memory_gb=N"), (SPEC.replace("X1", "H100"), "is known already"), (SPEC + ",colour=3", "no figure of a GPU"),
+    ("X1", "write NAME:memory_gb=N"), (SPEC.replace("X1", "H100"), "is known already"),
+    (SPEC + ",colour=3", "no figure of a GPU"),
     (SPEC + ",tf32_tflops=3", "given twice"), (SPEC.replace("=96", "=-1"), "memory_gb=-1; it must be a number above 0"),
-    (SPEC.replace("=96", "=lots"), "memory_gb=lots; it must be"), ("X1:memory_gb=80", "bandwidth_gbs, bf16_tflops, tf32_tflops, "),
+    (SPEC.replace("=96", "=lots"), "memory_gb=lots; it must be"),
+    ("X1:memory_gb=80", "bandwidth_gbs, bf16_tflops, tf32_tflops, "),
     ("1x:memory_gb=3", "write NAME"), (SPEC.replace("=96", "=inf"), "memory_gb=inf"),
 ])
 def test_gpus_that_are_none(text, said):
@@ -267,7 +276,8 @@ def test_gpus_that_are_none(text, said):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    ([], "name a recipe, or give --all"), (["GPT-B", "--all"], "name a recipe, or give --all"), (["GPT-B", "--micro", "0"], "--micro is 0"),
+    ([], "name a recipe, or give --all"), (["GPT-B", "--all"], "name a recipe, or give --all"),
+    (["GPT-B", "--micro", "0"], "--micro is 0"),
     (["GPT-B", "--gpu", "V100"], "'V100' is not known"), (["GPT-B", "--step", "99999999"], "ends at 1,500,000"),
     (["GPT-Z"], "GPT-Z"),
 ])

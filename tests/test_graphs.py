@@ -44,7 +44,9 @@ def shallow_tokenizer(**changes):
 
 
 def run_alone(inputs, *files):
-    """What each graph gives in a process that cannot import gigatok_ds; the second gets the first row of the first's result."""
+    """What each graph gives in a process that cannot import gigatok_ds; the second gets the first row of the first's
+    result.
+    """
     source = files[0].with_name("in.npy")
     np.save(source, inputs.numpy())
     subprocess.run([sys.executable, "-c", WITHOUT_US, source, *files], check=True)
@@ -68,7 +70,8 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout, format", [
-    ("1d", "onnx"), ("2d", "torch"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("1d", "torch"), ("2d", "onnx"))),
+    ("1d", "onnx"), ("2d", "torch"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("1d", "torch"), ("2d", "onnx"))),
 ])
 def test_graphs_give_the_codes_and_images_of_the_model(layout, format, exported):
     """Of any number of images. torch.export: exactly; ONNX Runtime: the same codes, and pixels to 1e-4."""
@@ -105,7 +108,7 @@ def test_one_code_in_ten_thousand_is_too_many_for_torch_and_one_in_five_hundred_
 def test_pixels_that_differ_by_more_than_a_ten_thousandth_are_refused(wrong):
     expected = torch.zeros(1, 3, 4, 4)
     assert "9.0e-05" in graphs._compared("decoder", "onnx", expected + 9e-5, expected)
-    with pytest.raises(InputError, match="0.0001 is allowed"):
+    with pytest.raises(InputError, match=r"0.0001 is allowed"):
         graphs._compared("decoder", "onnx", expected + wrong, expected)
 
 
@@ -121,7 +124,7 @@ def test_weights_too_many_for_an_onnx_file_are_beside_it(tmp_path, monkeypatch):
 def test_what_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     tokenizer = shallow_tokenizer()
     monkeypatch.setattr(graphs, "_of_the_model", lambda tokenizer, part, inputs: tokenizer.encode(inputs).flip(1))
-    with pytest.raises(InputError, match="of the model's codes; at least 100.0% are wanted"):
+    with pytest.raises(InputError, match=r"of the model's codes; at least 100.0% are wanted"):
         export_graph(tokenizer, "encoder", tmp_path / "e.pt2")
     assert list(tmp_path.iterdir()) == []
 
@@ -136,6 +139,6 @@ def test_as_a_command(tmp_path, capsys):
 
 def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match="pip install 'gigatok_ds.onnx.'"):
+    with pytest.raises(InputError, match=r"pip install 'gigatok_ds.onnx.'"):
         export_graph(small_tokenizer(), "encoder", tmp_path / "e.onnx", format="onnx")
     assert list(tmp_path.iterdir()) == []

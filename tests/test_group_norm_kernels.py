@@ -1,4 +1,5 @@
-"""Group norm's kernels in Triton: interpreted against float64, compiled for GPUs without one, counted without storage."""
+"""Group norm's kernels in Triton: interpreted against float64, compiled for GPUs without one, counted without storage.
+"""
 
 import functools
 import os
@@ -15,13 +16,14 @@ from group_norm_cases import CASES
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from gigatok_ds.kernels import group_norm
+from gigatok_ds.kernels import group_norm_ops
 from gigatok_ds.models.cnn_blocks import AdaptiveGroupNorm, ResidualBlock
 from gigatok_ds.models.group_norm import GroupNorm, GroupNormSiLU
 
 TESTS = Path(__file__).parent
-needs_triton = pytest.mark.skipif(not group_norm.HAS_TRITON, reason="no Triton on this machine")
-# Of the largest value: rounding to the result's type, and in float32 what the mean's own rounding makes of a map far from zero.
+needs_triton = pytest.mark.skipif(not group_norm_ops.HAS_TRITON, reason="no Triton on this machine")
+# Of the largest value: rounding to the result's type, and in float32 what the mean's own rounding makes of a map far
+# from zero.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -94,19 +96,21 @@ def compiled(kernel, args, constants, architecture):
             signature[name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, int) and value == 1:
             constants[name] = 1
-        elif isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[index,] = [["tt.divisibility", 16]]
-    signature |= {name: "constexpr" for name in constants}
+    signature |= dict.fromkeys(constants, "constexpr")
     assert set(signature) == set(kernel.arg_names)
     at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature={name: signature[name] for name in kernel.arg_names}, constexprs=at, attrs=attributes)
+    source = ASTSource(kernel, signature={name: signature[name] for name in kernel.arg_names}, constexprs=at,
+                       attrs=attributes)
     ptx = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["ptx"]
     assembler = triton.knobs.nvidia.ptxas if architecture < 100 else triton.knobs.nvidia.ptxas_blackwell
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         suffix = "a" if architecture >= 90 else ""
-        command = [assembler.path, "-v", f"--gpu-name=sm_{architecture}{suffix}", path, "-o", path.with_suffix(".cubin")]
+        command = [assembler.path, "-v", f"--gpu-name=sm_{architecture}{suffix}", path, "-o",
+                   path.with_suffix(".cubin")]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr, ptx
 
 
@@ -128,7 +132,7 @@ def test_the_largest_kernels_compile_for_a_gpu_without_spilling(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("dtype", group_norm.DTYPES)
+@pytest.mark.parametrize("dtype", group_norm_ops.DTYPES)
 @pytest.mark.parametrize("options", [{}, {"silu": False}, {"silu": False, "per_sample": True}], ids=str)
 def test_every_kernel_compiles_for_gpus_without_spilling(monkeypatch, architecture, dtype, options):
     for shape in ((16, 128, 256, 256), (1, 512, 16, 16), (2, 96, 17, 13)):
@@ -139,7 +143,8 @@ def test_every_kernel_compiles_for_gpus_without_spilling(monkeypatch, architectu
 
 @needs_triton
 @pytest.mark.parametrize("batch, channels, side", [
-    (1, 512, 16), (16, 512, 16), (1, 256, 32), (16, 256, 64), (1, 128, 128), (16, 128, 256), (1, 128, 256), (1, 1024, 16)])
+    (1, 512, 16), (16, 512, 16), (1, 256, 32), (16, 256, 64), (1, 128, 128), (16, 128, 256), (1, 128, 256),
+    (1, 1024, 16)])
 def test_there_are_enough_programs_for_a_gpu(monkeypatch, batch, channels, side):
     for kernel, grid, _, constants in launches_of(monkeypatch, (batch, channels, side, side), torch.bfloat16):
         if "POSITIONS" in constants:
@@ -165,7 +170,7 @@ def without_storage(*shape, dtype=torch.bfloat16):
 def adaptive(channels):
     module = AdaptiveGroupNorm(channels, 16)
     weights = torch.empty(16, channels, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    return lambda x: group_norm.group_norm(x, weights, weights, module.norm.num_groups, module.norm.eps, silu=False)
+    return lambda x: group_norm_ops.group_norm(x, weights, weights, module.norm.num_groups, module.norm.eps, silu=False)
 
 
 @pytest.mark.parametrize("build", [
@@ -173,8 +178,8 @@ def adaptive(channels):
     lambda: GroupNorm(32, 128, eps=1e-6).to("meta", torch.bfloat16), lambda: adaptive(128)],
     ids=["with SiLU", "alone", "adaptive"])
 def test_a_norm_on_a_gpu_is_two_operations_each_way(build):
-    """It was 17 operations and 34 bytes an element forward, 34 and 78 backward. An operator's bytes are its kernels': the
-    sums that lie between two kernels of one are below a tenth of a byte an element."""
+    """It was 17 operations and 34 bytes an element forward, 34 and 78 backward. An operator's bytes are its kernels':
+    the sums that lie between two kernels of one are below a tenth of a byte an element."""
     norm, x = build(), without_storage(16, 128, 256, 256)
     with Counter() as forward:
         y = norm(x)
@@ -200,20 +205,23 @@ def test_what_lies_between_two_kernels_is_small(monkeypatch):
 def test_without_triton_and_for_other_maps_torch_computes(monkeypatch):
     norm = GroupNormSiLU(4, 8)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        maps = torch.empty(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-        assert group_norm.suits(maps) == group_norm.HAS_TRITON
-        assert not group_norm.suits(maps.contiguous()) and not group_norm.suits(maps.double())
-        monkeypatch.setattr(group_norm, "HAS_TRITON", False)
-        assert not group_norm.suits(maps)
+        maps = torch.empty(2, 8, 4, 4, device="cuda",
+                           dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        assert group_norm_ops.suits(maps) == group_norm_ops.HAS_TRITON
+        assert not group_norm_ops.suits(maps.contiguous()) and not group_norm_ops.suits(maps.double())
+        monkeypatch.setattr(group_norm_ops, "HAS_TRITON", False)
+        assert not group_norm_ops.suits(maps)
         with Counter() as counter:
             y = norm.to("cuda")(maps)
     assert "native_group_norm" in counter.names and "group_norm_statistics" not in counter.names
     assert y.dtype == maps.dtype and y.is_contiguous(memory_format=torch.channels_last)
-    assert not group_norm.suits(torch.empty(2, 8, 4, 4).contiguous(memory_format=torch.channels_last))
+    assert not group_norm_ops.suits(torch.empty(2, 8, 4, 4).contiguous(memory_format=torch.channels_last))
 
 
 def test_a_residual_block_compiles_whole():
-    """With the operators in it, traced as a GPU's would be, as far as this machine goes: to the graph that Inductor gets."""
+    """With the operators in it, traced as a GPU's would be, as far as this machine goes: to the graph that Inductor
+    gets.
+    """
     from torch._dynamo.testing import CompileCounterWithBackend
 
     block = ResidualBlock(32, 32).to("meta", torch.bfloat16)
@@ -225,7 +233,9 @@ def test_a_residual_block_compiles_whole():
 
 @pytest.mark.parametrize("norm", [GroupNormSiLU, GroupNorm])
 def test_what_activation_checkpointing_computes_again_is_asked_for_once(norm):
-    """It hands out what was saved for a backward pass a single time. On tensors without storage, which take the way of GPUs."""
+    """It hands out what was saved for a backward pass a single time. On tensors without storage, which take the way of
+    GPUs.
+    """
     with torch.device("meta"):
         module, x = norm(32, 64, eps=1e-6), torch.empty(2, 64, 8, 8, requires_grad=True)
     checkpoint(module, x, use_reentrant=False).sum().backward()

@@ -1,12 +1,14 @@
-"""Copies for checkpoints: right on a CPU and, with stand-ins for CUDA's streams, in the order in which a GPU must make them."""
+"""Copies for checkpoints: right on a CPU and, with stand-ins for CUDA's streams, in the order in which a GPU must make
+them.
+"""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gigatok_ds.training import host_copies
-from gigatok_ds.training.host_copies import HostCopies
+from gigatok_ds.engine import host_copies
+from gigatok_ds.engine.host_copies import HostCopies
 
 TENSORS = {"weights/a": torch.randn(3, 5), "exp_avg/a": torch.randn(7, dtype=torch.bfloat16), "ema/b": torch.randn(0)}
 CHANGING = {"whole/used": torch.arange(9, dtype=torch.int32), "whole/one": torch.tensor(3.0)}
@@ -16,7 +18,8 @@ def test_on_a_cpu_they_are_there_at_once():
     copies, arrived = HostCopies(torch.device("cpu")).take(TENSORS, CHANGING)
     arrived()
     for name, tensor in (TENSORS | CHANGING).items():
-        assert torch.equal(copies[name], tensor) and (not tensor.numel() or copies[name].data_ptr() != tensor.data_ptr())
+        assert torch.equal(copies[name],
+                           tensor) and (not tensor.numel() or copies[name].data_ptr() != tensor.data_ptr())
 
 
 @pytest.fixture
@@ -51,8 +54,10 @@ def events(monkeypatch):
     cuda = SimpleNamespace(Stream=lambda device: Stream("the side"), Event=Event, stream=lambda stream: stream,
                            current_stream=lambda device: Stream("training"))
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
-    monkeypatch.setattr(host_copies.torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, source, non_blocking=False: happened.append("copy") or copy(to, source))
+    monkeypatch.setattr(host_copies.torch, "empty", lambda *shape, pin_memory=False,
+                        **options: empty(*shape, **options))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, source,
+                        non_blocking=False: happened.append("copy") or copy(to, source))
     return happened
 
 

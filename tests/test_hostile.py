@@ -13,9 +13,9 @@ import pytest
 import torch
 from small_models import SMALL, small_gpt, small_gpt_config, small_tokenizer_config
 
+from gigatok_ds.checkpoint.model_sources import open_model
 from gigatok_ds.checkpoint.original import from_original
 from gigatok_ds.checkpoint.pt_file import load_plain_data
-from gigatok_ds.checkpoint.sources import open_model
 from gigatok_ds.checkpoint.standalone import load_gpt, save_standalone
 from gigatok_ds.cli import main as main_module
 from gigatok_ds.cli.main import main
@@ -49,7 +49,8 @@ def laughs(levels, text="base: GPT-B\nname: {}\n"):
     "a: &a {k: 1}\n" + "".join(f"b{n}: &b{n} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n"
                                for n, before in enumerate(["a", *(f"b{n}" for n in range(8))])),
     "a: &a [*a]\n", "a: &a {b: *a}\n", "[" * 5000, "{a: " * 5000, "a: 1\n" * 100_000, "x" * 300_000,
-], ids=["lists", "merges", "a list in itself", "a section in itself", "deep lists", "deep sections", "repeated", "long"])
+], ids=["lists", "merges", "a list in itself", "a section in itself", "deep lists", "deep sections", "repeated",
+        "long"])
 def test_a_recipe_that_expands_without_end_is_refused_at_once(text, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     start = time.monotonic()
@@ -79,12 +80,14 @@ def change(model, **changes):
 
 
 @pytest.mark.parametrize("changes", [
-    {"size": {"width": 32, "layers": 100_000_000, "heads": 2}}, {"size": {"width": 32 * 10**9, "layers": 2, "heads": 2}},
+    {"size": {"width": 32, "layers": 100_000_000, "heads": 2}},
+    {"size": {"width": 32 * 10**9, "layers": 2, "heads": 2}},
     {"vocab_size": 10**12}, {"sequence_length": 10**15}, {"num_classes": 2**62}, {"vocab_size": 10**30},
     {"size": {"width": 32.0, "layers": 2, "heads": 2}}, {"size": {"width": True, "layers": 2, "heads": 2}},
     {"size": {"width": "32", "layers": 2, "heads": 2}}, {"size": None}, {"size": [32, 2, 2]}, {"vocab_size": 64.0},
-    {"norm_eps": "x"}, {"norm_eps": None}, {"qk_norm": 1}, {"qk_norm": "yes"}, {"positions": ["learned"]}, {"positions": "x"},
-    {"drop_path": [0.1]}, {"unknown": 1}, {"size": {"width": 32, "layers": 2}}, {"size": {"width": 32, "layers": -1, "heads": 2}},
+    {"norm_eps": "x"}, {"norm_eps": None}, {"qk_norm": 1}, {"qk_norm": "yes"}, {"positions": ["learned"]},
+    {"positions": "x"}, {"drop_path": [0.1]}, {"unknown": 1}, {"size": {"width": 32, "layers": 2}},
+    {"size": {"width": 32, "layers": -1, "heads": 2}},
 ])
 def test_a_description_of_a_model_that_the_weights_cannot_be_of_is_refused_at_once(changes, model, tmp_path, capsys):
     change(model, **changes)
@@ -100,7 +103,8 @@ def test_a_description_of_a_model_that_the_weights_cannot_be_of_is_refused_at_on
 def test_what_we_write_is_what_we_read():
     from dataclasses import asdict
 
-    for config, read in ((small_gpt_config(), gpt_config_from_dict), (small_tokenizer_config(), tokenizer_config_from_dict),
+    for config, read in ((small_gpt_config(), gpt_config_from_dict),
+                         (small_tokenizer_config(), tokenizer_config_from_dict),
                          (small_tokenizer_config(encoder="tiny", semantic_head=None), tokenizer_config_from_dict)):
         assert read(json.loads(json.dumps(asdict(config)))) == config
 
@@ -108,7 +112,7 @@ def test_what_we_write_is_what_we_read():
 def test_a_recipe_that_asks_for_more_than_a_checkpoint_holds_is_refused(tmp_path):
     weights = small_gpt().state_dict()
     config = replace(small_gpt_config(), size=replace(SMALL, layers=10**8))
-    with pytest.raises(InputError, match="size.layers is 100000000, but the weights hold .* tensors"):
+    with pytest.raises(InputError, match=r"size.layers is 100000000, but the weights hold .* tensors"):
         from_original(config, weights, "x.pt")
 
 
@@ -117,11 +121,12 @@ def test_a_recipe_that_asks_for_more_than_a_checkpoint_holds_is_refused(tmp_path
 def test_what_a_file_says_does_not_rule_the_terminal(tmp_path, capsys):
     torch.save({EVIL: {"w": torch.zeros(2)}, "note": EVIL, "y\x1b[2J": 1, "w": torch.zeros(1)}, tmp_path / "x.pt")
     gpt = small_gpt()
-    model = save_standalone(tmp_path / "m\x1b[31m", gpt.config, gpt.state_dict(), provenance={"recipe": EVIL, EVIL: EVIL})
+    model = save_standalone(tmp_path / "m\x1b[31m", gpt.config, gpt.state_dict(),
+                            provenance={"recipe": EVIL, EVIL: EVIL})
     for words in (["inspect", tmp_path / "x.pt"], ["inspect", model], ["inspect", tmp_path / "no\x1b[2J"],
                   ["convert", tmp_path / "x.pt", tmp_path / "out", "--recipe", "GPT-B", "--weights", "ema"],
-                  ["train", "no\x1b[2J.yaml", "--out", tmp_path / "r"], ["train", "GPT-B", "a\x1b[2J", "--out", tmp_path / "r"],
-                  ["status", tmp_path / "x\x1b"]):
+                  ["train", "no\x1b[2J.yaml", "--out", tmp_path / "r"],
+                  ["train", "GPT-B", "a\x1b[2J", "--out", tmp_path / "r"], ["status", tmp_path / "x\x1b"]):
         main(list(map(str, words)))
         said = "".join(capsys.readouterr())
         assert said and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said), repr(said)
@@ -150,7 +155,7 @@ def test_what_a_file_says_is_text_in_cards_and_results(tmp_path):
 
 
 def test_a_class_that_is_called_a_script_is_text_in_the_demo_report(tmp_path):
-    from gigatok_ds.demo.report import ReportContent, Section, write_report
+    from gigatok_ds.demo.demo_report import ReportContent, Section, write_report
 
     write_report(tmp_path / "r.html", ReportContent(
         title="t", subtitle=EVIL, facts=[(EVIL, EVIL)], figures=[], sections=[Section(title=EVIL, values={EVIL: EVIL})],
@@ -169,7 +174,11 @@ def test_a_refused_pickle_is_told_by_what_it_wanted(tmp_path):
     torch.save({"model": Evil()}, tmp_path / "x.pt")
     with pytest.raises(InputError) as raised:
         load_plain_data(tmp_path / "x.pt")
-    assert "posix.system" in str(raised.value) and "Re-run" not in str(raised.value) and "weights_only" not in str(raised.value)
+    assert (
+        "posix.system" in str(raised.value)
+        and "Re-run" not in str(raised.value)
+        and "weights_only" not in str(raised.value)
+    )
 
 
 def test_inspect_prints_json_that_is_json(tmp_path, capsys):
@@ -203,8 +212,10 @@ def replace_recipe(gpt):
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["train", "NO_SUCH"], ["train", "GPT-B", "--zero", "9"]])
 def test_an_error_of_the_command_line_is_printed_once_under_a_launcher(words, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "gigatok_ds"]
-    finished = subprocess.run([*command, *words, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m",
+               "gigatok_ds"]
+    finished = subprocess.run([*command, *words, "--out", str(tmp_path / "run")], capture_output=True, text=True,
+                              timeout=300)
     assert finished.returncode and (finished.stdout + finished.stderr).count(" error: ") == 1, finished.stderr
 
 
@@ -248,7 +259,7 @@ def test_other_steps_are_refused_with_the_way_that_exists(tmp_path, monkeypatch)
     save_resolved(load_recipe("GPT-B", ["training.steps=10000"]), tmp_path / "recipe.yaml")
     with pytest.raises(InputError, match=f"training.steps differ; .*--branch-from {re.escape(str(tmp_path))}$"):
         run.check_run(load_recipe("GPT-B", ["training.steps=20000"]), tmp_path)
-    with pytest.raises(InputError, match="choose another --out$"):
+    with pytest.raises(InputError, match=r"choose another --out$"):
         run.check_run(load_recipe("GPT-B", ["optimizer.lr=1"]), tmp_path)
 
 
@@ -256,7 +267,7 @@ def test_a_warm_up_longer_than_the_run_is_refused(tmp_path):
     from gigatok_ds.training.run import check_run
 
     recipe = load_recipe("GPT-B", ["training.steps=100", "schedule.warmup_steps=101"])
-    with pytest.raises(InputError, match="schedule.warmup_steps is 101, but training.steps is 100"):
+    with pytest.raises(InputError, match=r"schedule.warmup_steps is 101, but training.steps is 100"):
         check_run(recipe, tmp_path / "run")
 
 
@@ -281,7 +292,8 @@ def test_a_library_of_one_s_own_is_taken(cached):
 def test_a_library_that_others_can_write_is_refused(place, cached, monkeypatch):
     path = {"library": cached, "directory": cached.parent, "above": cached.parent.parent}[place]
     path.chmod(0o777)
-    with pytest.raises(build.Failed, match=f"other users can write {re.escape(str(path))}.*chmod go-w it.*TORCH_EXTENSIONS_DIR"):
+    with pytest.raises(build.Failed, match=f"other users can write {re.escape(str(path))}.*chmod go-w "
+                                           "it.*TORCH_EXTENSIONS_DIR"):
         build.provide(print)
     if place == "above":
         path.chmod(0o1777)

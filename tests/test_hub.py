@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from gigatok_ds.checkpoint.standalone import load_tokenizer, save_standalone
 class Hub(http.server.BaseHTTPRequestHandler):
     """Repositories in memory; every file is sent and taken as a regular one."""
 
-    repositories: dict[str, dict[str, bytes]] = {}
-    asked: list[str] = []
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
+    asked: ClassVar[list[str]] = []
 
     def log_message(self, *_):
         pass
@@ -59,7 +60,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             self.repositories.setdefault(f"{asked.get('organization') or 'me'}/{asked['name']}", {})
-            return self.answer({"url": f"http://{self.headers['Host']}/me/{asked['name']}", "id": "me/" + asked["name"]})
+            return self.answer({"url": f"http://{self.headers['Host']}/me/{asked['name']}",
+                                "id": "me/" + asked["name"]})
         if self.path == "/api/validate-yaml":  # of the card's front matter
             return self.answer({"errors": [], "warnings": []})
         repository = re.match(r"/api/models/([^/]+/[^/]+)/", self.path)[1]
@@ -89,10 +91,11 @@ def hub():
 
 def on_hub(code, hub, tmp_path, *arguments):
     """Run Python that takes this server for the hub: huggingface_hub reads its address while it is imported."""
-    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_x", "no_proxy": "127.0.0.1",
+    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_x",
+                                "no_proxy": "127.0.0.1",
                                 "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    finished = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment,
-                              timeout=120, check=False)
+    finished = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
+                              env=environment, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -100,7 +103,8 @@ def on_hub(code, hub, tmp_path, *arguments):
 def test_a_model_is_pushed_to_a_hub_and_comes_back(hub, tmp_path):
     tokenizer = small_tokenizer()
     save_standalone(tmp_path / "tok", tokenizer.config, tokenizer.state_dict(), provenance={"recipe": "small"})
-    on_hub("import sys, gigatok_ds; gigatok_ds.HubTokenizer.from_pretrained(sys.argv[1]).push_to_hub('me/small')", hub, tmp_path,
+    on_hub("import sys, gigatok_ds; "
+           "gigatok_ds.HubTokenizer.from_pretrained(sys.argv[1]).push_to_hub('me/small')", hub, tmp_path,
            tmp_path / "tok")
     assert set(Hub.repositories["me/small"]) >= {"config.json", "model.safetensors", "README.md"}
     assert json.loads(Hub.repositories["me/small"]["config.json"])["provenance"] == {"recipe": "small"}
@@ -108,7 +112,8 @@ def test_a_model_is_pushed_to_a_hub_and_comes_back(hub, tmp_path):
     images = torch.randn(2, 3, 16, 16)
     torch.save(images, tmp_path / "images")
     on_hub("import sys, torch, gigatok_ds; model = gigatok_ds.HubTokenizer.from_pretrained('me/small', revision='v2'); "
-           "torch.save(model.encode(torch.load(sys.argv[1])), sys.argv[2])", hub, tmp_path, tmp_path / "images", tmp_path / "codes")
+           "torch.save(model.encode(torch.load(sys.argv[1])), sys.argv[2])", hub, tmp_path, tmp_path / "images",
+           tmp_path / "codes")
     assert torch.equal(torch.load(tmp_path / "codes"), tokenizer.encode(images))
     assert not any("evil" in path for path in Hub.asked), "only what a model consists of is fetched"
     assert any("v2" in path for path in Hub.asked)
@@ -120,7 +125,8 @@ def test_weights_that_were_pushed_before_do_not_stay_beside_the_new_ones(hub, tm
                                     "notes.md": b"mine"}
     tokenizer = small_tokenizer()
     save_standalone(tmp_path / "tok", tokenizer.config, tokenizer.state_dict())
-    on_hub("import sys, gigatok_ds; gigatok_ds.HubTokenizer.from_pretrained(sys.argv[1]).push_to_hub('me/small')", hub, tmp_path,
+    on_hub("import sys, gigatok_ds; "
+           "gigatok_ds.HubTokenizer.from_pretrained(sys.argv[1]).push_to_hub('me/small')", hub, tmp_path,
            tmp_path / "tok")
     assert sorted(Hub.repositories["me/small"]) == ["README.md", "config.json", "model.safetensors", "notes.md"]
 
@@ -133,7 +139,8 @@ def test_a_model_saved_over_a_larger_one_is_the_one_that_is_read(tmp_path, monke
     assert (tmp_path / "tok" / standalone.INDEX_FILE).is_file()
     monkeypatch.undo()
     gigatok_ds.HubTokenizer(second).save_pretrained(tmp_path / "tok")
-    assert sorted(path.name for path in (tmp_path / "tok").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "tok").iterdir()) == ["README.md", "config.json",
+                                                                          "model.safetensors"]
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(load_tokenizer(tmp_path / "tok").encode(images), second.encode(images))
 
@@ -142,7 +149,8 @@ def test_a_directory_round_trip_of_both_kinds(tmp_path):
     tokenizer, gpt = small_tokenizer(), small_gpt()
     gigatok_ds.HubTokenizer(tokenizer, {"recipe": "mine"}).save_pretrained(tmp_path / "tok")
     gigatok_ds.HubGPT(gpt).save_pretrained(tmp_path / "gpt")
-    assert sorted(path.name for path in (tmp_path / "tok").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "tok").iterdir()) == ["README.md", "config.json",
+                                                                          "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt", "tok"], "nothing is left beside them"
     again = gigatok_ds.HubTokenizer.from_pretrained(tmp_path / "tok")
     assert again.origin == {"recipe": "mine"} and again.config == tokenizer.config
@@ -176,5 +184,5 @@ def test_the_card_says_how_to_use_the_model_and_that_works(kind, tmp_path):
 def test_without_huggingface_hub_it_says_what_to_install():
     code = ("import sys; sys.modules['huggingface_hub'] = None\nimport gigatok_ds\n"
             "try:\n    gigatok_ds.HubGPT\nexcept gigatok_ds.InputError as error:\n    print(error)")
-    assert "pip install 'gigatok_ds[hub]'" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                                                             check=True).stdout
+    assert "pip install 'gigatok_ds[hub]'" in subprocess.run([sys.executable, "-c", code], capture_output=True,
+                                                             text=True, check=True).stdout

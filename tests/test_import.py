@@ -13,8 +13,8 @@ def test_import_takes_less_than_a_second_beyond_torch_and_stays_light():
     code = (
         "import torch, sys, time; start = time.perf_counter(); import gigatok_ds; "
         "spent = time.perf_counter() - start; "
-        "heavy = [m for m in ('deepspeed', 'megatron', 'timm', 'webdataset', 'pydantic', 'triton') if m in sys.modules]; "
-        "print(spent < 1, heavy)"
+        "heavy = [m for m in ('deepspeed', 'megatron', 'timm', 'webdataset', 'pydantic', 'triton') if m in "
+        "sys.modules]; print(spent < 1, heavy)"
     )
     assert run_python(code) == "True []"
 

@@ -53,7 +53,7 @@ def test_only_seed_and_name_matter(tokenizer):
     torch.manual_seed(99)
     again = initialise_(Tokenizer(small_tokenizer_config(encoder=WIDE, decoder=WIDE)), seed=3)
     other = initialise_(Tokenizer(small_tokenizer_config(encoder=WIDE, decoder=WIDE)), seed=4)
-    for (name, ours), theirs in zip(tokenizer.named_parameters(), again.parameters()):
+    for (name, ours), theirs in zip(tokenizer.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     # A tokenizer without the semantic head starts from the same values everywhere else.
     without = dict(initialise_(Tokenizer(small_tokenizer_config(encoder=WIDE, decoder=WIDE, semantic_head=None)),

@@ -64,8 +64,8 @@ def test_a_checkpoint_says_everything(run, capsys):
     from gigatok_ds.checkpoint.original import build_on_meta
 
     parameters = sum(parameter.numel() for parameter in build_on_meta(network).parameters())
-    assert found["parts"]["gpt"] == {"parameters": parameters, "tensors": found["parts"]["gpt"]["tensors"], "adam_steps": 8,
-                                     "holds": ["weights", "exp_avg", "exp_avg_sq", "ema"]}
+    assert found["parts"]["gpt"] == {"parameters": parameters, "tensors": found["parts"]["gpt"]["tensors"],
+                                     "adam_steps": 8, "holds": ["weights", "exp_avg", "exp_avg_sq", "ema"]}
     assert found["recipe"]["name"] == "tiny_gpt" and len(found["sha256"]["recipe.yaml"]) == 64
     size = sum(path.stat().st_size for path in (run / "checkpoints" / "step-0000008").rglob("*") if path.is_file())
     assert found["bytes"] == size
@@ -92,7 +92,8 @@ def test_what_is_not_whole_is_said(run, capsys):
 
 def test_a_standalone_model(tmp_path, capsys):
     tokenizer = small_tokenizer()
-    save_standalone(tmp_path / "m", tokenizer.config, tokenizer.state_dict(), dtype=torch.bfloat16, provenance={"recipe": "mine"})
+    save_standalone(tmp_path / "m", tokenizer.config, tokenizer.state_dict(), dtype=torch.bfloat16,
+                    provenance={"recipe": "mine"})
     code, found = as_json(capsys, tmp_path / "m", "--check")
     assert code == 0 and found["what"] == "standalone tokenizer" and found["damaged"] is None
     assert found["numbers"] == sum(value.numel() for value in tokenizer.state_dict().values())
@@ -110,8 +111,8 @@ def test_an_original_file(tmp_path, capsys):
     torch.save({"model": weights, "ema": weights, "steps": 7}, tmp_path / "x.pt")
     code, found = as_json(capsys, tmp_path / "x.pt")
     assert code == 0 and set(found["weights"]) == {"model", "ema"} and found["other"] == {"steps": 7}
-    assert found["weights"]["ema"] == {"numbers": sum(value.numel() for value in weights.values()), "tensors": len(weights),
-                                       "types": ["float32"]}
+    assert found["weights"]["ema"] == {"numbers": sum(value.numel() for value in weights.values()),
+                                       "tensors": len(weights), "types": ["float32"]}
     code, said = inspect(capsys, tmp_path / "x.pt")
     assert code == 0 and "what: original GigaTok or LlamaGen checkpoint" in said
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_kernel_ops import TEMPERATURE, assert_close, materialised, penalty, problem
 
 from gigatok_ds.kernels import build, reference
-from test_kernel_ops import TEMPERATURE, assert_close, materialised, penalty, problem
 
 SOURCE = Path(__file__).parent / "native" / "blocks.cpp"
 
@@ -35,8 +35,8 @@ def sizes(latents, codebook):
 
 
 def warp_search(blocks, latents, codebook, wanted, *, planned=None, errors=True):
-    """Indices, the largest error of a half-precision score as a part of its bound, the number of splits, and how often a
-    warp computed distances again. Splits are those of `planned` latents."""
+    """Indices, the largest error of a half-precision score as a part of its bound, the number of splits, and how often
+    a warp computed distances again. Splits are those of `planned` latents."""
     indices, error, looks = torch.full((len(latents),), -7), ctypes.c_double(), ctypes.c_int64()
     splits = blocks.warp_search(*sizes(latents, codebook), planned or len(latents), wanted, address(indices),
                                 ctypes.byref(looks), ctypes.byref(error) if errors else None)
@@ -77,7 +77,8 @@ DIFFICULT = {
     "every code twice, apart": lambda z, e: (z, e[torch.arange(len(e)) % (len(e) // 2)]),
     "codes within 1e-4": lambda z, e: (z, e[:1] + 1e-4 * e),
     "codes within 1e-7": lambda z, e: (z, e[:1] + 1e-7 * e),
-    "long and short": lambda z, e: (z * torch.logspace(-6, 3, len(z))[:, None], e * torch.logspace(3, -6, len(e))[:, None]),
+    "long and short": lambda z,
+    e: (z * torch.logspace(-6, 3, len(z))[:, None], e * torch.logspace(3, -6, len(e))[:, None]),
     "latents far away": lambda z, e: (z * 1e6, e),
     "latents at zero": lambda z, e: (z * 0, e),
     "codes at zero": lambda z, e: (z, e * 0),
@@ -101,8 +102,8 @@ def test_the_filter_changes_no_index(blocks, kind, dim):
             assert expected.max() == -1
 
 
-# Instructions of a warp in what nvcc 13.0 makes of filter.h and recheck.h for sm_90 (nvdisasm): for a tile of the filter,
-# and at most for a latent that is looked at again and for 32 distances of it.
+# Instructions of a warp in what nvcc 13.0 makes of filter.h and recheck.h for sm_90 (nvdisasm): for a tile of the
+# filter, and at most for a latent that is looked at again and for 32 distances of it.
 TILE, LATENT, LOOK = 30, 200, 90
 MULTIPROCESSORS = 132  # of an H100
 
@@ -167,5 +168,6 @@ def test_blocks_compute_statistics_and_gradients(blocks, count, size, dim, kind,
     _, exact_entropy, exact_average, _ = materialised(*exact)
     assert (entropy - exact_entropy).abs().max() <= 1e-5 * max(exact_entropy.max().item(), 1)
     assert_close(average, exact_average, 1e-5 if kind != "collapsed" else 1e-3)
-    for ours, expected in zip(gradients, torch.autograd.grad(penalty(exact_entropy, exact_average, upstream), exact)):
+    for ours, expected in zip(gradients, torch.autograd.grad(penalty(exact_entropy, exact_average, upstream), exact),
+                              strict=True):
         assert_close(ours, expected, tolerance)

@@ -28,7 +28,8 @@ ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda-torch", "
 
 @pytest.fixture(params=["cpu-torch", "cpu-native", "cpu-avx2", "cpu-portable", *ON_GPU])
 def device(request, monkeypatch):
-    """A device, with the operators held to one backend there: plain torch, the native kernels, or one of their levels."""
+    """A device, with the operators held to one backend there: plain torch, the native kernels, or one of their levels.
+    """
     device, choice = request.param.split("-")
     monkeypatch.setenv("GIGATOK_KERNELS", "torch" if choice == "torch" else "native")
     if choice == "torch":
@@ -120,7 +121,7 @@ def test_values_and_gradients_match_float64(device, count, size, dim, kind):
         expected = torch.autograd.grad(penalty(entropy, average, weights), exact, retain_graph=True)
         found = torch.autograd.grad(penalty(statistics.entropy, statistics.average_probability, weights), ours,
                                     retain_graph=True)
-        for ours_, expected_ in zip(found, expected):
+        for ours_, expected_ in zip(found, expected, strict=True):
             if size == 1:  # a single code is certain: all gradients are zero
                 assert ours_.abs().max() <= 1e-6
             else:
@@ -173,7 +174,7 @@ def test_other_dtypes(device, dtype):
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
     assert_close(statistics.entropy, entropy, min(tolerance, 1e-5))
     found = torch.autograd.grad(entropy_penalty(statistics), inputs)
-    for ours, expected in zip(found, torch.autograd.grad(penalty(entropy, average), exact)):
+    for ours, expected in zip(found, torch.autograd.grad(penalty(entropy, average), exact), strict=True):
         assert ours.dtype == dtype
         assert_close(ours, expected, tolerance)
 
@@ -318,7 +319,7 @@ def test_recomputed_under_activation_checkpointing(device, reentrant):
     again = checkpoint(assignment_entropy, *inputs, use_reentrant=reentrant)
     again.backward()
     expected = torch.autograd.grad(assignment_entropy(*inputs), inputs)
-    assert all(torch.equal(x.grad, gradient) for x, gradient in zip(inputs, expected))
+    assert all(torch.equal(x.grad, gradient) for x, gradient in zip(inputs, expected, strict=True))
 
 
 def test_a_second_derivative_is_refused(device):
@@ -395,7 +396,8 @@ def test_shapes_that_do_not_fit_are_refused(on_torch):
 
 @pytest.mark.parametrize("place, change", [
     (2, lambda indices: indices.int()), (2, lambda indices: indices[:-1]), (2, lambda indices: indices.repeat(2)[::2]),
-    (3, lambda state: state.double()), (3, lambda state: state.t().contiguous().t()), (3, lambda state: state[:, :3].contiguous()),
+    (3, lambda state: state.double()), (3, lambda state: state.t().contiguous().t()),
+    (3, lambda state: state[:, :3].contiguous()),
     (4, lambda gradient: gradient.half()), (5, lambda gradient: gradient[:3]),
     (5, lambda gradient: gradient.repeat_interleave(2)[::2]),
 ])

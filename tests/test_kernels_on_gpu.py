@@ -1,13 +1,15 @@
-"""What only a GPU can show of the native kernels: tails of every size, streams, CUDA graphs, Inductor's code around them."""
+"""What only a GPU can show of the native kernels: tails of every size, streams, CUDA graphs, Inductor's code around
+them.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_kernel_blocks import CASES
+from test_kernel_ops import materialised, problem
 
 from gigatok_ds.kernels import native, reference
 from gigatok_ds.kernels.ops import assignment_statistics, code_histogram, entropy_penalty, nearest_code
-from test_kernel_blocks import CASES
-from test_kernel_ops import materialised, problem
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +26,8 @@ def on_gpu(*arguments, **options):
 
 
 @pytest.mark.parametrize("tensor_cores", ["0", "1"])
-@pytest.mark.parametrize("count, size, dim, kind", [*CASES, (70, 200, 24, "unit"), (33, 129, 40, "unit"), (31, 127, 64, "raw")])
+@pytest.mark.parametrize("count, size, dim, kind",
+                         [*CASES, (70, 200, 24, "unit"), (33, 129, 40, "unit"), (31, 127, 64, "raw")])
 def test_either_search_finds_the_nearest_code(monkeypatch, count, size, dim, kind, tensor_cores):
     monkeypatch.setenv("GIGATOK_TENSOR_CORES", tensor_cores)
     latents, codebook = problem(count, size, dim, kind)
@@ -54,7 +57,9 @@ def test_at_the_size_of_training_the_searches_agree(monkeypatch):
 
 
 def test_on_a_side_stream():
-    """The inputs are made on that stream while another is busy; kernels on the wrong stream would read what is not there yet."""
+    """The inputs are made on that stream while another is busy; kernels on the wrong stream would read what is not
+    there yet.
+    """
     latents, codebook = on_gpu(700, 900, 8)
     expected = nearest_code(latents, codebook)
     stream, big = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")

@@ -58,16 +58,19 @@ def test_hostfile_is_read_as_deepspeed_reads_it(hostfile):
     ("me@a slots=1", "is not a host name"),
     ("# nothing\n", "names no host"),
     ("w1 slots=8, w2 slots=8\n", "line 1: 'w1 slots=8, w2 slots=8' is not of the form HOST slots=N"),
-    ("a slots=1\nworker[1-4] slots=8\n", "line 2: 'worker[1-4] slots=8' stands for several hosts; give each host a line"),
+    ("a slots=1\nworker[1-4] slots=8\n",
+     "line 2: 'worker[1-4] slots=8' stands for several hosts; give each host a line"),
     ("worker{1,2} slots=8", "stands for several hosts"),
     ("worker [1-4] slots=8", "line 1: "),
     ("a slots=8.5", "line 1: 'a slots=8.5' is not of the form"),
-    ("a slots=8x", "is not of the form"), ("a slots=\u0668", "is not of the form"), ("a slots=-1", "is not of the form"),
+    ("a slots=8x", "is not of the form"), ("a slots=\u0668", "is not of the form"),
+    ("a slots=-1", "is not of the form"),
     ("a slots=1 slots=2", "is not of the form"), ("a slots=1 b slots=2", "is not of the form"),
     ("a:8", "is not of the form"), ("a 8", "is not of the form"), ("a slots=1; b slots=2", "is not of the form"),
     ("a slots=1\x0bb slots=2", "line 1: "), ("a slots=1\u2028b slots=2", "line 1: "),
     ("\ufeffa slots=1", "line 1: it begins with a byte-order mark"), ("a,b slots=1", "is not a host name"),
-    ("a\ufeff slots=1", "is not a host name"), ("h\u00f6st slots=1", "is not a host name"), ("$(id) slots=1", "is not a host name"),
+    ("a\ufeff slots=1", "is not a host name"), ("h\u00f6st slots=1", "is not a host name"),
+    ("$(id) slots=1", "is not a host name"),
 ])
 def test_a_bad_hostfile_is_refused_with_its_line(tmp_path, text, message):
     (tmp_path / "hosts").write_text(text, encoding="utf-8")
@@ -178,7 +181,8 @@ def test_dry_runs_without_ssh(tmp_path):
     assert "torch.distributed.run" in outside[1]
 
 
-HOSTILE = ["a[$(touch pwned)] `touch pwned`; touch pwned", "' ; touch pwned ; '\ntouch pwned\n", '" ; touch pwned ; " > pwned']
+HOSTILE = ["a[$(touch pwned)] `touch pwned`; touch pwned", "' ; touch pwned ; '\ntouch pwned\n",
+           '" ; touch pwned ; " > pwned']
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -188,8 +192,10 @@ def test_nothing_of_a_path_is_executed(text, tmp_path):
         finished = launch(script, "--dry-run", *arguments, folder=tmp_path, **variables)
         assert finished.returncode == 0, finished.stderr
         said = "\n" + finished.stdout
-        statement = said[said.rindex(f"\n{Path(BIN) / ('python' if script == 'torchrun.sh' else 'deepspeed')}") + 1 :].removesuffix("\n")
-        read = subprocess.run(["bash", "-c", f"printf '%s\\0' {statement}"], capture_output=True, text=True, cwd=tmp_path, check=True)
+        statement = said[said.rindex(f"\n{Path(BIN) / ('python' if script == 'torchrun.sh' else 'deepspeed')}")
+                         + 1 :].removesuffix("\n")
+        read = subprocess.run(["bash", "-c", f"printf '%s\\0' {statement}"], capture_output=True, text=True,
+                              cwd=tmp_path, check=True)
         return read.stdout.split("\0")[:-1]  # as whoever pastes it has it
 
     short = words("train_gpt.sh", f"x={text}", CODES=text, OUT=text, RECIPE=text, ZERO=text, TP=text)
@@ -208,7 +214,9 @@ def test_nothing_of_a_path_is_executed(text, tmp_path):
         assert finished.returncode == 2 and "hosts line 1" in finished.stderr and len(finished.stderr.splitlines()) == 1
     for variable in ("GPUS", "MASTER_PORT"):
         finished = launch("train.sh", "r", folder=tmp_path, **{variable: text})
-        assert finished.returncode == 2 and f"{variable} is" in finished.stderr and len(finished.stderr.splitlines()) == 1
+        assert (
+            finished.returncode == 2 and f"{variable} is" in finished.stderr and len(finished.stderr.splitlines()) == 1
+        )
     launch("slurm.sbatch", "--dry-run", text, folder=tmp_path, SLURM_JOB_ID=text, SLURM_SUBMIT_DIR=str(LAUNCH.parent))
     assert not (tmp_path / "pwned").exists()
 

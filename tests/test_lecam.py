@@ -13,7 +13,7 @@ from gigatok_ds.config.losses import AdversarialConfig
 from gigatok_ds.losses import lecam
 from gigatok_ds.losses.composition import build_discriminator
 from gigatok_ds.losses.lecam import LeCam
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.monitoring.metrics import read_metrics
 
 START, STEPS = 4, 8
 
@@ -29,7 +29,7 @@ def test_the_running_means_settle_and_then_average():
         real, fake = logits(step, 1.0), logits(step + 1, -2.0)
         ours.update(real, fake, step)
         means = [real.mean().item(), fake.mean().item()]
-        expected = means if step < 1050 else [0.99 * old + 0.01 * new for old, new in zip(expected, means)]
+        expected = means if step < 1050 else [0.99 * old + 0.01 * new for old, new in zip(expected, means, strict=True)]
         assert ours.mean_logits.tolist() == pytest.approx(expected, abs=1e-6), step
 
 
@@ -59,7 +59,7 @@ def test_micro_batches_of_a_step_count_as_one_batch(offset):
     for step in range(1 + offset, 4 + offset):
         real, fake = logits(step, 1.0), logits(step + 1, -2.0)
         whole.update(real, fake, step)
-        for ours, theirs in zip(real.chunk(2), fake.chunk(2)):
+        for ours, theirs in zip(real.chunk(2), fake.chunk(2), strict=True):
             parts.update(ours, theirs, step)
         torch.testing.assert_close(parts.mean_logits, whole.mean_logits, rtol=0, atol=1e-6)
 
@@ -89,7 +89,8 @@ def test_the_discriminator_carries_the_means_only_when_they_are_wanted():
 
 def train_with_means(recipe, out, stage):
     """A run whose running means average from the discriminator's second step on; its means at each checkpoint."""
-    from gigatok_ds.training import engine, run
+    from gigatok_ds.engine import engine
+    from gigatok_ds.training import run
 
     lecam.SETTLING_STEPS = 1
     means = []

@@ -1,4 +1,6 @@
-"""Tars of this host: reads that fail and come back, one reading for an index, and locations that are parts of a directory."""
+"""Tars of this host: reads that fail and come back, one reading for an index, and locations that are parts of a
+directory.
+"""
 
 import errno
 import os
@@ -9,13 +11,13 @@ import pytest
 from test_shards import CLASSES, encoded, plain_tar, samples, write
 
 from gigatok_ds.cli.main import main
-from gigatok_ds.data import index as index_module
-from gigatok_ds.data import local_shards, rereading
-from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import evaluation_batches
-from gigatok_ds.data.remote import check_data, open_shards
-from gigatok_ds.data.shard_cache import ShardCache
 from gigatok_ds.errors import InputError, MachineError, exit_code
+from gigatok_ds.shards import index as index_module
+from gigatok_ds.shards import local_shards, rereading
+from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.remote import check_data, open_shards
+from gigatok_ds.shards.shard_cache import ShardCache
 
 
 @pytest.fixture
@@ -90,16 +92,17 @@ def test_what_stays_lost_is_one_line_and_restartable(workers, tmp_path, monkeypa
 def test_a_missing_file_is_the_users(tmp_path):
     index = ShardIndex.open(write(tmp_path / "shards").directory)
     (tmp_path / "shards/demo-000001.tar").unlink()
-    with pytest.raises(InputError, match="demo-000001.tar cannot be read"):
+    with pytest.raises(InputError, match=r"demo-000001.tar cannot be read"):
         index.read(7)
 
 
-@pytest.mark.parametrize("number, code", [(errno.ESTALE, 1), (errno.ETIMEDOUT, 1), (errno.ENOSPC, 2), (errno.ENOENT, 2)])
+@pytest.mark.parametrize("number, code",
+                         [(errno.ESTALE, 1), (errno.ETIMEDOUT, 1), (errno.ENOSPC, 2), (errno.ENOENT, 2)])
 def test_exit_codes_tell_what_may_pass(number, code, monkeypatch, tmp_path, capsys):
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("gigatok_ds.data.checking.open_shards", fail)
+    monkeypatch.setattr("gigatok_ds.packing.checking.open_shards", fail)
     assert main(["check-shards", str(tmp_path)]) == code
     assert os.strerror(number) in capsys.readouterr().err
 
@@ -135,7 +138,8 @@ def test_a_directory_that_cannot_be_written_is_read_once_whatever_ranks_and_star
     assert found == [ALL] * 4 and len(scanned) == 5
     assert "they are read once" in caplog.text and "the index is kept in" in caplog.text
     assert images(open_shards(bare, cache=cache)) == ALL and len(scanned) == 5
-    shutil.copy(write(bare.parent / "other", count=3, per_shard=3).directory / "demo-000000.tar", bare / "demo-000004.tar")
+    shutil.copy(write(bare.parent / "other", count=3, per_shard=3).directory / "demo-000000.tar",
+                bare / "demo-000004.tar")
     for name in ("demo-000000.tar", "demo-000001.tar", "demo-000002.tar", "demo-000003.tar"):
         (bare / name).unlink()
     assert images(open_shards(bare, cache=cache)) == ALL[:3] and "have changed" in caplog.text
@@ -164,7 +168,7 @@ def test_a_pattern_and_a_single_tar_are_locations(tmp_path, cache, monkeypatch):
         assert train.read(2) == encoded(2) and validation.read(0) == encoded(3)
     assert len(scanned) == 4 and sorted(os.listdir(tmp_path / "in"))[-1].endswith(".tar")
     check_data("data.train", f"{tmp_path}/in/set-train-{{0000..0002}}.tar", ("jpg",), cache)
-    with pytest.raises(InputError, match="set-train-0003.tar does not exist"):
+    with pytest.raises(InputError, match=r"set-train-0003.tar does not exist"):
         check_data("data.train", f"{tmp_path}/in/set-train-{{0000..0003}}.tar", ("jpg",), cache)
 
 

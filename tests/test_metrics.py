@@ -34,7 +34,8 @@ def test_photographs_have_scikit_images_figures(name):
     restored = restored + 0.05
     unit = (truth[0].double() + 1).numpy().transpose(1, 2, 0) / 2
     theirs = to_uint8(restored)[0].numpy().transpose(1, 2, 0).astype(np.float64) / 255
-    assert psnr(truth, restored).item() == pytest.approx(peak_signal_noise_ratio(unit, theirs, data_range=1.0), rel=1e-6)
+    assert psnr(truth, restored).item() == pytest.approx(peak_signal_noise_ratio(unit, theirs, data_range=1.0),
+                                                         rel=1e-6)
     expected = structural_similarity(unit, theirs, channel_axis=-1, data_range=2.0)
     assert ssim(truth, restored).item() == pytest.approx(expected, rel=1e-6)
 
@@ -59,7 +60,7 @@ def test_psnr_is_that_of_numpy():
     restored = truth + torch.tensor([0.3, 0.02, 1.5])[:, None, None, None] * noise
     values = psnr(truth, restored)
     assert values.shape == (3,)
-    for value, y, x in zip(values.tolist(), restored.numpy(), truth.numpy()):
+    for value, y, x in zip(values.tolist(), restored.numpy(), truth.numpy(), strict=True):
         pixels = np.trunc(np.clip(127.5 * y + np.float32(128), 0, 255)).astype(np.uint8)
         error = np.mean((pixels.astype(np.float64) / 255 - (x.astype(np.float64) + 1) / 2) ** 2)
         assert value == pytest.approx(10 * math.log10(1 / error), abs=1e-9)
@@ -79,7 +80,7 @@ def test_ssim_is_that_of_scikit_image():
     restored = truth + torch.tensor([0.3, 0.02, 1.5])[:, None, None, None] * noise
     values = ssim(truth, restored)
     assert values.shape == (3,) and values.dtype == torch.float64
-    for value, y, x in zip(values.tolist(), to_uint8(restored).double() / 255, (truth.double() + 1) / 2):
+    for value, y, x in zip(values.tolist(), to_uint8(restored).double() / 255, (truth.double() + 1) / 2, strict=True):
         expected = structural_similarity(y.numpy(), x.numpy(), channel_axis=0, data_range=2.0)
         assert value == pytest.approx(expected, abs=1e-9)
 

@@ -1,4 +1,6 @@
-"""A GPT keeps what its classes are called, from training to export, and labels of other data are those of the same names."""
+"""A GPT keeps what its classes are called, from training to export, and labels of other data are those of the same
+names.
+"""
 
 import json
 import shutil
@@ -16,7 +18,7 @@ from gigatok_ds.checkpoint.class_names import ClassNames, class_numbers
 from gigatok_ds.checkpoint.standalone import CONFIG_FILE, read_config, save_standalone
 from gigatok_ds.cli.main import main
 from gigatok_ds.data.codes import CodeSample, write_code_shards
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.monitoring.metrics import read_metrics
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
 SHORT = ["training.steps=2", "checkpoint.every=2", "training.validate_every=2", "schedule.warmup_steps=0"]
@@ -81,11 +83,14 @@ def losses(run):
 
 def test_names_go_from_the_data_into_the_run_its_checkpoints_and_its_export(run, tmp_path, capsys):
     checkpoint = run / "checkpoints" / "step-0000002"
-    assert json.loads((run / "classes.json").read_text()) == json.loads((checkpoint / "classes.json").read_text()) == NAMES
+    assert (
+        json.loads((run / "classes.json").read_text()) == json.loads((checkpoint / "classes.json").read_text()) == NAMES
+    )
     assert command(capsys, "convert", run, tmp_path / "gpt", "--verify")[0] == 0
     assert read_config(tmp_path / "gpt")["classes"] == load_gpt(tmp_path / "gpt").class_names == NAMES
     for path in (run, tmp_path / "gpt"):
-        assert "classes: 5 names, from ant to elk (--json)" in command(capsys, "inspect", checkpoint if path == run else path)[1]
+        assert "classes: 5 names, from ant to elk (--json)" in command(capsys, "inspect",
+                                                                       checkpoint if path == run else path)[1]
         found = json.loads(command(capsys, "inspect", path, "--json")[1])
         assert (found["checkpoints"][0] if path == run else found)["classes"] == NAMES
 
@@ -109,7 +114,8 @@ def test_names_go_through_the_hub_and_a_conversion(models, tmp_path, capsys):
     assert read_config(tmp_path / "bf16")["classes"] == NAMES
 
 
-@pytest.mark.parametrize("classes, said", [(["a"] * 6, "names 6 classes of a model that has 5"), ("ant", "classes is 'ant'"),
+@pytest.mark.parametrize("classes, said",
+                         [(["a"] * 6, "names 6 classes of a model that has 5"), ("ant", "classes is 'ant'"),
                                            ([1], "classes\\[0\\] is 1"), (None, "classes is None")])
 def test_a_description_with_other_names_is_refused(models, tmp_path, classes, said):
     shutil.copytree(models / "gpt", tmp_path / "gpt")
@@ -129,7 +135,8 @@ def evaluated(capsys, gpt, location, out, *more):
 
 
 def test_a_loss_is_of_the_classes_of_the_same_names(models, data, tmp_path, capsys):
-    found = {name: evaluated(capsys, models / "gpt", data / name, tmp_path / name) for name in ("same", "backwards", "unnamed")}
+    found = {name: evaluated(capsys, models / "gpt", data / name, tmp_path / name) for name
+             in ("same", "backwards", "unnamed")}
     assert found["same"] == found["backwards"] == found["unnamed"]
     by_number = evaluated(capsys, models / "old", data / "backwards", tmp_path / "old")
     assert by_number != pytest.approx(found["same"], rel=1e-4), "a model without names takes labels as they are"
@@ -145,7 +152,8 @@ def test_a_loss_on_images_too(models, tmp_path, capsys):
     by_number = evaluated(capsys, models / "old", tmp_path / "two", tmp_path / "old", *with_tokenizer)
     assert named["two"] == named["two-files"] != pytest.approx(by_number, rel=1e-4)
     packed(tmp_path, "three", ["bee", "fox"])
-    code, said = command(capsys, "evaluate", "loss", models / "gpt", tmp_path / "three", *with_tokenizer, "--out", tmp_path / "no")
+    code, said = command(capsys, "evaluate", "loss", models / "gpt", tmp_path / "three", *with_tokenizer, "--out",
+                         tmp_path / "no")
     assert code == 2 and "has a class 'fox'" in said
 
 
@@ -154,7 +162,8 @@ def test_a_loss_on_images_too(models, tmp_path, capsys):
 
 def fine_tuned(run, data, name, out, capsys, *more, ranks=1):
     """The exit code and words of a run that goes on from `run` with that data."""
-    convert = ["convert", run, out, "--to", "training", "--recipe", run.parent / "gpt.yaml", *of(data, name), *SHORT, *more]
+    convert = ["convert", run, out, "--to", "training", "--recipe", run.parent / "gpt.yaml", *of(data, name), *SHORT,
+               *more]
     assert command(capsys, *convert)[0] == 0
     return start([out / "recipe.yaml", "--out", out], ranks)
 
@@ -199,7 +208,8 @@ def test_classes_are_asked_for_by_name_or_number(models, tmp_path, capsys):
         assert command(capsys, *sample, models / "gpt", "--classes", words, "--out", tmp_path / f"{number}.png")[0] == 0
     assert len({(tmp_path / f"{number}.png").read_bytes() for number in range(3)}) == 1
     for gpt, words, said in (("gpt", "bee,fox", "has no class 'fox' (its classes are called 'ant', ..., 'elk')"),
-                             ("old", "bee", "has no class 'bee' (it names none); give class numbers"), ("gpt", "", "no class ''")):
+                             ("old", "bee", "has no class 'bee' (it names none); give class numbers"),
+                             ("gpt", "", "no class ''")):
         code, output = command(capsys, *sample, models / gpt, "--classes", words, "--out", tmp_path / "no.png")
         assert code == 2 and said in output and len(output.splitlines()) == 1
     with pytest.raises(InputError, match="gpt has two classes called 'crane'; give the number"):

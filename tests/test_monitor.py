@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.monitoring.metrics import Monitor, read_metrics
 from gigatok_ds.training import environment
 from gigatok_ds.training.environment import anonymise, git_state, write_environment
-from gigatok_ds.training.monitor import Monitor, read_metrics
 
 
 def run(directory, start, stop, *, every=2, loss=float, **arguments):
@@ -99,7 +99,7 @@ def test_damage_elsewhere_is_reported(tmp_path):
     path.write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
     damaged = path.read_text()
     for use in (lambda: read_metrics(tmp_path), lambda: run(tmp_path, 8, 10)):
-        with pytest.raises(InputError, match="line 2 of .*metrics.jsonl is damaged"):
+        with pytest.raises(InputError, match=r"line 2 of .*metrics.jsonl is damaged"):
             use()
     assert path.read_text() == damaged
 
@@ -134,10 +134,9 @@ def test_the_bar_continues_where_the_run_stopped(tmp_path, capsys):
 
 
 def test_an_error_closes_everything(tmp_path):
-    with pytest.raises(RuntimeError):
-        with Monitor(tmp_path, enabled=True, total_steps=2, description="demo") as monitor:
-            monitor.log(1, {"loss": 1.0})
-            raise RuntimeError
+    with pytest.raises(RuntimeError), Monitor(tmp_path, enabled=True, total_steps=2, description="demo") as monitor:
+        monitor.log(1, {"loss": 1.0})
+        raise RuntimeError
     with pytest.raises(ValueError, match="closed file"):
         monitor.log(2, {"loss": 1.0})
 

@@ -1,4 +1,5 @@
-"""What is read and what is left out add up to what is there, and a command says so: tars and directories of any kind."""
+"""What is read and what is left out add up to what is there, and a command says so: tars and directories of any kind.
+"""
 
 import io
 import os
@@ -9,11 +10,11 @@ from test_shards import encoded, make_images, plain_tar
 from test_sources import tar_bytes
 
 from gigatok_ds.cli.main import main
-from gigatok_ds.data.checking import check_shards
-from gigatok_ds.data.index import ShardIndex
-from gigatok_ds.data.packing import Packing, pack
-from gigatok_ds.data.sources import open_source
 from gigatok_ds.errors import InputError
+from gigatok_ds.packing.checking import check_shards
+from gigatok_ds.packing.image_sources import open_source
+from gigatok_ds.packing.pack_shards import Packing, pack
+from gigatok_ds.shards.index import ShardIndex
 
 IMAGE = encoded(0)
 
@@ -89,7 +90,8 @@ def test_tars_behind_each_other_are_read_on(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/x.tar").write_bytes(b"".join((tmp_path / f"parts/{name}.tar").read_bytes() for name in "abc"))
     index = ShardIndex.open(tmp_path / "in")
-    assert keys(index) == list("abcdef") and [index.read(i) for i in range(6)] == [encoded(i) for i in (0, 1, 2, 0, 1, 0)]
+    assert keys(index) == list("abcdef") and [index.read(i) for i in range(6)] == [encoded(i) for i
+                                                                                   in (0, 1, 2, 0, 1, 0)]
     first, second = (dict(list(CLASS_TARS.items())[part]) for part in (slice(3), slice(3, 6)))
     (tmp_path / "train.tar").write_bytes(tar_bytes(first) + tar_bytes(second))
     assert len(open_source(tmp_path / "train.tar").images) == 48
@@ -114,7 +116,8 @@ def test_keys_end_at_the_first_dot_and_what_is_dropped_is_told(tmp_path, caplog,
 
 
 def test_keys_stay_what_they_are(tmp_path):
-    names = ["\N{GRINNING FACE}", "\N{CAT FACE}", "!", "?", "a b", "a_b", "a/b", "\N{MAN}\u200d\N{WOMAN}", "\N{HIRAGANA LETTER A}", "x\ny"]
+    names = ["\N{GRINNING FACE}", "\N{CAT FACE}", "!", "?", "a b", "a_b", "a/b", "\N{MAN}\u200d\N{WOMAN}",
+             "\N{HIRAGANA LETTER A}", "x\ny"]
     directory = plain_tar(tmp_path / "in/x.tar", samples_of(*names))
     index = ShardIndex.open(directory)
     assert keys(index) == names and index.labels.tolist() == list(range(10))
@@ -161,7 +164,8 @@ def linked(name, target, kind=tarfile.LNKTYPE):
 
 
 def test_hard_links_are_followed_within_the_tar(tmp_path, capsys):
-    plain_tar(tmp_path / "tars/n00000001.tar", [("a.JPEG", encoded(1)), linked("b.JPEG", "a.JPEG"), linked("c.JPEG", "b.JPEG")])
+    plain_tar(tmp_path / "tars/n00000001.tar",
+              [("a.JPEG", encoded(1)), linked("b.JPEG", "a.JPEG"), linked("c.JPEG", "b.JPEG")])
     plain_tar(tmp_path / "tars/n00000002.tar", [("a.JPEG", encoded(2)), linked("b.JPEG", "elsewhere.JPEG"),
                                                 linked("c.JPEG", "a.JPEG", tarfile.SYMTYPE)])
     source = open_source(tmp_path / "tars")
@@ -194,7 +198,8 @@ def test_tars_in_capitals_are_read(tmp_path):
 
 
 def test_only_regular_files_are_images(tmp_path, capsys):
-    root = make_images(tmp_path / "data", {"cat/a.jpg": IMAGE, "cat/notes.txt": b"", "cat/.x.jpg": b"", "cat/deep/b.jpg": encoded(1)})
+    root = make_images(tmp_path / "data",
+                       {"cat/a.jpg": IMAGE, "cat/notes.txt": b"", "cat/.x.jpg": b"", "cat/deep/b.jpg": encoded(1)})
     (root / "cat/broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (root / "cat/linked.jpg").symlink_to(root / "cat/a.jpg")
     (root / "cat/directory").symlink_to(root)
@@ -202,7 +207,8 @@ def test_only_regular_files_are_images(tmp_path, capsys):
     assert make_shards(root, tmp_path / "out", "--skip-bad") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("wrote 3 images of 1 classes") and "left out 5 other files" in printed
-    assert all(f"1 {kind}" in printed for kind in ("broken links", "special files", "links to directories", "hidden files",
+    assert all(f"1 {kind}" in printed for kind
+               in ("broken links", "special files", "links to directories", "hidden files",
                                                    ".txt files"))
 
 
@@ -252,8 +258,10 @@ def test_classes_that_are_numbers_are_the_labels(tmp_path):
     source = open_source(folder)
     assert [(image.label, image.read()) for image in source.images] == [(i, encoded(i)) for i in (2, 5, 10)]
     assert source.classes[10] == "10" and len(source.classes) == 11
-    refused(lambda: open_source(make_images(tmp_path / "twice", {"1/x.jpg": IMAGE, "01/x.jpg": IMAGE})), "01", "same number")
-    refused(lambda: open_source(make_images(tmp_path / "years", {"1/x.jpg": IMAGE, "20240131/x.jpg": IMAGE})), "20240131")
+    refused(lambda: open_source(make_images(tmp_path / "twice", {"1/x.jpg": IMAGE, "01/x.jpg": IMAGE})), "01",
+            "same number")
+    refused(lambda: open_source(make_images(tmp_path / "years", {"1/x.jpg": IMAGE, "20240131/x.jpg": IMAGE})),
+            "20240131")
 
 
 def test_kaggles_flat_directory_takes_labels_by_file_name(tmp_path, capsys):

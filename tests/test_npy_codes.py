@@ -5,8 +5,8 @@ import pytest
 
 from gigatok_ds.cli.main import main
 from gigatok_ds.data.codes import CodeDataset
-from gigatok_ds.data.npy_codes import convert_npy_codes
 from gigatok_ds.errors import InputError
+from gigatok_ds.packing.npy_codes import convert_npy_codes
 from gigatok_ds.parallel.launched import LaunchedRank
 
 COUNT = 13
@@ -44,7 +44,7 @@ def test_interrupted_it_goes_on_and_ranks_share_the_work(original, tmp_path):
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:200])
     arguments = dict(codebook_size=100, samples_per_shard=5)
-    with pytest.raises(InputError, match="7.npy is not a plain .npy array"):
+    with pytest.raises(InputError, match=r"7.npy is not a plain .npy array"):
         convert_npy_codes(original, tmp_path / "out", **arguments)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["codes-000000.tar", "metadata.partial.json"]
     damaged.write_bytes(whole)
@@ -101,5 +101,5 @@ def test_arguments_that_do_not_belong_together_are_refused(tmp_path, capsys, arg
 
 
 def test_training_says_how_to_convert_them(original):
-    with pytest.raises(InputError, match="has no metadata.json.*--from-npy"):
+    with pytest.raises(InputError, match=r"has no metadata.json.*--from-npy"):
         CodeDataset.open(original)

@@ -9,7 +9,7 @@ from training_runs import prepare
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.recipe import OptimizerConfig
-from gigatok_ds.training.engine import build_optimizer, parameter_groups
+from gigatok_ds.engine.engine import build_optimizer, parameter_groups
 from gigatok_ds.training.schedules import scheduled_lr
 
 
@@ -74,14 +74,14 @@ def test_weights_and_moments_are_those_of_torchs_plain_loop(kind, dtype, allowed
     ours.grad_scale = torch.tensor(2.0)
     for update in range(11):
         ours.found_inf = torch.tensor(float(update == 5))
-        for one, other in zip(*(network.parameters() for network in networks)):
+        for one, other in zip(*(network.parameters() for network in networks), strict=True):
             if one.requires_grad:
                 other.grad = torch.randn_like(other)
                 one.grad = 2 * other.grad if update != 5 else torch.full_like(one, torch.nan)
         ours.step()
         if update != 5:
             plain.step()
-    for one, other in zip(*(network.parameters() for network in networks)):
+    for one, other in zip(*(network.parameters() for network in networks), strict=True):
         for mine, theirs in [(one, other), *((ours.state[one][name], plain.state[other][name])
                                              for name in ("step", "exp_avg", "exp_avg_sq") if one.requires_grad)]:
             assert (mine - theirs).norm() <= allowed * theirs.norm()
@@ -106,7 +106,8 @@ def train_and_note_rates(recipe, out):
 def test_the_discriminator_first_steps_at_the_base_rate_and_then_follows(tmp_path):
     """Like the original, which schedules its rate only after a step of its own."""
     data = prepare(tmp_path)
-    recipe = load_recipe(tmp_path / "tokenizer.yaml", ["training.steps=6", "schedule.warmup_steps=6", *data["tokenizer"]])
+    recipe = load_recipe(tmp_path / "tokenizer.yaml",
+                         ["training.steps=6", "schedule.warmup_steps=6", *data["tokenizer"]])
     (rates,) = run_ranks(train_and_note_rates, 1, recipe, tmp_path / "run")
     base = recipe.optimizer.lr
     scheduled = [scheduled_lr(recipe.schedule, base, 6, step) for step in range(6)]

@@ -41,8 +41,8 @@ def holder(tmp_path):
     started = []
 
     def start(*words):
-        process = subprocess.Popen([sys.executable, "-c", _HOLDER, str(tmp_path / "run"), *words], stdout=subprocess.PIPE,
-                                   start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-c", _HOLDER, str(tmp_path / "run"), *words],
+                                   stdout=subprocess.PIPE, start_new_session=True)
         started.append(process)
         assert int(process.stdout.readline()) == process.pid
         return process
@@ -61,9 +61,9 @@ def test_the_second_is_refused_by_name_and_takes_over_from_the_dead(flock, holde
         monkeypatch.setattr(ownership, "_flock", lambda descriptor: None)
     first = holder(flock)
     for _ in range(2):
-        with pytest.raises(InputError, match=f"is being written by process {first.pid} of host .*; wait until") as raised:
-            with owned(tmp_path / "run"):
-                pass
+        told = f"is being written by process {first.pid} of host .*; wait until"
+        with pytest.raises(InputError, match=told) as raised, owned(tmp_path / "run"):
+            pass
         assert "\n" not in str(raised.value)
     os.kill(first.pid, signal.SIGSTOP)  # it does not beat, but it lives
     with pytest.raises(InputError, match="is being written by"), owned(tmp_path / "run"):
@@ -71,7 +71,9 @@ def test_the_second_is_refused_by_name_and_takes_over_from_the_dead(flock, holde
     first.kill()
     first.wait()
     with owned(tmp_path / "run"):
-        assert is_ours(tmp_path / "run") and json.loads((tmp_path / "run" / OWNER_FILE).read_bytes())["pid"] == os.getpid()
+        assert (
+            is_ours(tmp_path / "run") and json.loads((tmp_path / "run" / OWNER_FILE).read_bytes())["pid"] == os.getpid()
+        )
         with pytest.raises(InputError, match="this very process"), owned(tmp_path / "run"):
             pass
     assert not is_ours(tmp_path / "run") and os.listdir(tmp_path / "run") == []
@@ -118,7 +120,8 @@ def test_an_owner_on_another_host_is_dead_when_its_number_stands_still(tmp_path,
 
 
 def test_an_owner_beats_and_one_that_was_succeeded_ends(tmp_path):
-    code = _HOLDER.replace("from gigatok_ds import ownership", "from gigatok_ds import ownership\nownership.BEAT_SECONDS = 0.05")
+    code = _HOLDER.replace("from gigatok_ds import ownership", "from gigatok_ds import "
+                                                               "ownership\nownership.BEAT_SECONDS = 0.05")
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()

@@ -15,11 +15,11 @@ from PIL import Image
 from test_shards import encoded, make_images, tree
 
 from gigatok_ds import InputError
-from gigatok_ds.data import packing as packing_module
-from gigatok_ds.data.checking import check_shards
-from gigatok_ds.data.index import ShardIndex
-from gigatok_ds.data.packing import Packing, pack
-from gigatok_ds.data.sources import open_source
+from gigatok_ds.packing import pack_shards as packing_module
+from gigatok_ds.packing.checking import check_shards
+from gigatok_ds.packing.image_sources import open_source
+from gigatok_ds.packing.pack_shards import Packing, pack
+from gigatok_ds.shards.index import ShardIndex
 
 COUNT, PER_SHARD = 23, 5
 SETTINGS = Packing(prefix="x", samples_per_shard=PER_SHARD)
@@ -167,7 +167,7 @@ def test_the_extension_is_that_of_the_content(tmp_path):
 def test_bad_images_end_it_or_are_left_out_and_listed(tmp_path, images, capsys):
     for name in ("c0/00.jpg", "c2/02.jpg"):
         (images / name).write_bytes(encoded(1)[:-300])
-    with pytest.raises(InputError, match="c0/00.jpg: cannot decode.*--skip-bad"):
+    with pytest.raises(InputError, match=r"c0/00.jpg: cannot decode.*--skip-bad"):
         pack(open_source(images), tmp_path / "out", SETTINGS, workers=0)
     assert not (tmp_path / "out.partial").exists()
     with pytest.raises(InputError, match="cannot decode"):

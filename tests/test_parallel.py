@@ -40,8 +40,8 @@ def gradients_of_convolutions(tensor_size):
     judge = build_discriminator(AdversarialConfig(start_step=1, base_channels=8, layers=2), topology.layers,
                                 image_size=16)
     counts = {}
-    # In float64 throughout, also what networks compute in float32 whatever they are cast to: only the order of summation
-    # differs, and hardly.
+    # In float64 throughout, also what networks compute in float32 whatever they are cast to: only the order of
+    # summation differs, and hardly.
     single = torch.Tensor.float
     torch.Tensor.float = lambda x, *more: x if x.dtype == torch.float64 else single(x, *more)
     network.double()
@@ -73,7 +73,7 @@ def images_of_a_whole_run(recipe, out, settings):
     """Images that frozen networks and discriminator of this rank have seen in a run."""
     from layout_runs import StandInTeacher, shown, train_on_a_rank
 
-    from gigatok_ds.models.patchgan import PatchGAN
+    from gigatok_ds.models.discriminators.patchgan import PatchGAN
 
     judged = []
     forward = PatchGAN.forward
@@ -102,9 +102,9 @@ def spread(sabotage):
     import deepspeed
     from small_models import small_gpt_config
 
+    from gigatok_ds.engine import engine
     from gigatok_ds.models.gpt import GPT
     from gigatok_ds.parallel.consistency import LayoutError, check_spread
-    from gigatok_ds.training import engine
 
     topology = start_process_group(tensor_size=2)
     engine._prepare()
@@ -140,7 +140,7 @@ def test_what_would_train_wrongly_is_caught(sabotage, words):
 
 def test_layouts_that_cannot_be_are_refused():
     check_layout(8, 4, 2)
-    with pytest.raises(InputError, match="parallel.tensor is 3, which does not divide the 8 ranks"):
+    with pytest.raises(InputError, match=r"parallel.tensor is 3, which does not divide the 8 ranks"):
         check_layout(8, 8, 3)
     with pytest.raises(InputError, match="each host runs 2 ranks: a tensor group must lie within one host"):
         check_layout(8, 2, 4)

@@ -5,7 +5,7 @@ import torch
 from golden_models import arrays, manifest
 from golden_weights import image, tensor
 
-from gigatok_ds.models.patchgan import PatchGAN
+from gigatok_ds.models.discriminators.patchgan import PatchGAN
 
 
 def golden_patchgan():

@@ -10,10 +10,11 @@ from golden_models import arrays, manifest
 from golden_weights import image, tensor
 from torchvision.models.vgg import cfgs
 
+from gigatok_ds.cpu import winograd
+from gigatok_ds.cpu.convolution import use_winograd
 from gigatok_ds.errors import InputError
-from gigatok_ds.kernels import winograd
 from gigatok_ds.losses.perceptual import load_lpips
-from gigatok_ds.models.published import cache_folder
+from gigatok_ds.models.frozen.pretrained_files import cache_folder
 
 
 def vgg_shapes():
@@ -42,7 +43,9 @@ def vgg_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lpips(vgg_file):
-    return load_lpips(vgg_file)
+    network = load_lpips(vgg_file)
+    use_winograd(network)  # as where it trains on a CPU
+    return network
 
 
 def two_images(size=32):
@@ -90,8 +93,8 @@ def test_the_gradient_is_that_of_torchs_own_convolutions(lpips, monkeypatch):
     (ours,) = torch.autograd.grad(lpips(first, second.requires_grad_()).sum(), second)
     monkeypatch.setattr(winograd, "has_winograd", lambda like: False)
     (usual,) = torch.autograd.grad(lpips(first, second).sum(), second)
-    # Units next to zero come to lie on the other side of ReLU's kink, as they do between torch's own ways to convolve: at 256 px
-    # by 6e-3 of the norm.
+    # Units next to zero come to lie on the other side of ReLU's kink, as they do between torch's own ways to convolve:
+    # at 256 px by 6e-3 of the norm.
     assert (ours - usual).norm() < 1e-2 * usual.norm()
     assert torch.equal(ours, usual) != by_winograd
 
@@ -172,5 +175,5 @@ def test_missing_vgg_names_the_file_its_place_and_the_key(monkeypatch, tmp_path)
 def test_another_networks_file_is_refused(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path)
-    with pytest.raises(InputError, match="loss.perceptual.weights: .* holds another network"):
+    with pytest.raises(InputError, match=r"loss.perceptual.weights: .* holds another network"):
         load_lpips(path)

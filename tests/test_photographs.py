@@ -11,8 +11,8 @@ from benchmark_scripts import BENCHMARKS, loaded
 from PIL import Image
 
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.transforms import decode_image
+from gigatok_ds.shards.index import ShardIndex
 
 SCRIPT = BENCHMARKS / "photographs.py"
 # No frozen networks, which alone would take longer than everything else.

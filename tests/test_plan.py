@@ -13,21 +13,23 @@ from training_runs import GPT, TOKENIZER, prepare, start
 
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import load_recipe, recipe_names
+from gigatok_ds.dry_run.by_layers import rehearse
+from gigatok_ds.dry_run.dry_run import Rehearsal, shapes_of
 from gigatok_ds.errors import InputError
 from gigatok_ds.losses.composition import TokenizerObjective
-from gigatok_ds.planning import published
+from gigatok_ds.monitoring.flops import GPTFlops, TokenizerFlops
 from gigatok_ds.planning.auto import cluster_here
-from gigatok_ds.planning.by_layers import rehearse
 from gigatok_ds.planning.calibration import calibrated, read_run
 from gigatok_ds.planning.cluster import parse_cluster
 from gigatok_ds.planning.devices import DEVICES, device_named
 from gigatok_ds.planning.phases import fullest, longest, phases_of
-from gigatok_ds.planning.planner import BLOCKS, EVERYTHING, NOTHING, Layout, Planner
-from gigatok_ds.planning.rehearsal import Rehearsal, shapes_of
+from gigatok_ds.planning.plan_cache import known_dry_runs, micro_batch
+from gigatok_ds.planning.planner import BLOCKS, EVERYTHING, NOTHING, PlannedLayout, Planner
+from gigatok_ds.planning.renew import dry_runs
 from gigatok_ds.planning.speed import Assumptions
-from gigatok_ds.training.flops import GPTFlops, TokenizerFlops
 
-DEEP = {"tokenizer": ["model.encoder={width: 64, layers: 5, heads: 2}", "model.decoder={width: 32, layers: 4, heads: 2}"],
+DEEP = {"tokenizer": ["model.encoder={width: 64, layers: 5, heads: 2}",
+                      "model.decoder={width: 32, layers: 4, heads: 2}"],
         "gpt": ["model.size={width: 64, layers: 5, heads: 2}"]}
 TEXTS = {"tokenizer": TOKENIZER, "gpt": GPT}
 
@@ -47,7 +49,8 @@ def recipes(tmp_path_factory):
     ("tokenizer", ["training.precision=bf16"]),
     ("tokenizer", ["parallel.recompute_every=1", "parallel.recompute_cnn=true", "parallel.tensor=2"]),
     ("tokenizer", ["model.layout=2d", "model.latent_tokens=64", "loss.adversarial.adaptive_weight=true",
-                   "model.semantic_head={depth: 3, teacher_width: 24}", "loss.semantic={teacher: vit_tiny_patch16_224}"]),
+                   "model.semantic_head={depth: 3, teacher_width: 24}", "loss.semantic={teacher: "
+                                                                        "vit_tiny_patch16_224}"]),
 ])
 def test_a_few_layers_tell_of_all(recipes, kind, overrides):
     recipe = recipes(kind, *overrides)
@@ -71,8 +74,8 @@ def test_flops_are_those_of_training(recipes, recompute):
 
 
 def test_traffic_of_tensor_ranks_is_its_closed_form(recipes):
-    """Of a block two sums forward (Shoeybi et al. 2019, arXiv:1909.08053, figure 4), and three backward: of the inputs of q,
-    k and v together, and of the two that SwiGLU multiplies."""
+    """Of a block two sums forward (Shoeybi et al. 2019, arXiv:1909.08053, figure 4), and three backward: of the inputs
+    of q, k and v together, and of the two that SwiGLU multiplies."""
     sizes = [f"model.size={{width: 64, layers: {layers}, heads: 2}}" for layers in (4, 5)]
     few, many = (rehearse(recipes("gpt", "parallel.tensor=2", size), 8, 1) for size in sizes)
     tokens, width, bytes_ = 8, 64, 4
@@ -91,7 +94,8 @@ def test_parameters_are_the_networks_own(recipes):
     whole = {"generator": sum(p.numel() for p in build_on_meta(recipe.model).parameters()),
              "discriminator": sum(p.numel() for p in judge.parameters())}
     assert {name: sum(sizes) for name, sizes in shapes_of(recipe).trained.items()} == whole
-    assert sum(shapes_of(recipes("gpt", "parallel.tensor=2")).trained["gpt"]) < sum(shapes_of(recipes("gpt")).trained["gpt"])
+    assert sum(shapes_of(recipes("gpt",
+                                 "parallel.tensor=2")).trained["gpt"]) < sum(shapes_of(recipes("gpt")).trained["gpt"])
 
 
 def test_phases(recipes):
@@ -103,7 +107,8 @@ def test_phases(recipes):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("8x8", "write HOSTSxGPUSxDEVICE"), ("8x8xV100", "'V100' is not known; known are A100-40GB"), ("0x8xH100", "at least one"),
+    ("8x8", "write HOSTSxGPUSxDEVICE"), ("8x8xV100", "'V100' is not known; known are A100-40GB"),
+    ("0x8xH100", "at least one"),
 ])
 def test_clusters_that_are_none(text, said):
     with pytest.raises(InputError, match=said):
@@ -128,7 +133,7 @@ def test_less_memory_computes_more_again_and_then_nothing_fits(recipes, monkeypa
                      "loss.quantizer.entropy=0.0")
 
     # What is rehearsed does not depend on the memory.
-    monkeypatch.setattr("gigatok_ds.planning.planner.micro_batch", functools.cache(published.micro_batch))
+    monkeypatch.setattr("gigatok_ds.planning.planner.micro_batch", functools.cache(micro_batch))
 
     def planner(gigabytes):
         # Kernels take no time, so that what is computed decides.
@@ -136,7 +141,7 @@ def test_less_memory_computes_more_again_and_then_nothing_fits(recipes, monkeypa
         return Planner(recipe, parse_cluster("1x4xH100", memory_gb=gigabytes), assumptions, tensor=1)
 
     roomy = planner(80).recommended()
-    assert roomy.fits and roomy.layout == Layout(tensor=1, sequence=False, stage=1, micro=16, recompute=NOTHING)
+    assert roomy.fits and roomy.layout == PlannedLayout(tensor=1, sequence=False, stage=1, micro=16, recompute=NOTHING)
     choices = planner(80).choices(roomy)
     assert [choice.layout.recompute for choice in choices] == [NOTHING, BLOCKS, EVERYTHING]
     kept = [choice.memory.activations for choice in choices]
@@ -152,7 +157,8 @@ def test_less_memory_computes_more_again_and_then_nothing_fits(recipes, monkeypa
 def test_more_zero_stages_keep_less(recipes):
     recipe = recipes("gpt", "training.precision=bf16", "training.ema_decay=0.9")
     planner = Planner(recipe, parse_cluster("1x4xH100"), Assumptions())
-    plans = [planner.plan(Layout(tensor=1, sequence=False, stage=stage, micro=2, recompute=NOTHING)) for stage in range(4)]
+    plans = [planner.plan(PlannedLayout(tensor=1, sequence=False, stage=stage, micro=2, recompute=NOTHING)) for stage
+             in range(4)]
     always = [plan.memory.always for plan in plans]
     assert always == sorted(always, reverse=True) and len(set(always)) == 4
     elements = shapes_of(recipe).elements
@@ -162,12 +168,13 @@ def test_more_zero_stages_keep_less(recipes):
 
 
 @pytest.mark.parametrize("name", [
-    "GPT-B", "VQ_SS256", *(pytest.param(name, marks=pytest.mark.slow) for name in recipe_names() if name not in ("GPT-B", "VQ_SS256")),
+    "GPT-B", "VQ_SS256", *(pytest.param(name, marks=pytest.mark.slow) for name in recipe_names() if name
+                           not in ("GPT-B", "VQ_SS256")),
 ])
 def test_published_rehearsals_are_those_of_this_code(name):
-    known = published._known()
-    for key, found in published.rehearsals(name):
-        assert known.get(key) == found, "the figures have moved; renew them: python -m gigatok_ds.planning.published"
+    known = known_dry_runs()
+    for key, found in dry_runs(name):
+        assert known.get(key) == found, "the figures have moved; renew them: python -m gigatok_ds.planning.renew"
 
 
 def test_published_recipes_are_planned_without_torch():
@@ -179,14 +186,16 @@ def test_published_recipes_are_planned_without_torch():
 
 def test_the_command(recipes, tmp_path, capsys):
     (tmp_path / "gpt.yaml").write_text(GPT)
-    assert main(["plan", str(tmp_path / "gpt.yaml"), "--cluster", "2x4xH100", "--json", str(tmp_path / "plan.json")]) == 0
+    assert main(["plan", str(tmp_path / "gpt.yaml"), "--cluster", "2x4xH100", "--json",
+                 str(tmp_path / "plan.json")]) == 0
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["layout"]["tensor"] == 1 and found["layout"]["data"] == 8 and found["fits"]
     assert " ".join(found["arguments"]) in said and "of the GPU's memory" in said and "GPU-hours" in said
     assert sum(found["memory"]["parts"].values()) >= found["memory"]["peak"] > 0
     assert found["run"]["gpu_hours"] == pytest.approx(8 * 24 * found["run"]["days"])
-    assert main(["plan", str(tmp_path / "gpt.yaml"), "--cluster", "1x4xH100", "--tp", "2", "--zero", "3", "--json", "-"]) == 0
+    assert main(["plan", str(tmp_path / "gpt.yaml"), "--cluster", "1x4xH100", "--tp", "2", "--zero", "3", "--json",
+                 "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["layout"]["tensor"], found["layout"]["stage"]) == (2, 3) and found["sent_per_gpu"]["tensor"] > 0
     for wrong, line in ((["--tp", "3"], "do not divide"), (["--calibrate", str(tmp_path)], "is not a training run")):
@@ -209,16 +218,19 @@ def test_figures_replace_figures_of_ours_only(recipes, tmp_path, capsys):
 
 @pytest.mark.parametrize("name, text, said", [
     ("deepspeed.json", "{", "deepspeed.json is damaged"), ("deepspeed.json", "[]", "deepspeed.json is damaged"),
-    ("deepspeed.json", '{"zero_optimization": {"stage": "2"}, "train_micro_batch_size_per_gpu": 1}', "deepspeed.json is damaged"),
+    ("deepspeed.json", '{"zero_optimization": {"stage": "2"}, "train_micro_batch_size_per_gpu": 1}',
+     "deepspeed.json is damaged"),
     ("deepspeed.json", '{"zero_optimization": 2}', "deepspeed.json is damaged"),
-    ("history.jsonl", "", "on how many ranks"), ("history.jsonl", '{"time": 1, "event": "started", "ranks": "2"}\n', "on how many ranks"),
+    ("history.jsonl", "", "on how many ranks"),
+    ("history.jsonl", '{"time": 1, "event": "started", "ranks": "2"}\n', "on how many ranks"),
     ("metrics.jsonl", '{"time": 1, "step": 1, "throughput/step_seconds": null}\n' * 5, "has logged 0 times"),
 ])
 def test_a_damaged_run_is_no_measurement(name, text, said, tmp_path):
     (tmp_path / "recipe.yaml").write_text(GPT)
     files = {"deepspeed.json": '{"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 8}',
              "history.jsonl": '{"time": 1, "event": "started", "ranks": 1}\n',
-             "metrics.jsonl": "".join(f'{{"time": {i}, "step": {i}, "throughput/step_seconds": 0.5}}\n' for i in range(1, 6))}
+             "metrics.jsonl": "".join(f'{{"time": {i}, "step": {i}, "throughput/step_seconds": 0.5}}\n' for i
+                                      in range(1, 6))}
     for file, content in files.items():
         (tmp_path / file).write_text(content)
     assert read_run(tmp_path).seconds == 0.5
@@ -230,7 +242,8 @@ def test_a_damaged_run_is_no_measurement(name, text, said, tmp_path):
 def test_training_takes_what_is_recommended_and_calibrates_it(tmp_path, capsys):
     names = prepare(tmp_path)["gpt"]
     out = tmp_path / "run"
-    code, output = start([tmp_path / "gpt.yaml", "--out", out, "--auto", *names, "training.global_batch_size=16"], ranks=2)
+    code, output = start([tmp_path / "gpt.yaml", "--out", out, "--auto", *names, "training.global_batch_size=16"],
+                         ranks=2)
     assert code == 0, output
     recipe = load_recipe(tmp_path / "gpt.yaml", [*names, "training.global_batch_size=16"])
     layout = Planner(recipe, parse_cluster("1x2xCPU"), Assumptions()).recommended().layout

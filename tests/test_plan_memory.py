@@ -7,9 +7,9 @@ from training_runs import prepare
 
 from gigatok_ds.config.deepspeed import resolve_deepspeed
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.planning.by_layers import rehearse
-from gigatok_ds.planning.memory import memory_of
-from gigatok_ds.planning.rehearsal import shapes_of
+from gigatok_ds.dry_run.by_layers import rehearse
+from gigatok_ds.dry_run.dry_run import shapes_of
+from gigatok_ds.planning.rank_memory import memory_of
 
 MODELS = {
     "tokenizer": ["model.encoder={width: 128, layers: 4, heads: 4}", "model.decoder={width: 128, layers: 4, heads: 4}",

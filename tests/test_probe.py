@@ -14,15 +14,15 @@ from small_models import small_gpt, small_gpt_config, small_tokenizer
 from test_evaluate import figures, on_ranks, refused
 
 from gigatok_ds.checkpoint.standalone import save_standalone
-from gigatok_ds.data.shards import Sample, write_shards
 from gigatok_ds.demo.digits import CLASSES, digits_splits
 from gigatok_ds.errors import InputError
-from gigatok_ds.evaluation.probing import probe
+from gigatok_ds.evaluation.probing import linear_probe
 from gigatok_ds.evaluation.probing.features import GPTFeatures, TokenizerFeatures
 from gigatok_ds.evaluation.probing.lars import LARS
-from gigatok_ds.evaluation.probing.probe import Probe, ProbeSettings
+from gigatok_ds.evaluation.probing.linear_probe import Probe, ProbeSettings
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
+from gigatok_ds.packing.shard_writer import Sample, write_shards
 
 SETTINGS = ProbeSettings(classes=5, epochs=90, warmup_epochs=10, batch_size=512)
 
@@ -31,7 +31,8 @@ SETTINGS = ProbeSettings(classes=5, epochs=90, warmup_epochs=10, batch_size=512)
 def world(tmp_path_factory):
     """Small models with dropout in the GPT, and digits of 16 pixels: 5 classes, 40 training and 13 test images."""
     folder = tmp_path_factory.mktemp("probe")
-    tokenizer, gpt = small_tokenizer(), initialise_(GPT(small_gpt_config(residual_dropout=0.1, token_dropout=0.1)), seed=0)
+    tokenizer, gpt = small_tokenizer(), initialise_(GPT(small_gpt_config(residual_dropout=0.1, token_dropout=0.1)),
+                                                    seed=0)
     save_standalone(folder / "tok", tokenizer.config, tokenizer.state_dict())
     save_standalone(folder / "gpt", gpt.config, gpt.state_dict())
     train, test = digits_splits(16)
@@ -42,8 +43,8 @@ def world(tmp_path_factory):
 
 
 def command(world, out, *more):
-    return ["probe", world / "tok", "--train", world / "train", "--val", world / "val", "--epochs", "6", "--warmup-epochs",
-            "2", "--batch-size", "8", "--no-flip", "--out", out, *more]
+    return ["probe", world / "tok", "--train", world / "train", "--val", world / "val", "--epochs", "6",
+            "--warmup-epochs", "2", "--batch-size", "8", "--no-flip", "--out", out, *more]
 
 
 def test_lars_by_its_formula():
@@ -118,11 +119,13 @@ def test_tokenizer_features(layout):
         encoded = tokenizer.encoder(tokenizer.cnn_encoder(images))
         latent = tokenizer.quantizer.lookup(tokenizer.encode(images))
         semantic = tokenizer.decoder(tokenizer.post_quant_conv(latent), semantic=True)[1]
-    torch.testing.assert_close(TokenizerFeatures(tokenizer, "cnn")(images), encoded.flatten(2).mean(2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(TokenizerFeatures(tokenizer, "cnn")(images), encoded.flatten(2).mean(2), rtol=1e-5,
+                               atol=1e-6)
     for place, width in (("encoder", 32), ("decoder", 32)):
         found = TokenizerFeatures(tokenizer, place)(images)
         assert found.shape == (2, width) and TokenizerFeatures(tokenizer, place).width == width
-    # The semantic head is what comes after the decoder's features; it is not linear, so it must differ for single tokens.
+    # The semantic head is what comes after the decoder's features; it is not linear, so it must differ for single
+    # tokens.
     tokens = []
     hook = tokenizer.decoder.transformer[0].register_forward_hook(lambda _m, _i, output: tokens.append(output))
     with torch.no_grad():
@@ -161,7 +164,7 @@ def stop_after(steps, arguments, monkeypatch):
 
 def test_an_interrupted_probe_goes_on_and_ends_bitwise_the_same(world, tmp_path, monkeypatch, capsys):
     on_ranks(command(world, tmp_path / "whole"))
-    monkeypatch.setattr(probe.ProbeRun.run, "__kwdefaults__", {"save_every": 2})
+    monkeypatch.setattr(linear_probe.ProbeRun.run, "__kwdefaults__", {"save_every": 2})
     stop_after(13, command(world, tmp_path / "parts"), monkeypatch)
     state = tmp_path / "parts" / "probe.safetensors"
     assert state.is_file() and not (tmp_path / "parts" / "results.json").exists()
@@ -176,8 +179,10 @@ def test_a_damaged_state_and_wrong_settings_are_told(world, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "probe.safetensors").write_bytes(b"x" * 100)
     assert "is damaged" in refused(capsys, *command(world, tmp_path / "out"))
-    assert "--depth and --no-dropout belong to --gpt" in refused(capsys, *command(world, tmp_path / "o", "--depth", "1"))
-    assert "the batch size is 64, but there are 40" in refused(capsys, *command(world, tmp_path / "o", "--batch-size", "64"))
+    assert "--depth and --no-dropout belong to --gpt" in refused(capsys,
+                                                                 *command(world, tmp_path / "o", "--depth", "1"))
+    assert "the batch size is 64, but there are 40" in refused(capsys,
+                                                               *command(world, tmp_path / "o", "--batch-size", "64"))
     assert "epochs are 1, warm-up epochs 2" in refused(capsys, *command(world, tmp_path / "o", "--epochs", "1"))
     assert not (tmp_path / "o").exists()
 
@@ -200,31 +205,34 @@ class Pixels:
 
 def test_a_probe_on_pixels_learns_real_digits(tmp_path):
     """All 1,797 digits: what a linear classifier reaches is known, about 96%; crops cost a little."""
-    from gigatok_ds.data.index import ShardIndex
     from gigatok_ds.evaluation.cropped import CroppedImages
     from gigatok_ds.parallel.topology import single_process
+    from gigatok_ds.shards.index import ShardIndex
 
     for name, samples in zip(("train", "val"), digits_splits(16), strict=True):
         write_shards(iter(samples), tmp_path / name, prefix=name, classes=CLASSES)
     settings = ProbeSettings(classes=10, epochs=7, warmup_epochs=1, base_lr=40.0, batch_size=128, flip=False)
-    run = probe.ProbeRun(Pixels(), ShardIndex.open(tmp_path / "train"), settings, single_process(), tmp_path / "out",
+    run = linear_probe.ProbeRun(Pixels(), ShardIndex.open(tmp_path / "train"), settings, single_process(),
+                                tmp_path / "out",
                          identity={})
     assert run.run() < 1
     assert run.accuracy(CroppedImages(tmp_path / "val", 16), 64) > 0.9
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path):
-    from gigatok_ds.data.index import ShardIndex
     from gigatok_ds.parallel.topology import single_process
+    from gigatok_ds.shards.index import ShardIndex
 
     def sample(number):
         path = tmp_path / "image.png"
         Image.new("RGB", (16, 16)).save(path)
         return Sample(key=str(number), image_bytes=path.read_bytes(), extension="png", label=number)
 
-    write_shards((sample(number) for number in range(4)), tmp_path / "s", prefix="s", classes=[str(n) for n in range(4)])
+    write_shards((sample(number) for number in range(4)), tmp_path / "s", prefix="s",
+                 classes=[str(n) for n in range(4)])
     with pytest.raises(InputError):
-        probe.ProbeRun(Pixels(), ShardIndex.open(tmp_path / "s"), ProbeSettings(classes=3, batch_size=2), single_process(),
+        linear_probe.ProbeRun(Pixels(), ShardIndex.open(tmp_path / "s"), ProbeSettings(classes=3, batch_size=2),
+                              single_process(),
                        tmp_path / "out", identity={})
 
 
@@ -232,4 +240,6 @@ def test_results_say_what_was_probed(world, tmp_path):
     on_ranks(command(world, tmp_path / "out", "--gpt", world / "gpt", "--no-dropout"))
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(found["figures"]) == {"probe_top1_percent"} and 0 <= found["figures"]["probe_top1_percent"] <= 100
-    assert found["settings"]["block"] == 1 and found["settings"]["dropout"] is False and found["settings"]["epochs"] == 6
+    assert (
+        found["settings"]["block"] == 1 and found["settings"]["dropout"] is False and found["settings"]["epochs"] == 6
+    )

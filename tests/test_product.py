@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gigatok_ds.kernels.product import few_row_product, has_few_row_product, in_panels
+from gigatok_ds.cpu.few_row_product import few_row_product, has_few_row_product, in_panels
 
 pytestmark = pytest.mark.skipif(not has_few_row_product(torch.ones(1)), reason="no native kernel, or no AVX-512")
 

@@ -2,7 +2,8 @@
 
 Runs when GIGATOK_ADM_SAMPLES, GIGATOK_ADM_REFERENCE and GIGATOK_INCEPTION are the paths of
 admnet_guided_upsampled_imagenet256.npz, VIRTUAL_imagenet256_labeled.npz and weights-inception-2015-12-05-6726825d.pth
-(about 15 minutes on one GPU with GIGATOK_DEVICE=cuda, hours on a CPU); docs/evaluation.md says where they are published.
+(about 15 minutes on one GPU with GIGATOK_DEVICE=cuda, hours on a CPU); docs/evaluation.md says where they are
+published.
 """
 
 import os

@@ -103,12 +103,14 @@ def test_the_mean_assignment_is_of_all_data_ranks_or_of_one():
     quantizer = VectorQuantizer(QuantizerConfig(codebook_size=30, codebook_dim=4), PlainLayers(TwoRanks()))
     torch.nn.init.normal_(quantizer.embedding, generator=torch.Generator().manual_seed(0))
     latent = torch.randn(2, 4, 1, 6, generator=torch.Generator().manual_seed(1))
-    statistics = assignment_statistics(F.normalize(latent.permute(0, 2, 3, 1).flatten(0, 2), dim=1), quantizer.codebook())
+    statistics = assignment_statistics(F.normalize(latent.permute(0, 2, 3, 1).flatten(0, 2), dim=1),
+                                       quantizer.codebook())
     by_scope = {scope: quantizer(latent, entropy=scope).losses.entropy.item() for scope in ("global", "data_rank")}
     assert by_scope["data_rank"] == pytest.approx(entropy_penalty(statistics).item(), abs=1e-6)
     assert by_scope["global"] == pytest.approx(entropy_penalty(statistics, TwoRanks()).item(), abs=1e-6)
     assert abs(by_scope["global"] - by_scope["data_rank"]) > 0.01
-    objective = TokenizerLossConfig(quantizer=QuantizerLossConfig(entropy=0.1, entropy_end_step=3, statistics="data_rank"),
+    objective = TokenizerLossConfig(quantizer=QuantizerLossConfig(entropy=0.1, entropy_end_step=3,
+                                                                  statistics="data_rank"),
                                     perceptual=None, adversarial=None, auxiliary=None, semantic=None)
     assert [objective.wants_entropy(step) for step in (1, 2, 3)] == ["data_rank", "data_rank", None]
 
@@ -132,7 +134,8 @@ class Counted(TorchDispatchMode):
 @pytest.mark.parametrize("gradient, most, operations", [("straight_through", 4461, 62), ("rotation", 6991, 107)])
 def test_all_but_the_search_moves_few_bytes(monkeypatch, gradient, most, operations):
     """Counted on tensors without storage for 8,192 latents: why docs/kernels.md has no kernel for it."""
-    monkeypatch.setattr(quantizer_module, "nearest_code", lambda z, codebook, strict: z.new_empty(len(z), dtype=torch.long))
+    monkeypatch.setattr(quantizer_module, "nearest_code", lambda z, codebook,
+                        strict: z.new_empty(len(z), dtype=torch.long))
     with torch.device("meta"):
         quantizer = VectorQuantizer(QuantizerConfig(codebook_size=16384, codebook_dim=8, gradient=gradient)).train()
         latents = torch.empty(32, 8, 1, 256, requires_grad=True)

@@ -43,7 +43,7 @@ def test_killing_one_rank_of_four_ends_the_job_and_names_it(tmp_path):
     ranks = {}
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
-        wait_for(lambda: job.poll() is not None or metrics.is_file() and metrics.read_text().count("\n") > 3, 200)
+        wait_for(lambda: job.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 3), 200)
         ranks = ranks_below(job.pid)
         assert sorted(ranks) == [0, 1, 2, 3], job.communicate(timeout=10)[0]
         killed = time.monotonic()

@@ -12,11 +12,12 @@ import pytest
 import torch
 from test_shards import plain_tar, samples, without_end, write
 
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import MAX_REPLACEMENTS, ImageBatches, evaluation_batches
 from gigatok_ds.data.reader import GlobalBatches, MicroBatches, epoch_order, micro_steps, rank_slice
-from gigatok_ds.data.transforms import center_crop, decode_image, to_tensor, training_transform
+from gigatok_ds.data.transforms import center_crop, decode_image, to_tensor
 from gigatok_ds.errors import InputError
+from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import numpy_stream
 
 
@@ -178,7 +179,8 @@ def test_image_batches_are_what_the_addresses_say(shards):
     assert read["labels"].dtype == torch.int64 and not read["replaced"].any()
     assert read["position"].tolist() == list(range(40))
     assert read["epoch"].tolist() == [i // 16 for i in range(40)]
-    for image, label, epoch, sample in zip(*(read[name] for name in ("images", "labels", "epoch", "sample"))):
+    for image, label, epoch, sample in zip(*(read[name] for name in ("images", "labels", "epoch", "sample")),
+                                           strict=True):
         rng = numpy_stream(3, "augment", int(epoch), int(sample))
         assert torch.equal(image, TRANSFORM(decode_image(index.read(int(sample)), "x"), rng))
         assert label == index.label(int(sample))
@@ -186,7 +188,7 @@ def test_image_batches_are_what_the_addresses_say(shards):
 
 def test_augmentation_changes_with_the_epoch(shards):
     read = joined(take(image_batches(ShardIndex.open(shards)), 4))
-    rows = list(zip(read["images"], read["sample"].tolist(), read["epoch"].tolist()))
+    rows = list(zip(read["images"], read["sample"].tolist(), read["epoch"].tolist(), strict=True))
     first, second = ({sample: image for image, sample, epoch in rows if epoch == wanted} for wanted in (0, 1))
     both = first.keys() & second.keys()
     assert len(both) >= 5 and not any(torch.equal(first[sample], second[sample]) for sample in both)
@@ -256,7 +258,7 @@ def test_data_that_is_bad_throughout_ends_the_run_in_one_line(tmp_path, workers)
 def test_a_shard_changed_during_training_is_not_papered_over(shards):
     index = ShardIndex.open(shards)
     (shards / "demo-000002.tar").write_bytes(b"short")
-    with pytest.raises(InputError, match="demo-000002.tar has changed"):
+    with pytest.raises(InputError, match=r"demo-000002.tar has changed"):
         take(image_batches(index, workers=1), 4)
 
 

@@ -1,4 +1,5 @@
-"""The README's set-up commands are CI's. test_documented_commands.py runs the others, test_doc_pages.py looks at names."""
+"""The README's set-up commands are CI's. test_documented_commands.py runs the others, test_doc_pages.py looks at names.
+"""
 
 from pathlib import Path
 

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,19 +24,19 @@ from training_runs import prepare
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import differing_keys, load_recipe
-from gigatok_ds.data import http_client, shard_cache, transports
-from gigatok_ds.data.checking import check_shards
 from gigatok_ds.data.codes import CodeDataset, CodeSample, write_code_shards
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
-from gigatok_ds.data.patterns import expanded
-from gigatok_ds.data.remote import check_data, open_shards, short_name
-from gigatok_ds.data.shard_cache import ShardCache
-from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.errors import InputError, MachineError
 from gigatok_ds.kernels.build import cache_directory
+from gigatok_ds.packing.checking import check_shards
+from gigatok_ds.sampling.augmented_views import views_of
 from gigatok_ds.sampling.extract import extract_codes
-from gigatok_ds.sampling.views import views_of
+from gigatok_ds.shards import http_client, shard_cache, transports
+from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.patterns import expanded
+from gigatok_ds.shards.remote import check_data, open_shards, short_name
+from gigatok_ds.shards.shard_cache import ShardCache
 from gigatok_ds.training.code_sources import open_source
 from gigatok_ds.training.environment import write_environment
 from gigatok_ds.training.run import check_run
@@ -82,7 +83,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_response(429)
             self.send_header("Retry-After", "1")
             self.end_headers()
-        elif failure or name.endswith(".tar") and self.server.ranges is not None:
+        elif failure or (name.endswith(".tar") and self.server.ranges is not None):
             self.send_part(name, failure)
         else:
             super().do_GET()
@@ -159,7 +160,8 @@ def assert_same(index, reference):
 
 
 def only_error(function, *words):
-    """The one line, with these words, of an error that the user has to mend, or of one that may pass: after attempts."""
+    """The one line, with these words, of an error that the user has to mend, or of one that may pass: after attempts.
+    """
     with pytest.raises((InputError, MachineError)) as caught:
         function()
     text = str(caught.value)
@@ -369,7 +371,8 @@ def test_expansions_are_bounded_before_they_are_made(pattern, cache):
 
 
 def test_the_record_of_a_command_holds_no_secrets(tmp_path):
-    write_environment(tmp_path, command=["gigatok-ds", "train", "data.train=https://geheim:geheim@host/x?sig=geheim&b=geheim"])
+    write_environment(tmp_path,
+                      command=["gigatok-ds", "train", "data.train=https://geheim:geheim@host/x?sig=geheim&b=geheim"])
     assert "geheim" not in (tmp_path / "environment.json").read_text()
 
 
@@ -379,7 +382,8 @@ def test_secrets_are_in_no_message_nor_log(shards, serve, cache, caplog, capsys)
     server.failures = {"demo-000000.tar": [503, 503, 403], "demo-000001.tar": [500] * 9}
     index = open_shards(f"{server.url}?X-Amz-Signature=geheim", cache=cache)
     text = only_error(lambda: index.read(0), "may not be read") + only_error(lambda: index.read(5), "after 6 attempts")
-    text += only_error(lambda: open_shards(f"http://geheim:geheim@{host}/none-{{0..1}}.zip", cache=cache), "must end in .tar")
+    text += only_error(lambda: open_shards(f"http://geheim:geheim@{host}/none-{{0..1}}.zip", cache=cache),
+                       "must end in .tar")
     text += only_error(lambda: open_shards("pipe:false -H 'Authorization: Bearer geheim'", cache=cache), "attempts")
     assert main(["check-shards", f"{server.url}/none?X-Amz-Signature=geheim", "--workers", "0"]) == 2
     printed = capsys.readouterr()
@@ -540,9 +544,9 @@ def test_a_bounded_cache_stays_within_its_bounds_and_reads_the_same(shards, serv
     for batch, reference in zip(read, read_in_workers(ShardIndex.open(shards)), strict=True):
         assert all(torch.equal(batch[name], reference[name]) for name in reference)
     assert len(server.fetched()) > 5 and 0 < len(copies(cache)) <= 2
-    # While a tar is being added by each of two workers, the one to go is still there. Of two sums the smaller counts: the
-    # files of one are not looked at in the same moment.
-    assert max(map(min, zip(most, most[1:]))) <= cache.limit + 2 * size
+    # While a tar is being added by each of two workers, the one to go is still there. Of two sums the smaller counts:
+    # the files of one are not looked at in the same moment.
+    assert max(map(min, itertools.pairwise(most))) <= cache.limit + 2 * size
 
 
 def test_the_least_recently_used_tar_goes_and_open_ones_stay_readable(shards, serve, tmp_path):

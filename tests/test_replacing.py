@@ -43,7 +43,8 @@ FOREIGN = {
     "a folder": {"precious/notes.txt": "precious"},
     "ours with a file": {"model.safetensors": None, "notes.txt": "precious"},
     "ours with a folder": {"model.safetensors": None, "src/main.py": "precious"},
-    "ours that claims a file": {"config.json": {"sha256": {"notes.txt": "0", "model.safetensors": "0"}}, "notes.txt": "precious"},
+    "ours that claims a file": {"config.json": {"sha256": {"notes.txt": "0", "model.safetensors": "0"}},
+                                "notes.txt": "precious"},
 }
 
 
@@ -143,7 +144,8 @@ def test_killed_at_random_moments_the_old_or_the_new_is_there(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("place", ["os.mkdir", "shutil.rmtree", "os.rename"])
-def test_a_signal_in_the_midst_of_making_replacing_or_removing_leaves_nothing_half_made(place, number, tmp_path, monkeypatch):
+def test_a_signal_in_the_midst_of_making_replacing_or_removing_leaves_nothing_half_made(place, number, tmp_path,
+                                                                                        monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
@@ -155,9 +157,9 @@ def test_a_signal_in_the_midst_of_making_replacing_or_removing_leaves_nothing_ha
         todo(*arguments, **options)
 
     monkeypatch.setattr(module, name, interrupted)
-    with pytest.raises((SystemExit, KeyboardInterrupt)):
-        with directory_beside(out, replaceable=lambda path: None) as scratch:
-            (scratch / "a").touch()
+    ended = pytest.raises((SystemExit, KeyboardInterrupt))
+    with ended, directory_beside(out, replaceable=lambda path: None) as scratch:
+        (scratch / "a").touch()
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["out"]
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
@@ -234,7 +236,8 @@ def test_permissions_are_those_of_the_umask(mask, tmp_path):
 
 
 def test_no_other_file_of_ours_sets_permissions():
-    """What is written to be kept is written by gigatok_ds.files; temporary directories are removed where they are made."""
+    """What is written to be kept is written by gigatok_ds.files; temporary directories are removed where they are made.
+    """
     package = Path(files.__file__).parent
     words = (".chmod(", "mkstemp(", "NamedTemporaryFile", "fchmod")
     found = [path.name for path in package.rglob("*.py") if any(word in path.read_text() for word in words)]

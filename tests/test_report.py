@@ -11,8 +11,8 @@ from golden_weights import image
 from PIL import Image
 
 from gigatok_ds.demo import figures as pictures
+from gigatok_ds.demo.demo_report import Figure, ReportContent, Section, flatten, format_number, write_report
 from gigatok_ds.demo.figures import loss_curves, reconstruction_grid, sample_grid
-from gigatok_ds.demo.report import Figure, ReportContent, Section, flatten, format_number, write_report
 from gigatok_ds.errors import InputError
 
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -129,7 +129,7 @@ def test_without_targets_images_and_sections(tmp_path):
 def test_a_bad_image_leaves_the_earlier_report(tmp_path):
     (tmp_path / "report.html").write_text("earlier")
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(InputError, match="text.png is not a PNG"):
+    with pytest.raises(InputError, match=r"text.png is not a PNG"):
         write_report(tmp_path / "report.html", content(tmp_path, images=[("x", tmp_path / "text.png")]))
     with pytest.raises(FileNotFoundError):
         write_report(tmp_path / "report.html", content(tmp_path, images=[("x", tmp_path / "missing.png")]))

@@ -15,8 +15,8 @@ from gigatok_ds.checkpoint.run_directory import complete_checkpoints
 from gigatok_ds.cli.launcher import main
 from gigatok_ds.cluster.launch import Launch, Options
 from gigatok_ds.cluster.restarts import newest_checkpoint, run_with_restarts
-from gigatok_ds.training.history import read_history
-from gigatok_ds.training.stop_requests import REQUEUE
+from gigatok_ds.monitoring.history import read_history
+from gigatok_ds.resilience.preemption import REQUEUE
 
 
 def tries(codes, most, reached=None):
@@ -69,15 +69,17 @@ def test_signals_reach_the_job_and_end_the_tries():
 
 
 @pytest.mark.parametrize("words", [
-    ["GPT-B", "--out", "DIR"], ["GPT-B", "--out=DIR"], ["--out=DIR", "GPT-B", "training.steps=3"], ["GPT-B", "--ou", "DIR"],
+    ["GPT-B", "--out", "DIR"], ["GPT-B", "--out=DIR"], ["--out=DIR", "GPT-B", "training.steps=3"],
+    ["GPT-B", "--ou", "DIR"],
     ["--out", "other", "GPT-B", "--zero=3", "--out", "DIR"], ["GPT-B", "--deepspeed", "--out=DIR", "--out", "DIR"],
 ])
 def test_progress_is_looked_for_where_the_arguments_say(tmp_path, monkeypatch, words):
-    """As `gigatok-ds train` reads them: three faults, each after a new checkpoint, with one restart in a row allowed."""
+    """As `gigatok-ds train` reads them: three faults, each after a new checkpoint, with one restart in a row allowed.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gigatok_ds.cluster.restarts.FIRST_WAIT", 0.01)
-    script = ("import pathlib, sys; folder = pathlib.Path('DIR/checkpoints'); folder.mkdir(parents=True, exist_ok=True); "
-              "latest = folder / 'latest'; before = latest.read_text() if latest.exists() else ''; "
+    script = ("import pathlib, sys; folder = pathlib.Path('DIR/checkpoints'); folder.mkdir(parents=True, "
+              "exist_ok=True); latest = folder / 'latest'; before = latest.read_text() if latest.exists() else ''; "
               "latest.write_text(before + 'x'); sys.exit(len(before) < 3)")
     planned = Launch(command=[sys.executable, "-c", script], env_file=None)
     monkeypatch.setattr("gigatok_ds.cli.launcher.plan", lambda *_, **__: planned)
@@ -92,7 +94,8 @@ def test_progress_is_looked_for_where_the_arguments_say(tmp_path, monkeypatch, w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", [["optimizer.lr=high"], ["optimizer.rl=1"], ["--zero", "9"], ["--deepspeed", "none.json"]])
+@pytest.mark.parametrize("wrong",
+                         [["optimizer.lr=high"], ["optimizer.rl=1"], ["--zero", "9"], ["--deepspeed", "none.json"]])
 def test_an_error_of_the_command_line_is_not_tried_again(tmp_path, wrong):
     names = prepare(tmp_path)["gpt"]
     job = launch(["--max-restarts", "3", tmp_path / "gpt.yaml", "--out", tmp_path / "run", *names, *wrong], 2)
@@ -111,7 +114,8 @@ def test_options_of_the_launcher_come_first(monkeypatch, capsys):
         Options(max_restarts=3, min_hosts=2), ["GPT-B", "--out", "x"])
     assert Options.taken_from(["--dry-run", "GPT-B"]) == (Options(dry_run=True), ["GPT-B"])
     assert Options.taken_from(["GPT-B", "--max-restarts"]) == (Options(), ["GPT-B", "--max-restarts"])
-    for words, said in ((["--max-restarts", "x"], "max_restarts is 'x'"), (["--max-restarts"], "max_restarts is 'nothing'"),
+    for words, said in ((["--max-restarts", "x"], "max_restarts is 'x'"),
+                        (["--max-restarts"], "max_restarts is 'nothing'"),
                         (["--min-hosts", "2", "GPT-B"], "--min-hosts is for restarts")):
         assert main(words) == 2 and said in capsys.readouterr().err
 
@@ -153,9 +157,10 @@ sys.exit(launcher.main(sys.argv[1:]))
 
     def run(*options):
         (tmp_path / "starts").unlink(missing_ok=True)
-        finished = subprocess.run([sys.executable, "-c", script, *options, "GPT-B", "--out", "x"], cwd=tmp_path, text=True,
-                                  env=environment, capture_output=True, check=False, timeout=200)
-        return finished.returncode, [line for line in finished.stdout.splitlines() if line.startswith("start")], finished.stderr
+        finished = subprocess.run([sys.executable, "-c", script, *options, "GPT-B", "--out", "x"], cwd=tmp_path,
+                                  text=True, env=environment, capture_output=True, check=False, timeout=200)
+        return finished.returncode, [line for line in finished.stdout.splitlines()
+                                     if line.startswith("start")], finished.stderr
 
     code, starts, said = run("--max-restarts", "3", "--min-hosts", "2")
     assert code == 0, said

@@ -15,7 +15,7 @@ from gigatok_ds.config.model import GPTConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.sampling.batch_size import default_batch_size, fitting_batch_size
-from gigatok_ds.sampling.many import Job, class_labels, draw_many, join_ranks, runs
+from gigatok_ds.sampling.many import SamplingJob, class_labels, draw_many, join_ranks, runs
 
 SETTINGS = {"cfg_scale": 2.0, "cfg_schedule": "constant", "top_k": 0}
 COUNT = 11
@@ -30,7 +30,8 @@ def models(tmp_path_factory):
 
 
 def draw(models, out, *, batch_size=4, count=COUNT, balanced=False, seed=0, settings=SETTINGS):
-    job = Job(gpt=models / "gpt", tokenizer=models / "tokenizer", settings=settings, seed=seed, batch_size=batch_size)
+    job = SamplingJob(gpt=models / "gpt", tokenizer=models / "tokenizer", settings=settings, seed=seed,
+                      batch_size=batch_size)
     return draw_many(job, join_ranks("cpu", 1), out, count=count, balanced=balanced)
 
 
@@ -132,7 +133,7 @@ def test_what_is_there_is_kept_and_the_rest_is_drawn(models, pngs, npz, tmp_path
 
 def test_settings_are_not_mixed(models, pngs, npz, tmp_path):
     for out in (pngs, npz):
-        with pytest.raises(InputError, match="holds images with cfg_scale 2.0, not 3.0"):
+        with pytest.raises(InputError, match=r"holds images with cfg_scale 2.0, not 3.0"):
             draw(models, out, settings=SETTINGS | {"cfg_scale": 3.0})
         with pytest.raises(InputError, match="with seed 0, not 1"):
             draw(models, out, seed=1)
@@ -140,7 +141,7 @@ def test_settings_are_not_mixed(models, pngs, npz, tmp_path):
         draw(models, npz, count=12)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"")
-    with pytest.raises(InputError, match="exists already and has no sampling.json"):
+    with pytest.raises(InputError, match=r"exists already and has no sampling.json"):
         draw(models, tmp_path / "photos")
     with pytest.raises(InputError, match="unknown cfg_schedule"):
         draw(models, tmp_path / "new", settings={"cfg_schedule": "wave"})
@@ -151,7 +152,7 @@ def test_classes_and_pieces_of_the_work():
     assert class_labels(7, 3, seed=0, balanced=True).tolist() == [0, 1, 2, 0, 1, 2, 0]
     drawn = class_labels(3000, 3, seed=0, balanced=False)
     assert (np.bincount(drawn) > 900).all() and (class_labels(10, 3, seed=0, balanced=False) == drawn[:10]).all()
-    assert list(runs([0, 1, 2, 5, 6, 7, 8, 11], 3)) == [range(0, 3), range(5, 8), range(8, 9), range(11, 12)]
+    assert list(runs([0, 1, 2, 5, 6, 7, 8, 11], 3)) == [range(3), range(5, 8), range(8, 9), range(11, 12)]
     assert list(runs([], 3)) == []
 
 

@@ -12,12 +12,12 @@ from small_models import small_gpt, small_gpt_config
 from gigatok_ds import InputError, generate
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.model import TransformerSize
-from gigatok_ds.kernels.product import has_few_row_product
-from gigatok_ds.sampling.choose import Choice, choose_codes, uniform_numbers
+from gigatok_ds.cpu.few_row_product import has_few_row_product
+from gigatok_ds.cpu.hugepages import large_empty
+from gigatok_ds.cpu.packed_gpt import HAS_ONEDNN, OneDNNLinear, PanelLinear, can_pack, packed
 from gigatok_ds.sampling.generate import EagerDecoder, Sampler
 from gigatok_ds.sampling.guidance import guidance_scales
-from gigatok_ds.sampling.large_pages import large_empty
-from gigatok_ds.sampling.packed import HAS_ONEDNN, OneDNNLinear, PanelLinear, can_pack, packed
+from gigatok_ds.sampling.logits import Choice, choose_codes, uniform_numbers
 
 # Wide enough that a plain matrix product gives other bits for other numbers of rows.
 WIDE = {"size": TransformerSize(width=192, layers=2, heads=4), "vocab_size": 512, "sequence_length": 12}

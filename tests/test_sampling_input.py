@@ -9,8 +9,8 @@ from small_models import small_gpt, small_tokenizer
 import gigatok_ds
 from gigatok_ds.cli.main import build_parser, main, parse
 from gigatok_ds.errors import InputError
-from gigatok_ds.sampling.choose import FAILED, Choice, as_tokens, choose_codes
 from gigatok_ds.sampling.generate import Sampler
+from gigatok_ds.sampling.logits import FAILED, Choice, as_tokens, choose_codes
 
 CLASSES = torch.tensor([1, 0, 2])
 
@@ -36,14 +36,16 @@ def at(gpt, position, value, monkeypatch, row=1):
     monkeypatch.setattr("gigatok_ds.sampling.generate.can_pack", lambda _: False)
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.1}, {"cfg_scale": 2.0}])
+@pytest.mark.parametrize("settings",
+                         [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.1}, {"cfg_scale": 2.0}])
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_told_with_their_position(gpt, settings, place, value, monkeypatch):
     length = gpt.config.sequence_length
     position = {"first": 0, "middle": length // 2, "last": length - 1}[place]
     at(gpt, position, value, monkeypatch)
-    with pytest.raises(InputError, match=rf"the logits of code {position} of image 8 are not finite \(of 1 of 3 images\).*NaN"):
+    with pytest.raises(InputError, match=rf"the logits of code {position} of image 8 are not finite \(of 1 of 3 "
+                                         r"images\).*NaN"):
         gigatok_ds.generate(gpt, CLASSES, images=[7, 8, 9], **settings)
 
 
@@ -69,11 +71,11 @@ def test_weights_that_are_not_finite_end_a_command_in_one_line(gpt, tmp_path, ca
     with pytest.raises(InputError, match="the logits of code 0 of image 0 are not finite"):
         gigatok_ds.generate(gigatok_ds.load_gpt(tmp_path / "gpt"), CLASSES)
     for words, said in ((["--cfg", "inf"], "cfg_scale is inf"), (["--cfg", "nan"], "cfg_scale is nan"),
-                        (["--temperature", "nan"], "temperature is nan"), (["--temperature", "inf"], "temperature is inf"),
-                        (["--top-p", "nan"], "top_p is nan"),
+                        (["--temperature", "nan"], "temperature is nan"),
+                        (["--temperature", "inf"], "temperature is inf"), (["--top-p", "nan"], "top_p is nan"),
                         (["--cfg-schedule", "step", "--cfg-start", "nan"], "gives scales that are not finite")):
-        code = main(["sample", "--gpt", str(tmp_path / "gpt"), "--tokenizer", str(tmp_path / "tokenizer"), "--classes", "1",
-                     "--out", str(tmp_path / "grid.png"), *words])
+        code = main(["sample", "--gpt", str(tmp_path / "gpt"), "--tokenizer", str(tmp_path / "tokenizer"), "--classes",
+                     "1", "--out", str(tmp_path / "grid.png"), *words])
         told = [line for line in capsys.readouterr().err.splitlines() if line and "0/1" not in line]  # without the bar
         assert code == 2 and len(told) == 1 and said in told[0], told
     assert not (tmp_path / "grid.png").exists()
@@ -81,13 +83,16 @@ def test_weights_that_are_not_finite_end_a_command_in_one_line(gpt, tmp_path, ca
 
 @pytest.mark.parametrize("words, said", [
     (["--classes", "1", "--cfg", "nan"], "cfg_scale is nan"), (["--count", "3", "--cfg", "0"], "cfg_scale is 0"),
-    (["--count", "3", "--temperature", "nan"], "temperature is nan"), (["--classes", "1", "--top-k", "-1"], "top_k is -1"),
+    (["--count", "3", "--temperature", "nan"], "temperature is nan"),
+    (["--classes", "1", "--top-k", "-1"], "top_k is -1"),
     (["--count", "3", "--top-p", "0"], "top_p is 0"), (["--count", "3", "--batch-size", "0"], "batch_size is 0"),
     (["--count", "3", "--cfg-interval", "-2"], "cfg_interval is -2"), (["--count", "0"], "count is 0"),
-    (["--classes", "1", "--per-class", "0"], "per_class is 0"), (["--classes", "1", "--cfg-schedule", "step"], "cfg_schedule 'step'"),
+    (["--classes", "1", "--per-class", "0"], "per_class is 0"),
+    (["--classes", "1", "--cfg-schedule", "step"], "cfg_schedule 'step'"),
 ])
 def test_numbers_are_refused_before_models_are_loaded(words, said, tmp_path, capsys):
-    code = main(["sample", "--gpt", str(tmp_path / "none"), "--tokenizer", str(tmp_path / "none"), "--out", str(tmp_path / "x.png"), *words])
+    code = main(["sample", "--gpt", str(tmp_path / "none"), "--tokenizer", str(tmp_path / "none"), "--out",
+                 str(tmp_path / "x.png"), *words])
     assert code == 2 and said in capsys.readouterr().err
 
 

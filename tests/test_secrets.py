@@ -10,13 +10,17 @@ from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import load_recipe, recipe_to_yaml, save_resolved
 from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError
-from gigatok_ds.training import watch
+from gigatok_ds.monitoring import observer
 from gigatok_ds.training.run import check_run
 
-LOCATIONS = ["https://geheim:geheim@host/train", "s3://bucket/train?X-Amz-Signature=geheim", "https://host/a.tar?t=geheim::https://host/b.tar",
-             "pipe:curl -H 'Authorization: Bearer geheim' https://host/x-{0..3}.tar", "https://host/x-{0..3}.tar?sig=geheim",
-             "pipe:curl -u me:geheim https://host/x-{0..3}.tar", "pipe:curl --user='me:geheim' https://host/x-{0..3}.tar",
-             "pipe:AWS_SECRET_ACCESS_KEY=geheim aws s3 cp s3://bucket/x-{0..3}.tar -", "pipe:get --password=geheim x-{0..3}.tar"]
+LOCATIONS = ["https://geheim:geheim@host/train", "s3://bucket/train?X-Amz-Signature=geheim",
+             "https://host/a.tar?t=geheim::https://host/b.tar",
+             "pipe:curl -H 'Authorization: Bearer geheim' https://host/x-{0..3}.tar",
+             "https://host/x-{0..3}.tar?sig=geheim",
+             "pipe:curl -u me:geheim https://host/x-{0..3}.tar", "pipe:curl --user='me:geheim' "
+                                                                 "https://host/x-{0..3}.tar",
+             "pipe:AWS_SECRET_ACCESS_KEY=geheim aws s3 cp s3://bucket/x-{0..3}.tar -",
+             "pipe:get --password=geheim x-{0..3}.tar"]
 
 
 @pytest.fixture
@@ -74,10 +78,14 @@ def test_local_paths_are_kept_as_they_are(tmp_path):
 
 
 def test_neither_inspect_nor_weights_and_biases_are_told(tmp_path, capsys, monkeypatch):
-    recipe = load_recipe("GPT-B", ["data.train=https://geheim@host/x", "data.validation=val", "monitor.wandb_project=mine"])
+    recipe = load_recipe("GPT-B",
+                         ["data.train=https://geheim@host/x", "data.validation=val", "monitor.wandb_project=mine"])
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "recipe.yaml").write_text(recipe_to_yaml(recipe))  # as runs before kept it
     assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
-    assert json.loads(said := capsys.readouterr().out)["recipe"]["data"]["train"] == "https://***@host/x" and "geheim" not in said
-    monkeypatch.setattr(watch, "wandb_run", lambda *_, recipe, **__: recipe)
-    assert "geheim" not in str(watch.wandb_of(recipe, tmp_path, type("First", (), {"is_first": True})))
+    assert (
+        json.loads(said := capsys.readouterr().out)["recipe"]["data"]["train"] == "https://***@host/x"
+        and "geheim" not in said
+    )
+    monkeypatch.setattr(observer, "wandb_run", lambda *_, recipe, **__: recipe)
+    assert "geheim" not in str(observer.wandb_of(recipe, tmp_path, type("First", (), {"is_first": True})))

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.losses import SemanticConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.losses.semantic import Teacher, alignment_loss, check_teacher, teacher_file
+from gigatok_ds.optional_imports import timm_library
 
 
 def seeded(seed=0):
@@ -129,7 +129,7 @@ def test_on_a_cpu_the_teacher_follows_the_precision_of_training():
 @pytest.mark.parametrize("weights", [None, "nowhere.pth"])
 def test_missing_weights_name_the_key_the_file_and_where_it_is_published(weights, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(InputError, match="loss.semantic.weights.*dinov2_vitb14_pretrain.pth.* from https://") as error:
+    with pytest.raises(InputError, match=r"loss.semantic.weights.*dinov2_vitb14_pretrain.pth.* from https://") as error:
         Teacher("dinov2-vit-b", weights)
     assert str(tmp_path / "hub" / "checkpoints" if weights is None else weights) in str(error.value)
 
@@ -150,7 +150,7 @@ def test_an_unknown_teacher_is_refused_with_near_names(name, said):
 
 def test_another_networks_file_is_refused(files):
     for teacher, state in (("dinov2-vit-b", "plain"), ("dinov2reg-vit-s", "plain"), ("siglip-so400m", "plain")):
-        with pytest.raises(InputError, match="loss.semantic.weights: .* holds another network"):
+        with pytest.raises(InputError, match=r"loss.semantic.weights: .* holds another network"):
             Teacher(teacher, files / f"{state}.pth")
 
 

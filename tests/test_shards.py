@@ -16,13 +16,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from gigatok_ds.cli import make_shards
-from gigatok_ds.data import index as index_module
+from gigatok_ds.cli.data import make_shards
 from gigatok_ds.data.folder import scan_image_folder
-from gigatok_ds.data.index import ShardIndex
-from gigatok_ds.data.shards import Sample, write_shards
-from gigatok_ds.data.tar_scan import is_safe_key, safe_key, scan_tar
 from gigatok_ds.errors import InputError
+from gigatok_ds.packing.shard_writer import Sample, write_shards
+from gigatok_ds.shards import index as index_module
+from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.tar_scan import is_safe_key, safe_key, scan_tar
 
 CLASSES = ["bird", "cat", "dog"]
 
@@ -289,7 +289,7 @@ def test_a_bad_tar_is_refused(tmp_path, members, message):
 def test_a_key_in_two_shards_is_refused(tmp_path):
     for name in "xy":
         directory = plain_tar(tmp_path / f"in/{name}.tar", [("a.jpg", IMAGE), ("a.cls", b"0")])
-    with pytest.raises(InputError, match="'a' occurs in both x.tar and y.tar"):
+    with pytest.raises(InputError, match=r"'a' occurs in both x.tar and y.tar"):
         ShardIndex.open(directory)
 
 
@@ -302,7 +302,7 @@ def test_a_tar_cut_off_anywhere_is_refused(tmp_path):
     lengths = {*range(0, len(end), 173), *range(0, len(end) // 512 * 512 + 512, 512)}
     for length in lengths:
         path.write_bytes(data[:length])
-        with pytest.raises(InputError, match="x.tar"):
+        with pytest.raises(InputError, match=r"x.tar"):
             scan_tar(path)
 
 
@@ -312,7 +312,7 @@ def test_a_damaged_header_is_refused(tmp_path):
     data = path.read_bytes()
     for entry in scan_tar(path):
         path.write_bytes(data[: entry.offset - 400] + b"?" + data[entry.offset - 399 :])
-        with pytest.raises(InputError, match="x.tar"):
+        with pytest.raises(InputError, match=r"x.tar"):
             scan_tar(path)
 
 
@@ -335,14 +335,14 @@ def test_a_changed_missing_or_added_shard_is_named(shards):
     tar = shards / "demo-000002.tar"
     data = tar.read_bytes()
     tar.write_bytes(data + bytes(512))
-    with pytest.raises(InputError, match="demo-000002.tar has changed since it was indexed"):
+    with pytest.raises(InputError, match=r"demo-000002.tar has changed since it was indexed"):
         ShardIndex.open(shards)
     tar.unlink()
-    with pytest.raises(InputError, match="demo-000002.tar is missing"):
+    with pytest.raises(InputError, match=r"demo-000002.tar is missing"):
         ShardIndex.open(shards)
     tar.write_bytes(data)
     (shards / "new.tar").write_bytes(data)
-    with pytest.raises(InputError, match="new.tar is not in the index"):
+    with pytest.raises(InputError, match=r"new.tar is not in the index"):
         ShardIndex.open(shards)
 
 
@@ -354,10 +354,10 @@ def test_a_shard_changed_while_it_is_used_is_named(shards):
     data = bytearray(flipped.read_bytes())
     data[row["offset"][1] + 30] ^= 1
     flipped.write_bytes(data)
-    with pytest.raises(InputError, match="'s0001' in .*demo-000000.tar is damaged or has changed"):
+    with pytest.raises(InputError, match=r"'s0001' in .*demo-000000.tar is damaged or has changed"):
         index.read(1)
     (shards / "demo-000001.tar").write_bytes(b"short")
-    with pytest.raises(InputError, match="demo-000001.tar has changed since it was indexed"):
+    with pytest.raises(InputError, match=r"demo-000001.tar has changed since it was indexed"):
         index.read(5)
 
 
@@ -396,7 +396,7 @@ def replace_table(shards, **columns):
 ])
 def test_a_damaged_index_is_refused(shards, change):
     edit_json(shards, change)
-    with pytest.raises(InputError, match="index of .* is damaged.*delete index.json") as caught:
+    with pytest.raises(InputError, match=r"index of .* is damaged.*delete index.json") as caught:
         ShardIndex.open(shards)
     assert "\n" not in str(caught.value)
 
@@ -408,7 +408,7 @@ def test_a_damaged_index_is_refused(shards, change):
 ])
 def test_a_table_that_leads_astray_is_refused(shards, name, value):
     replace_table(shards, **{name: value})
-    with pytest.raises(InputError, match="index of .* is damaged"):
+    with pytest.raises(InputError, match=r"index of .* is damaged"):
         ShardIndex.open(shards)
 
 
@@ -418,7 +418,7 @@ def test_a_pickle_in_the_table_is_not_executed(shards, tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     replace_table(shards, key=np.array([Malicious()] * 23, dtype=object))
-    with pytest.raises(InputError, match="index of .* is damaged"):
+    with pytest.raises(InputError, match=r"index of .* is damaged"):
         ShardIndex.open(shards)
     assert not (tmp_path / "executed").exists()
 
@@ -428,7 +428,7 @@ def test_a_table_of_another_directory_is_refused(shards, tmp_path):
     with pytest.raises(InputError, match="does not belong"):
         ShardIndex.open(shards)
     (shards / "index.npz").unlink()
-    with pytest.raises(InputError, match="index of .* is damaged"):
+    with pytest.raises(InputError, match=r"index of .* is damaged"):
         ShardIndex.open(shards)
 
 
@@ -504,7 +504,7 @@ def test_make_shards(tmp_path, capsys):
 def test_make_shards_names_the_bad_file(tmp_path):
     images = {"cat/good.png": encoded(0, "PNG"), "cat/bad.jpg": without_end(encoded(1))}
     root = make_images(tmp_path / "data", images)
-    with pytest.raises(InputError, match="data/cat/bad.jpg: cannot decode"):
+    with pytest.raises(InputError, match=r"data/cat/bad.jpg: cannot decode"):
         run_command(root, "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -535,7 +535,8 @@ def test_what_samples_lack_is_tolerated_up_to_a_fraction(tmp_path, caplog):
         assert index.labels[[0, 8]].tolist() == [-1, -1] and index.label(9) == 2
         assert index.read(9) == b"" and index.read(1) == list(samples(2))[1].image_bytes
     problems = json.loads((directory / "index.json").read_bytes())["problems"]
-    assert [key for problem, key in zip(problems, ("'s0000'", "'s0002'", "'s0009'"), strict=True) if key in problem] == [
+    assert [key for problem, key in zip(problems, ("'s0000'", "'s0002'", "'s0009'"), strict=True) if key
+            in problem] == [
         "'s0000'", "'s0002'", "'s0009'"]
     with pytest.raises(InputError, match="'s0000' is b'cat'"):  # strict readers still refuse it
         ShardIndex.open(directory)
@@ -547,7 +548,7 @@ def test_a_tar_that_has_lost_samples_is_never_tolerated(tmp_path, tolerated):
     data = (directory / "b.tar").read_bytes()
     (directory / "b.tar").write_bytes(data[: data.index(b"t0006") + 600])
     (directory / "a.tar").unlink()
-    with pytest.raises(InputError, match="b.tar"):
+    with pytest.raises(InputError, match=r"b.tar"):
         ShardIndex.open(directory, max_bad_fraction=tolerated)
 
 

@@ -11,7 +11,8 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "soak.py"
 
 @pytest.mark.slow
 def test_two_minutes_of_faults_change_nothing(tmp_path):
-    finished = subprocess.run([sys.executable, SCRIPT, "--minutes", "2", "--mean", "20", "--steps", "40", "--keep", tmp_path],
+    finished = subprocess.run([sys.executable, SCRIPT, "--minutes", "2", "--mean", "20", "--steps", "40", "--keep",
+                               tmp_path],
                               capture_output=True, text=True, check=False, timeout=1200)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "the same bits, the same lines, none" in finished.stdout

@@ -9,8 +9,8 @@ from scipy.io import savemat
 from test_shards import encoded, make_images, plain_tar
 
 from gigatok_ds import InputError
-from gigatok_ds.data.packing import Packing, pack
-from gigatok_ds.data.sources import open_source
+from gigatok_ds.packing.image_sources import open_source
+from gigatok_ds.packing.pack_shards import Packing, pack
 
 IMAGES = {"n00000002": {"n00000002_7.JPEG": encoded(1), "n00000002_30.JPEG": encoded(2)},
           "n00000001": {"n00000001_5.JPEG": encoded(3)}}

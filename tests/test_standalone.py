@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     save_standalone(tmp_path / "tok", tokenizer.config, tokenizer.state_dict())
     monkeypatch.setattr(standalone, "_write_weights", full_disk)
     for name in ("tok", "new"):
-        with pytest.raises(InputError, match="could not be written .No space left on device.; make room"):
+        with pytest.raises(InputError, match=r"could not be written .No space left on device.; make room"):
             save_standalone(tmp_path / name, tokenizer.config, tokenizer.state_dict(), overwrite=True)
     assert os.listdir(tmp_path) == ["tok"]
     load_tokenizer(tmp_path / "tok")
@@ -77,7 +77,7 @@ def test_damaged_or_foreign_directories_are_refused(tmp_path):
     save_standalone(tmp_path / "gpt", gpt.config, gpt.state_dict())
     with pytest.raises(InputError, match="holds a gpt, not a tokenizer"):
         load_tokenizer(tmp_path / "gpt")
-    with pytest.raises(InputError, match="no config.json"):
+    with pytest.raises(InputError, match=r"no config.json"):
         load_tokenizer(tmp_path)
     weights = tmp_path / "tok" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -131,11 +131,12 @@ def test_what_the_file_lacks_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no ema weights; it holds args, model, steps"):
         read_original(file, "ema", kind="gpt")
     weights = read_original(file, kind="gpt")
-    with pytest.raises(InputError, match=r"t.pt has another shape for output.weight: \[64, 32\], not \[65, 32\].*it is not of this model"):
+    with pytest.raises(InputError, match=r"t.pt has another shape for output.weight: \[64, 32\], not \[65, 32\].*it is "
+                                         r"not of this model"):
         from_original(small_gpt_config(vocab_size=65), weights, "t.pt")
-    with pytest.raises(InputError, match="also holds layers.1"):
+    with pytest.raises(InputError, match=r"also holds layers.1"):
         from_original(small_gpt_config(size={"width": 32, "layers": 1, "heads": 2}), weights, "t.pt")
-    with pytest.raises(InputError, match="lacks .* it is not of this model"):
+    with pytest.raises(InputError, match=r"lacks .* it is not of this model"):
         from_original(small_tokenizer_config(), weights, "t.pt")
 
 

@@ -14,9 +14,9 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
-from gigatok_ds.training import start_point
-from gigatok_ds.training.monitor import read_metrics
-from gigatok_ds.training.start_point import write_start_point
+from gigatok_ds.monitoring.metrics import read_metrics
+from gigatok_ds.training import warm_start
+from gigatok_ds.training.warm_start import write_start_point
 
 MORE = ["training.steps=2", "checkpoint.every=2", "training.validate_every=2", "training.ema_decay=0.5"]
 
@@ -36,14 +36,15 @@ def start(runs, kind, out, layout, *more, seed=5):
 
 @pytest.mark.parametrize("kind", ["gpt", pytest.param("tokenizer", marks=pytest.mark.slow)])
 def test_every_layout_trains_from_it_alike(runs, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(start_point, "FILE_BYTES", 10_000)
+    monkeypatch.setattr(warm_start, "FILE_BYTES", 10_000)
     losses = {}
     for layout in (Layout(stage=1), Layout(tensor=2, data=2, stage=3)):
         out = tmp_path / str(layout)
-        recipe, weights = start(runs, kind, out, layout)
+        _recipe, weights = start(runs, kind, out, layout)
         part = "gpt" if kind == "gpt" else "generator"
         started = read_weights(out / "checkpoints" / "step-0000000" / part)
-        assert all(torch.equal(started[name], value) for name, value in weights.items()) and started.keys() == weights.keys()
+        assert all(torch.equal(started[name], value)
+                   for name, value in weights.items()) and started.keys() == weights.keys()
         assert SavedEngine(out / "checkpoints" / "step-0000000" / part).layout.data_size > 3
         run_ranks(train_on_a_rank, layout.tensor * layout.data, load_recipe(out / "recipe.yaml"), out,
                   zero_settings(layout.stage))
@@ -75,7 +76,7 @@ def test_what_does_not_fit_is_refused(runs, tmp_path):
     with pytest.raises(InputError, match="--fresh nonsense names no parameter"):
         write_start_point(recipe, weights, tmp_path / "run", fresh=["nonsense"])
     del weights["norm.weight"]
-    with pytest.raises(InputError, match="lack norm.weight"):
+    with pytest.raises(InputError, match=r"lack norm.weight"):
         write_start_point(recipe, weights, tmp_path / "run")
     (tmp_path / "run").mkdir()
     with pytest.raises(InputError, match="exists already"):

@@ -10,8 +10,8 @@ from gigatok_ds import generate
 from gigatok_ds.config.model import GPTConfig, TransformerSize
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.sampling import cache
-from gigatok_ds.sampling.choose import Choice
 from gigatok_ds.sampling.generate import Sampler
+from gigatok_ds.sampling.logits import Choice
 from gigatok_ds.sampling.static import StaticDecoder
 
 WIDE = {"size": TransformerSize(width=192, layers=2, heads=4), "vocab_size": 512, "sequence_length": 12}
@@ -55,7 +55,8 @@ class Tape(TorchDispatchMode):
 
 
 def tensors(result):
-    return [part for part in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(part, torch.Tensor)]
+    return [part for part in (result if isinstance(result, (tuple, list)) else [result])
+            if isinstance(part, torch.Tensor)]
 
 
 class Taped(StaticDecoder):

@@ -1,4 +1,6 @@
-"""A step that is not finite, or a spike, changes nothing: neither generator nor discriminator, in memory or on the disk."""
+"""A step that is not finite, or a spike, changes nothing: neither generator nor discriminator, in memory or on the
+disk.
+"""
 
 import json
 from types import SimpleNamespace
@@ -13,13 +15,13 @@ from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkp
 from gigatok_ds.config.deepspeed import resolve_deepspeed, scaler_search, zero_settings
 from gigatok_ds.config.faults import FaultConfig
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.engine.zero_gradients import LiveGradients
 from gigatok_ds.errors import InputError
+from gigatok_ds.monitoring.history import read_history
+from gigatok_ds.monitoring.metrics import read_metrics
 from gigatok_ds.parallel.topology import single_process
-from gigatok_ds.training.history import read_history
-from gigatok_ds.training.live_gradients import LiveGradients
-from gigatok_ds.training.monitor import read_metrics
-from gigatok_ds.training.status import status
-from gigatok_ds.training.step_guard import ENOUGH, StepGuard
+from gigatok_ds.resilience.step_guard import ENOUGH, StepGuard
+from gigatok_ds.training.run_status import status
 
 EVERY = ["checkpoint.every=1", "checkpoint.keep=100", "training.ema_decay=0.9"]
 
@@ -56,7 +58,8 @@ def events(out, kind):
     pytest.param(2, "inf:rank=1,step=6", 2, "the gradient of the generator is not finite", marks=pytest.mark.slow),
     pytest.param(3, "nan:rank=1,step=6,part=discriminator", 4, "the gradient of the discriminator is not finite",
                  marks=pytest.mark.slow),
-    pytest.param(3, "nan:rank=0,step=6", 2, "loss, the gradient of the generator are not finite", marks=pytest.mark.slow),
+    pytest.param(3, "nan:rank=0,step=6", 2, "loss, the gradient of the generator are not finite",
+                 marks=pytest.mark.slow),
 ])
 def test_a_step_of_one_rank_that_is_not_finite_is_left_out_of_everything(data, tmp_path, stage, fault, micro, said):
     """The discriminator trains from step 4 on. That the run which went on equals one that was started again from the
@@ -84,17 +87,21 @@ def test_a_step_of_one_rank_that_is_not_finite_is_left_out_of_everything(data, t
 
 
 @pytest.mark.parametrize("fault, kind", [("nan:rank=1,step=4,steps=2", "gpt"),
-                                         pytest.param("nan:step=5,part=discriminator", "tokenizer", marks=pytest.mark.slow)])
+                                         pytest.param("nan:step=5,part=discriminator", "tokenizer",
+                                                      marks=pytest.mark.slow)])
 def test_hearing_of_a_step_late_changes_nothing(data, tmp_path, fault, kind):
-    """A run that hears of each step at once, as it logs, and one whose host is a step behind the device all the time."""
+    """A run that hears of each step at once, as it logs, and one whose host is a step behind the device all the time.
+    """
     folder, names = data
     for name, more in (("at once", []), ("late", ["training.log_every=8", "training.validate_every=8"])):
-        recipe = load_recipe(folder / f"{kind}.yaml", [*names[kind], "checkpoint.every=8", "training.ema_decay=0.9", *more])
+        recipe = load_recipe(folder / f"{kind}.yaml",
+                             [*names[kind], "checkpoint.every=8", "training.ema_decay=0.9", *more])
         run_ranks(train_with_faults, 2, recipe, tmp_path / name, 1, [fault])
     assert differing(saved(tmp_path / "at once", 8), saved(tmp_path / "late", 8)) == []
     states = [read_state(checkpoint_path(tmp_path / name, 8)).guard for name in ("at once", "late")]
     assert states[0] == states[1] and states[0]["skipped"] == len(events(tmp_path / "late", "skipped")) > 0
-    told = [[(line["step"], line["reason"]) for line in events(tmp_path / name, "skipped")] for name in ("at once", "late")]
+    told = [[(line["step"], line["reason"]) for line in events(tmp_path / name, "skipped")] for name
+            in ("at once", "late")]
     assert told[0] == told[1]
 
 
@@ -129,7 +136,8 @@ SPIKE = ["training.steps=30", "checkpoint.every=5", "checkpoint.keep=100", "trai
 def test_a_spike_is_left_out_or_undone(data, tmp_path, policy, ranks, stage):
     folder, names = data
     out = tmp_path / "run"
-    recipe = load_recipe(folder / "gpt.yaml", [*names["gpt"], *SPIKE, "checkpoint.every=1", f"faults.on_spike={policy}"])
+    recipe = load_recipe(folder / "gpt.yaml",
+                         [*names["gpt"], *SPIKE, "checkpoint.every=1", f"faults.on_spike={policy}"])
     run_ranks(train_with_faults, ranks, recipe, out, stage, ["spike:step=25"])
     kind = {"skip": "skipped", "rewind": "rewound"}[policy]
     told, = events(out, kind)
@@ -154,8 +162,8 @@ def test_a_spike_can_end_a_run(data, tmp_path):
     code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names["gpt"], *SPIKE, "faults.on_spike=stop",
                           "--inject", "spike:step=25"])
     assert code == 2 and "step 25: a loss of" in output and "step-0000020" in output, output
-    code, output = start([folder / "gpt.yaml", "--out", tmp_path / "none", *names["gpt"], *SPIKE, "faults.on_spike=rewind",
-                          "checkpoint.every=30", "--inject", "spike:step=25"])
+    code, output = start([folder / "gpt.yaml", "--out", tmp_path / "none", *names["gpt"], *SPIKE,
+                          "faults.on_spike=rewind", "checkpoint.every=30", "--inject", "spike:step=25"])
     assert code == 2 and "nothing is saved" in output, output
 
 
@@ -181,7 +189,7 @@ class Fake:
 
 
 def decide(guard, loss=1.0, **values):
-    return guard.finish({name: 1e-3 for name in guard.engines},
+    return guard.finish(dict.fromkeys(guard.engines, 0.001),
                         {"loss": torch.tensor(loss), **{name: torch.tensor(value) for name, value in values.items()}})
 
 
@@ -199,7 +207,8 @@ def test_in_fp16_the_scaler_of_the_network_that_overflowed_hears_of_it():
 def test_in_fp16_the_search_for_a_scale_has_an_end():
     """From 65536 to 1, and then `faults.in_a_row` as in any precision; a run that is started again goes on counting."""
     def new():
-        return StepGuard(FaultConfig(in_a_row=10), {"gpt": Fake(finite=False)}, single_process(), fp16=True, scaler_search=17)
+        return StepGuard(FaultConfig(in_a_row=10), {"gpt": Fake(finite=False)}, single_process(), fp16=True,
+                         scaler_search=17)
 
     guard = new()
     for number in range(1, 27):
@@ -218,7 +227,8 @@ def test_in_fp16_the_search_for_a_scale_has_an_end():
 def test_a_fixed_scale_that_overflows_ends_the_run():
     given = zero_settings(1) | {"fp16": {"enabled": True, "loss_scale": 1e12}}
     search = scaler_search(resolve_deepspeed(given, load_recipe("GPT-B"), data_parallel_size=1)[0])
-    guard = StepGuard(FaultConfig(in_a_row=3), {"gpt": Fake(finite=False)}, single_process(), fp16=True, scaler_search=search)
+    guard = StepGuard(FaultConfig(in_a_row=3), {"gpt": Fake(finite=False)}, single_process(), fp16=True,
+                      scaler_search=search)
     assert [(verdict.kind, verdict.expected) for verdict in (decide(guard) for _ in range(3))] == [
         ("skip", False), ("skip", False), ("stop", False)]
 
@@ -228,7 +238,8 @@ def test_deepspeed_itself_does_not_end_a_search_with_a_traceback(monkeypatch):
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
-    scaler = DynamicLossScaler(init_scale=2.0, scale_window=1000, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
+    scaler = DynamicLossScaler(init_scale=2.0, scale_window=1000, min_scale=1, delayed_shift=1,
+                               consecutive_hysteresis=False)
     LiveGradients(SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler)), stage=1, topology=single_process())
     for _ in range(5):
         scaler.update_scale(True)
@@ -247,7 +258,8 @@ def test_decisions_follow_from_the_saved_state():
     for one in (guard, other):
         one.losses.pop()
         assert decide(one, loss=1.05).kind == "accept"
-        assert decide(one, loss=1.05 + 3.2 * 0.05).kind == "skip" and decide(one, loss=1.05 + 2.8 * 0.05).kind == "accept"
+        assert decide(one, loss=1.05 + 3.2 * 0.05).kind == "skip" and decide(one,
+                                                                             loss=1.05 + 2.8 * 0.05).kind == "accept"
     assert guard.state() == other.state() and guard.state()["skipped"] == 1
 
 

@@ -19,9 +19,9 @@ from training_runs import forget_shared_memory, launch, prepare, start, train_wi
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.training.history import read_history
-from gigatok_ds.training.status import status
-from gigatok_ds.training.stop_requests import REQUEUE
+from gigatok_ds.monitoring.history import read_history
+from gigatok_ds.resilience.preemption import REQUEUE
+from gigatok_ds.training.run_status import status
 
 LONG = ["training.steps=100000", "training.validate_every=100000", "checkpoint.every=100000", "schedule.kind=const"]
 
@@ -76,7 +76,8 @@ def test_one_process_saves_once_and_goes_on_bitwise(data, tmp_path, signals):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_before_the_first_step_there_is_nothing_to_save(data, tmp_path, number):
-    """A run that is asked while it begins ends at once, as asked; so it is not taken for a fault, and not tried again."""
+    """A run that is asked while it begins ends at once, as asked; so it is not taken for a fault, and not tried again.
+    """
     folder, names = data
     command = [folder / "gpt.yaml", "--out", tmp_path / "run", *names]
     job = launch(command, 1)
@@ -117,7 +118,7 @@ def test_a_stalled_rank_ends_all_with_everyones_stacks(data, tmp_path, rank):
         run_ranks(train_with_faults, 2, recipe, tmp_path / "run", 1, [f"hang:rank={rank},step=3"])
     assert time.monotonic() - began < 90
     stacks = [(tmp_path / "run" / "stacks" / f"rank-0000{number}.txt").read_text() for number in range(2)]
-    assert "at step 3 for more than 8 s" in stacks[rank] and "injection.py" in stacks[rank]
+    assert "at step 3 for more than 8 s" in stacks[rank] and "fault_injection.py" in stacks[rank]
     assert ", number " in stacks[1 - rank] and "not finished" in stacks[1 - rank], "the collective that it waits in"
     assert "train_micro_batch" in stacks[1 - rank], "it waits for the other in a collective of its step"
     failed = [line for line in read_history(tmp_path / "run") if line["event"] == "failed"]
@@ -128,8 +129,8 @@ def test_a_stalled_rank_ends_all_with_everyones_stacks(data, tmp_path, rank):
 @pytest.mark.slow  # a data worker that is killed is tested always
 def test_a_data_worker_that_stops_ends_the_run_too(data, tmp_path):
     folder, names = data
-    code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names, "monitor.stall_seconds=6", "data.workers=1",
-                          "--inject", "hang-worker:step=3", *LONG])
+    code, output = start([folder / "gpt.yaml", "--out", tmp_path / "run", *names, "monitor.stall_seconds=6",
+                          "data.workers=1", "--inject", "hang-worker:step=3", *LONG])
     assert code == 1 and "monitor.stall_seconds" in output, output
     assert "throughput.py" in (tmp_path / "run" / "stacks" / "rank-00000.txt").read_text(), "it waits for data"
 
@@ -201,5 +202,5 @@ def test_wrong_settings_are_refused(data):
     folder, names = data
     from gigatok_ds.errors import InputError
 
-    with pytest.raises(InputError, match="monitor.stall_seconds is 0"):
+    with pytest.raises(InputError, match=r"monitor.stall_seconds is 0"):
         load_recipe(folder / "gpt.yaml", [*names, "monitor.stall_seconds=0"])

@@ -17,21 +17,23 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.kernels.build import cache_directory
 from gigatok_ds.studies import stages
 from gigatok_ds.studies.guidance_search import climb, next_scale, windows
-from gigatok_ds.studies.published import ROWS, TOLERANCES
-from gigatok_ds.studies.reproduce import Comparison, compare
+from gigatok_ds.studies.published_results import ROWS, TOLERANCES
+from gigatok_ds.studies.reproduction import Comparison, compare
 from gigatok_ds.studies.sampling_stages import Trial
 
 # The tables of GigaTok's README: rFID and LPIPS of tokenizers; gFID and probe accuracy of AR models.
 TOKENIZERS = {"VQ_SS256": (1.01, 0.2226), "VQ_SB256": (0.89, 0.2121), "VQ_BL256": (0.81, 0.2059),
               "VQ_BL256_dino_disc": (0.51, 0.2056), "VQ_XLXXL256": (0.79, 0.1947)}
-GENERATORS = {("GPT-B", "VQ_SS256"): (4.05, 62.6), ("GPT-B", "VQ_SB256"): (3.83, 62.9), ("GPT-B", "VQ_BL256"): (3.26, 67.6),
+GENERATORS = {("GPT-B", "VQ_SS256"): (4.05, 62.6), ("GPT-B", "VQ_SB256"): (3.83, 62.9),
+              ("GPT-B", "VQ_BL256"): (3.26, 67.6),
               ("GPT-B", "VQ_BL256_dino_disc"): (3.33, 67.7), ("GPT-B", "VQ_XLXXL256"): (3.15, 72.0),
               ("GPT-XL", "VQ_BL256"): (2.13, 70.6), ("GPT-XXL", "VQ_BL256"): (2.03, 69.4),
               ("GPT-XXL", "VQ_XLXXL256"): (1.98, 74.0)}
 
 
 def test_every_published_row_has_its_preset():
-    found = {row.tokenizer: (row.published["rfid_val50k"], row.published["lpips"]) for row in ROWS.values() if not row.gpt}
+    found = {row.tokenizer: (row.published["rfid_val50k"], row.published["lpips"]) for row in ROWS.values()
+             if not row.gpt}
     assert found == TOKENIZERS
     found = {(row.gpt, row.tokenizer): (row.published["gfid_adm50k"], row.published["probe_top1_percent"])
              for row in ROWS.values() if row.gpt}
@@ -103,8 +105,8 @@ def setting(world, tmp_path_factory):  # noqa: F811
     save_standalone(folder / "gpt", gpt.config, gpt.state_dict())
     rng = np.random.default_rng(0)
     np.savez(folder / "reference.npz", rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8))
-    judged = ["--reference", folder / "reference.npz", "--inception", "random", "--allow", "count", "--allow", "reference",
-              "--count", "6"]
+    judged = ["--reference", folder / "reference.npz", "--inception", "random", "--allow", "count", "--allow",
+              "reference", "--count", "6"]
     return world, folder / "gpt", judged
 
 
@@ -123,7 +125,9 @@ def test_stages_are_started_as_a_user_would(setting, tmp_path, capfd):
         stages.Stage(name="codes", arguments=[*words, codes], done=codes / "metadata.json"),
         stages.Stage(name="inspection", arguments=["inspect", world / "tok"], done=None, alone=True)])
     said = capfd.readouterr().err
-    assert said.index("== codes") < said.index("rank 0 of 2") < said.index("== inspection") and "13 of 13 images" in said
+    assert (
+        said.index("== codes") < said.index("rank 0 of 2") < said.index("== inspection") and "13 of 13 images" in said
+    )
 
 
 @pytest.mark.usefixtures("forked_stages")
@@ -132,15 +136,16 @@ def test_a_stage_that_fails_or_leaves_nothing_is_named(setting, tmp_path):
     words = ["extract-codes", world / "tok", world / "val", "--out", tmp_path / "codes"]
     with pytest.raises(InputError, match=r"codes failed \(exit code 2\)"):
         stages.Launcher().run([stages.Stage(name="codes", arguments=[*words, "--crops", "twelve"], done=None)])
-    with pytest.raises(InputError, match="inspection ended, but .*none is not there"):
-        stages.Launcher().run([stages.Stage(name="inspection", arguments=["inspect", world / "tok"], done=tmp_path / "none")])
+    with pytest.raises(InputError, match=r"inspection ended, but .*none is not there"):
+        stages.Launcher().run([stages.Stage(name="inspection", arguments=["inspect", world / "tok"],
+                                            done=tmp_path / "none")])
 
 
 @pytest.mark.usefixtures("forked_stages")
 def test_a_search_finishes_resumes_and_leaves_a_table(setting, tmp_path, capfd):
     world, gpt, judged = setting  # noqa: F811
-    command = ["search-guidance", "--gpt", gpt, "--tokenizer", world / "tok", *judged, "--schedule", "constant", "--start",
-               "1", "--out", tmp_path / "out"]
+    command = ["search-guidance", "--gpt", gpt, "--tokenizer", world / "tok", *judged, "--schedule", "constant",
+               "--start", "1", "--out", tmp_path / "out"]
     assert on_ranks(command) == 0
     first = capfd.readouterr()
     lines = (tmp_path / "out" / "search.csv").read_text().splitlines()
@@ -180,8 +185,8 @@ def test_a_tokenizers_row(setting, tmp_path, capfd):
 def test_a_generators_row(setting, tmp_path, capfd):
     world, gpt, judged = setting  # noqa: F811
     command = ["reproduce", "GPT-B/XL-XXL", "--tokenizer", world / "tok", "--gpt", gpt, *judged, "--allow", "model",
-               "--train", world / "train", "--val", world / "val", "--probe=--epochs", "--probe=2", "--probe=--warmup-epochs",
-               "--probe=1", "--probe=--batch-size", "--probe=8", "--out", tmp_path / "out"]
+               "--train", world / "train", "--val", world / "val", "--probe=--epochs", "--probe=2",
+               "--probe=--warmup-epochs", "--probe=1", "--probe=--batch-size", "--probe=8", "--out", tmp_path / "out"]
     assert main([str(word) for word in command]) == 1
     said = capfd.readouterr().out
     assert "probe_top1_percent" in said and "differs" in said
@@ -232,8 +237,8 @@ def test_ar_probing_in_one_command(setting, tmp_path, capfd):
 @pytest.mark.usefixtures("forked_stages")
 def test_a_failing_stage_is_named(setting, tmp_path, capfd):
     world, _, judged = setting  # noqa: F811
-    command = ["ar-probe", world / "tok", "--train", world / "train", "--val", world / "val", *judged, "--crops", "twelve",
-               "--out", tmp_path / "out"]
+    command = ["ar-probe", world / "tok", "--train", world / "train", "--val", world / "val", *judged, "--crops",
+               "twelve", "--out", tmp_path / "out"]
     assert main([str(word) for word in command]) == 2
     err = capfd.readouterr().err.splitlines()
     assert any("unknown crops" in line for line in err) and "train codes failed (exit code 2)" in err[-1]
@@ -242,7 +247,7 @@ def test_a_failing_stage_is_named(setting, tmp_path, capfd):
 
 
 def test_models_must_match(tmp_path, setting, capsys):
-    world, _, judged = setting  # noqa: F811
+    world, _, _judged = setting  # noqa: F811
     tokenizer = small_tokenizer(latent_tokens=4)
     save_standalone(tmp_path / "other", tokenizer.config, tokenizer.state_dict())
     assert "they do not match" in refused(capsys, "probe", tmp_path / "other", "--gpt", world / "gpt", "--train",

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gigatok_ds.models.blur import BinomialBlur
-from gigatok_ds.models.patchgan import PatchGAN
-from gigatok_ds.models.stylegan_discriminator import StyleGANDiscriminator, channels_at
+from gigatok_ds.models.discriminators.blur import BinomialBlur
+from gigatok_ds.models.discriminators.patchgan import PatchGAN
+from gigatok_ds.models.discriminators.stylegan import StyleGANDiscriminator, channels_at
 
 
 def random(*shape, seed=0):
@@ -33,12 +33,9 @@ def slow_blur(x, row, stride, before):
 
     rows = []
     for top in range(0, height, stride):
-        values = []
-        for left in range(0, width, stride):
-            values.append(sum(
-                a * b * x[:, :, reflected(top + i - before, height), reflected(left + j - before, width)].double()
-                for i, a in enumerate(row) for j, b in enumerate(row)
-            ))
+        values = [sum(a * b * x[:, :, reflected(top + i - before, height), reflected(left + j - before, width)].double()
+                      for i, a in enumerate(row) for j, b in enumerate(row))
+                  for left in range(0, width, stride)]
         rows.append(torch.stack(values, dim=-1))
     return torch.stack(rows, dim=-2).float()
 

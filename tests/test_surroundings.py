@@ -1,5 +1,5 @@
-"""Machines that lack something: room, files, memory to share, a home, a language, rights. A command works there, or says why not
-in one line; and nothing is lost."""
+"""Machines that lack something: room, files, memory to share, a home, a language, rights. A command works there, or
+says why not in one line; and nothing is lost."""
 
 import contextlib
 import os
@@ -20,9 +20,9 @@ from training_runs import TOKENIZER, image_shards, prepare, start, train_with_fa
 from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, damage, read_state
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.monitoring.history import read_history, tell
 from gigatok_ds.parallel.topology import single_process
-from gigatok_ds.training.history import read_history, tell
-from gigatok_ds.training.watchdog import Watchdog
+from gigatok_ds.resilience.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["checkpoint.every=2", "training.validate_every=2"]
@@ -60,7 +60,9 @@ def disk(folder, options):
 
 
 def check_small_disk(data, folder, kind, options):
-    """A run ends in one line where there is no room for it; given room, the same command ends as if there always had been."""
+    """A run ends in one line where there is no room for it; given room, the same command ends as if there always had
+    been.
+    """
     place, names = data
     with disk(folder, options) as small:
         (small / "precious").write_text("mine")
@@ -90,7 +92,8 @@ def test_a_full_disk_ends_a_run_in_one_line_and_nothing_is_lost(data, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt", "tokenizer"])
 def test_a_disk_may_be_full_at_any_moment(data, tmp_path, kind):
-    sizes = [f"size={4 * pages}k" for pages in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)]
+    sizes = [f"size={4 * pages}k" for pages
+             in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)]
     codes = [check_small_disk(data, tmp_path / options, kind, options)
              for options in [*sizes, *(f"nr_inodes={number}" for number in range(4, 60, 2))]]
     assert codes.count(2) > 10 and 0 in codes
@@ -136,7 +139,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     for name, model in (("tok", small_tokenizer()), ("gpt", small_gpt())):
         save_standalone(folder / name, model.config, model.state_dict())
-    make_images(folder / "photos", {f"class-{label}/{number}.jpg": encoded(number) for label in range(3) for number in range(4)})
+    make_images(folder / "photos",
+                {f"class-{label}/{number}.jpg": encoded(number) for label in range(3) for number in range(4)})
     (folder / "tokenizer.yaml").write_text(TOKENIZER)
     image_shards(folder / "images", 80, samples_per_shard=1)
     image_shards(folder / "test_images", 8)
@@ -147,16 +151,20 @@ def commands(world, out):
     """What each command is asked to do, in `out`."""
     return {
         "train": ["train", world / "tokenizer.yaml", "--out", out / "run", f"data.train={world / 'images'}",
-                  f"data.validation={world / 'test_images'}", "data.workers=1", "training.steps=2", "schedule.warmup_steps=1",
+                  f"data.validation={world / 'test_images'}", "data.workers=1", "training.steps=2",
+                  "schedule.warmup_steps=1",
                   "loss.auxiliary.end_step=1", "loss.quantizer.entropy_end_step=1", "loss.adversarial.start_step=1"],
-        "make-shards": ["make-shards", world / "photos", "--out", out / "shards", "--samples-per-shard", "4", "--workers", "2"],
-        "extract-codes": ["extract-codes", world / "tok", world / "images", "--out", out / "codes", "--crops", "center", "--workers",
-                          "2"],
-        "sample": ["sample", "--gpt", world / "gpt", "--tokenizer", world / "tok", "--count", "4", "--out", out / "x.npz"],
+        "make-shards": ["make-shards", world / "photos", "--out", out / "shards", "--samples-per-shard", "4",
+                        "--workers", "2"],
+        "extract-codes": ["extract-codes", world / "tok", world / "images", "--out", out / "codes", "--crops", "center",
+                          "--workers", "2"],
+        "sample": ["sample", "--gpt", world / "gpt", "--tokenizer", world / "tok", "--count", "4", "--out",
+                   out / "x.npz"],
     }
 
 
-RESULTS = {"train": "run/probe.npz", "make-shards": "shards/index.json", "extract-codes": "codes/metadata.json", "sample": "x.npz"}
+RESULTS = {"train": "run/probe.npz", "make-shards": "shards/index.json", "extract-codes": "codes/metadata.json",
+           "sample": "x.npz"}
 
 
 def run_in(words, out, name, *, before=(), become=(), environment=None, **how):
@@ -166,7 +174,8 @@ def run_in(words, out, name, *, before=(), become=(), environment=None, **how):
         if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
             pytest.skip("a mount namespace needs root")
         command = ["unshare", "-m", "sh", "-c", "set -e\n" + "\n".join(before) + '\nexec "$@"', "sh", *command]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | (environment or {})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                                "DS_ACCELERATOR": "cpu"} | (environment or {})
     environment = {key: value for key, value in environment.items() if value is not None}
     how.setdefault("cwd", out)
     finished = subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False, **how)
@@ -204,7 +213,8 @@ def check_lacking(world, tmp_path, name, lacking):
     return run_in(commands(world, out)[name], out, name, **LACKS[lacking])
 
 
-@pytest.mark.parametrize("name, lacking", [("train", "files"), ("train", "shared memory"), ("make-shards", "a temporary directory"),
+@pytest.mark.parametrize("name, lacking",
+                         [("train", "files"), ("train", "shared memory"), ("make-shards", "a temporary directory"),
                                            ("sample", "a home"), ("train", "UTF-8")])
 def test_without_it_a_command_works_or_says_why_not(world, tmp_path, name, lacking):
     said = check_lacking(world, tmp_path, name, lacking)
@@ -223,7 +233,8 @@ def test_without_anything_of_that_any_command_works_or_says_why_not(world, tmp_p
 
 @pytest.fixture
 def elsewhere(world, tmp_path):
-    """A copy of the world that another user can reach; a function gives it to one, with an empty directory for results."""
+    """A copy of the world that another user can reach; a function gives it to one, with an empty directory for results.
+    """
     if os.getuid() or not shutil.which("setpriv"):
         pytest.skip("becoming another user needs root")
     folder = Path(tempfile.mkdtemp(prefix="gtk-user-", dir="/tmp"))
@@ -247,7 +258,8 @@ def run_as(user, world, out, name, **variables):
     return run_in(commands(world, out)[name], out, name, become=become, environment=environment)
 
 
-@pytest.mark.parametrize("name", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in RESULTS if name != "train")])
+@pytest.mark.parametrize("name", ["train",
+                                  *(pytest.param(name, marks=pytest.mark.slow) for name in RESULTS if name != "train")])
 def test_another_user_needs_nothing_of_the_installation_but_to_read_it(elsewhere, name):
     """It is root's, and this user has no home that exists."""
     said = run_as(65534, *elsewhere(65534), name, HOME="/nonexistent")

@@ -10,17 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_shards import encoded
 
-from gigatok_ds.data.checking import check_shards
-from gigatok_ds.data.index import ShardIndex, scan_shards
-from gigatok_ds.data.packing import Packing, pack
-from gigatok_ds.data.shard_files import LocalFiles
-from gigatok_ds.data.sources import open_source
-from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS, SAMPLES
 from gigatok_ds.errors import InputError
+from gigatok_ds.packing.checking import check_shards
+from gigatok_ds.packing.image_sources import open_source
+from gigatok_ds.packing.pack_shards import Packing, pack
+from gigatok_ds.shards.index import ShardIndex, scan_shards
+from gigatok_ds.shards.shard_files import LocalFiles
+from gigatok_ds.shards.tar_scan import IMAGE_EXTENSIONS, SAMPLES
 
-STEMS = ("a", "b", "c", "sub/a", "v1.0/a", "./d", "\N{GRINNING FACE}", "\N{CAT FACE}", "!", "x y", "long" * 40, ".hidden", "a.b", "é")
+STEMS = ("a", "b", "c", "sub/a", "v1.0/a", "./d", "\N{GRINNING FACE}", "\N{CAT FACE}", "!", "x y", "long" * 40,
+         ".hidden", "a.b", "é")
 EXTENSIONS = ("jpg", "JPEG", "png", "cls", "json", "txt", "", "seg.png")
-KINDS = (tarfile.REGTYPE, tarfile.REGTYPE, tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)
+KINDS = (tarfile.REGTYPE, tarfile.REGTYPE, tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE,
+         tarfile.FIFOTYPE)
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 loose = st.tuples(st.sampled_from(STEMS), st.sampled_from(EXTENSIONS), st.sampled_from(KINDS), st.booleans())
@@ -76,7 +78,7 @@ def test_a_foreign_tar_adds_up_on_first_reading_when_packed_and_when_checked(gro
     except InputError:  # refused, by name, as a whole
         for reader in (lambda: ShardIndex.open(root / "in", max_bad_fraction=1.0), lambda: check_shards(root / "in"),
                        lambda: open_source(root / "in")):
-            with pytest.raises(InputError, match="x.tar|no samples"):
+            with pytest.raises(InputError, match=r"x.tar|no samples"):
                 reader()
         return
     assert tail <= 4096
@@ -102,7 +104,8 @@ def test_a_tar_of_images_adds_up_when_packed(groups, tail, tmp_path_factory):
     count = write(root / "x.tar", groups, tail)
     with tarfile.open(root / "x.tar", ignore_zeros=True) as tar:
         names = sorted({member.name for member in tar})
-    (root / "labels.txt").write_text("".join(f"{name} {number % 2}\n" for number, name in enumerate(names) if " " not in name))
+    (root / "labels.txt").write_text("".join(f"{name} {number % 2}\n"
+                                             for number, name in enumerate(names) if " " not in name))
     try:
         source = open_source(root / "x.tar", root / "labels.txt")
     except InputError as error:

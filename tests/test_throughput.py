@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from gigatok_ds.monitoring.flops import StepFlops
+from gigatok_ds.monitoring.peak_flops import peak_tflops
+from gigatok_ds.monitoring.throughput import Throughput, peak_of
 from gigatok_ds.parallel.topology import Topology
-from gigatok_ds.training.device_peaks import peak_tflops
-from gigatok_ds.training.flops import StepFlops
-from gigatok_ds.training.throughput import Throughput, peak_of
 
 
 class Clock:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from rank_runs import run_ranks
 
 from gigatok_ds.parallel.timeouts import MARGIN, NEVER, collective_timeout, outlast_watchdog
-from gigatok_ds.training.watchdog import BACKSTOP_SECONDS, GATHER_SECONDS
+from gigatok_ds.resilience.watchdog import BACKSTOP_SECONDS, GATHER_SECONDS
 
 
 def timeouts_of(stall):
@@ -36,7 +36,10 @@ def test_every_process_group_outlasts_the_watchdog(stall):
 
 
 def test_the_margin_covers_what_happens_after_a_stall():
-    assert collective_timeout(3600.0).total_seconds() == 3600 + MARGIN.total_seconds() and collective_timeout(None) == NEVER
+    assert (
+        collective_timeout(3600.0).total_seconds() == 3600 + MARGIN.total_seconds()
+        and collective_timeout(None) == NEVER
+    )
     assert MARGIN.total_seconds() > 2 * (BACKSTOP_SECONDS + GATHER_SECONDS)
 
 
@@ -55,6 +58,7 @@ run.check_run = check_run
 from gigatok_ds.cli.main import main
 main(["train", "GPT-B", "--out", "none", "--tp", sys.argv[1]])
 """
-    said = [subprocess.run([sys.executable, "-c", script, size], capture_output=True, text=True, check=True, timeout=120).stdout
+    said = [subprocess.run([sys.executable, "-c", script, size], capture_output=True, text=True, check=True,
+                           timeout=120).stdout
             for size in ("1", "2")]
     assert said == ["None [] False\n", "1 [] False\n"]

@@ -1,8 +1,8 @@
 """One step of tokenizer and discriminator with every loss on, as trained, against the same step in plain float64 torch.
 
-The trained one runs in DeepSpeed engines, with the image losses differentiated outside of them, and in float32. The plain
-one is a single graph: losses by their formulas, clipping and AdamW written out. Networks are shared (their own values and
-gradients are held to the original's by the golden tests); everything between them is not.
+The trained one runs in DeepSpeed engines, with the image losses differentiated outside of them, and in float32. The
+plain one is a single graph: losses by their formulas, clipping and AdamW written out. Networks are shared (their own
+values and gradients are held to the original's by the golden tests); everything between them is not.
 """
 
 import pytest
@@ -16,16 +16,16 @@ from training_runs import prepare
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
-from gigatok_ds.data.transforms import training_transform
-from gigatok_ds.lean_imports import timm_library
 from gigatok_ds.losses import composition
-from gigatok_ds.models import dino_discriminator
+from gigatok_ds.models.discriminators import dino
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.monitoring.metrics import read_metrics
+from gigatok_ds.optional_imports import timm_library
+from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import SampleDraws, stream_key, torch_stream
-from gigatok_ds.training.monitor import read_metrics
 
 # A large epsilon, because Adam would turn rounding noise of gradients that are truly zero into whole steps.
 LR, EPS, DECAY, CLIP = 1e-2, 1e-2, 0.1, 0.5
@@ -43,7 +43,7 @@ def small_backbone(weights):
     return timm_library().models.VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0)
 
 
-def smooth_block(*arguments, block=dino_discriminator._block):
+def smooth_block(*arguments, block=dino._block):
     """Among ten thousand activations some are so near to 0 that float32 rounds them to the other side of the kink."""
     layers = block(*arguments)
     layers[-1] = nn.SiLU()
@@ -55,7 +55,7 @@ def train_one_step(recipe, out, settings):
 
     use_stand_ins()
     composition.dino_backbone = small_backbone
-    dino_discriminator._block = smooth_block
+    dino._block = smooth_block
     run_training(recipe, out, settings)
 
 
@@ -72,7 +72,7 @@ def double(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda x, *more, **options: x if x.dtype == torch.float64 else
                         single(x, *more, **options))
     monkeypatch.setattr(composition, "dino_backbone", small_backbone)
-    monkeypatch.setattr(dino_discriminator, "_block", smooth_block)
+    monkeypatch.setattr(dino, "_block", smooth_block)
 
 
 def first_batch(recipe):
@@ -92,7 +92,8 @@ class PlainStep:
         self.generator = Tokenizer(recipe.model).double().train()
         initialise_(self.generator, seed)
         torch.manual_seed(stream_key(seed, "weights", "discriminator"))
-        self.discriminator = composition.build_discriminator(recipe.loss.adversarial, image_size=recipe.model.image_size)
+        self.discriminator = composition.build_discriminator(recipe.loss.adversarial,
+                                                             image_size=recipe.model.image_size)
         self.discriminator.double().train()
         for frozen in getattr(self.discriminator, "_backbone", ()):
             frozen.double()
@@ -138,7 +139,8 @@ class PlainStep:
         }
         compared = {
             "codebook": nearest, "commitment": latent, "entropy": latent, "feature": output.decoded_feature,
-            "semantic": student, **dict.fromkeys(("reconstruction", "perceptual", "adversarial"), output.reconstruction),
+            "semantic": student, **dict.fromkeys(("reconstruction", "perceptual", "adversarial"),
+                                                 output.reconstruction),
         }
         for name, value in terms.items():
             at = output.direct_reconstruction if name.startswith("direct_") else compared[name]
@@ -153,7 +155,8 @@ class PlainStep:
 
     def adaptive_weight(self, of_images, adversarial):
         last = self.generator.cnn_decoder.conv_out.weight
-        ours, theirs = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (of_images, adversarial))
+        ours, theirs = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss
+                        in (of_images, adversarial))
         return ours / (theirs + 1e-4)
 
     def step_discriminator(self, output):
@@ -172,10 +175,10 @@ def step(network, loss):
     """Clipping to CLIP and the first step of AdamW (Loshchilov & Hutter 2019); returns the norm before clipping."""
     parameters = [x for x in network.parameters() if x.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(parameters, gradients)]
+    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(parameters, gradients, strict=True)]
     norm = sum(g.square().sum() for g in gradients).sqrt()
     with torch.no_grad():
-        for x, g in zip(parameters, gradients):
+        for x, g in zip(parameters, gradients, strict=True):
             g = g * min(1.0, CLIP / norm.item())
             x -= LR * (DECAY * x + g / (g.abs() + EPS))  # both bias corrections are exact after one step
     return norm.item()
@@ -197,11 +200,18 @@ def test_a_step_is_that_of_plain_float64_torch(data, double, adversarial):
 
     logged = read_metrics(out)[0]
     for name, value in plain.losses.items():
-        key = name if name == "adaptive_weight" else f"discriminator/{name}" if "discriminator" in name else f"loss/{name}"
+        key = (
+            name
+            if name == "adaptive_weight"
+            else f"discriminator/{name}"
+            if "discriminator" in name
+            else f"loss/{name}"
+        )
         assert logged[key] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     for name, value in plain.norms.items():
         assert logged[f"grad_norm/{name}"] == pytest.approx(value, rel=1e-5), name
-    assert {name for name in logged if name.startswith("term_grad/")} == {f"term_grad/{name}" for name in plain.term_norms}
+    assert {name for name in logged if name.startswith("term_grad/")} == {f"term_grad/{name}" for name
+                                                                          in plain.term_norms}
     for name, value in plain.term_norms.items():
         assert logged[f"term_grad/{name}"] == pytest.approx(value, rel=2e-5), name
     checkpoint = out / "checkpoints" / "step-0000001"

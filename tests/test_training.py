@@ -12,8 +12,8 @@ from saved_runs import read_weights
 from training_runs import prepare, start
 
 from gigatok_ds import load_gpt, load_tokenizer
-from gigatok_ds.training.export import export_run
-from gigatok_ds.training.monitor import of_the_machine, read_metrics
+from gigatok_ds.checkpoint.export_run import export_run
+from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
 
 PARTS = {"tokenizer": "generator", "gpt": "gpt"}
 
@@ -51,7 +51,7 @@ def assert_same_training(ours, theirs, kind, tolerance):
     test_tokenizer_step compare where that cannot be.
     """
     for mine, other in zip(read_metrics(ours), read_metrics(theirs), strict=True):
-        for name in mine.keys():
+        for name in mine:
             if name in other and not name.startswith(("grad_norm", "term_grad")) and not of_the_machine(name):
                 # An adversarial term is a mean of logits of order one, and may itself be close to zero.
                 assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (mine["step"], name)
@@ -99,7 +99,8 @@ def test_every_stage_trains_alike(runs, kind, stage):
 
 
 @pytest.mark.parametrize("kind, stage", [
-    pytest.param("tokenizer", 1, marks=pytest.mark.slow), pytest.param("tokenizer", 3, marks=pytest.mark.slow), ("gpt", 2),
+    pytest.param("tokenizer", 1, marks=pytest.mark.slow), pytest.param("tokenizer", 3, marks=pytest.mark.slow),
+    ("gpt", 2),
 ])
 def test_bf16_stays_close_to_fp32(runs, kind, stage):
     """Within the rounding of bfloat16 (8 bits) over eight steps: pixels, since another code here and there moves the
@@ -168,7 +169,8 @@ def small_disk(tmp_path):
     """A file system of 600 kB; needs the right to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True,
+                             check=False)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder

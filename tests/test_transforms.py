@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gigatok_ds.data import transforms
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.transforms import (
     center_crop,
     decode_image,
@@ -27,7 +28,6 @@ from gigatok_ds.data.transforms import (
     scale_pixels,
     ten_crop,
     to_tensor,
-    training_transform,
 )
 from gigatok_ds.errors import InputError
 
@@ -48,7 +48,8 @@ def encode(image, kind, **options):
 
 EXIF_ODDITIES = {  # tags beside Orientation, of types that they should not have: (tag, type, count, value)
     "Software as a fraction": (0x131, 5, 1, None), "Make as a double": (0x10F, 12, 1, None),
-    "a description beyond the end": (0x10E, 2, 4000, b"\xa0\xbb\x0d\0"), "XResolution as text": (0x11A, 2, 4, b"72\0\0"),
+    "a description beyond the end": (0x10E, 2, 4000, b"\xa0\xbb\x0d\0"),
+    "XResolution as text": (0x11A, 2, 4, b"72\0\0"),
     "an unknown type": (0x131, 99, 1, None), "a directory that is not there": (0x8769, 4, 1, b"\x3f\x42\x0f\0"),
 }
 
@@ -60,7 +61,8 @@ def test_odd_tags_beside_the_orientation_change_nothing(odd, orientation):
     entries = [odd, (0x112, 3, 1, struct.pack("<HH", orientation, 0))]
     behind = struct.pack("<I", 8 + 2 + 12 * len(entries) + 4)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(
-        struct.pack("<HHI", *entry[:3]) + (entry[3] or behind) for entry in sorted(entries)) + struct.pack("<I", 0) + bytes(16)
+        struct.pack("<HHI", *entry[:3]) + (entry[3] or behind) for entry
+        in sorted(entries)) + struct.pack("<I", 0) + bytes(16)
     plain = Image.Exif()
     plain[0x112] = orientation
     found, expected = (decode_image(encode(picture(40, 20), "JPEG", exif=data), "x") for data in (exif, plain))
@@ -224,10 +226,8 @@ def resized(image, short):
     while min(width, height) >= short * 2:
         width, height = width // 2, height // 2
         image = image.resize((width, height), Image.Resampling.BOX)
-    if width <= height:
-        target = (short, round(height * (short / width)))
-    else:
-        target = (round(width * (short / height)), short)
+    upright = width <= height
+    target = (short, round(height * (short / width))) if upright else (round(width * (short / height)), short)
     return np.asarray(image.resize(target, Image.Resampling.BICUBIC))
 
 
@@ -336,8 +336,9 @@ class Scripted:
     """A generator whose draws are given."""
 
     def __init__(self, short, top, left, mirrored):
+        draws = iter((short, top, left))
         self.random = lambda: 0.1 if mirrored else 0.9
-        self.integers = lambda *bounds, draws=iter((short, top, left)), **options: next(draws)
+        self.integers = lambda *bounds, **options: next(draws)
 
 
 @pytest.mark.parametrize("shape", [(500, 375), (375, 500), (257, 256), (1300, 900), (200, 640)])

@@ -1,4 +1,6 @@
-"""The kernels for GPUs that are written in Triton: by its interpreter beside their formulas, and compiled. No GPU is needed."""
+"""The kernels for GPUs that are written in Triton: by its interpreter beside their formulas, and compiled. No GPU is
+needed.
+"""
 
 import importlib
 import os
@@ -23,10 +25,11 @@ def close(found, expected, tolerance):
 
 
 def dropout():
-    from gigatok_ds.parallel.dropout_kernel import drop
-    from gigatok_ds.parallel.dropout_mask import dropped, rule_of
+    from gigatok_ds.kernels.dropout_mask import dropped, rule_of
+    from gigatok_ds.kernels.dropout_triton import drop
 
-    samples, rule = torch.tensor([3, 2**33 + 1, 70, 2**62 - 5]), torch.tensor(rule_of(2**31 + 9, 0.3), dtype=torch.int32)
+    samples, rule = torch.tensor([3, 2**33 + 1, 70, 2**62 - 5]), torch.tensor(rule_of(2**31 + 9, 0.3),
+                                                                              dtype=torch.int32)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for shape, whole in (((5, 4, 40), False), ((5, 4, 40), True), ((1, 4, 2050), False), ((3, 4, 1), False)):
             x = values(*shape, dtype=dtype)
@@ -36,7 +39,7 @@ def dropout():
 
 
 def cross_entropy():
-    from gigatok_ds.parallel import cross_entropy_kernel as kernel
+    from gigatok_ds.kernels import cross_entropy_triton as kernel
     from gigatok_ds.parallel.cross_entropy import become_gradient_, totals_and_picked
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -44,13 +47,15 @@ def cross_entropy():
             logits = (4 * values(4, vocabulary)).to(dtype)
             logits[1] += 60  # exponentials of it alone would be infinite in half precision
             targets = torch.tensor([0, vocabulary - 1, -3, vocabulary])  # the last two are other ranks'
-            for found, expected in zip(kernel.totals_and_picked(logits, targets), totals_and_picked(logits, targets), strict=True):
+            for found, expected in zip(kernel.totals_and_picked(logits, targets), totals_and_picked(logits, targets),
+                                       strict=True):
                 close(found, expected, 1e-6)
             totals, upstream = totals_and_picked(logits, targets)[0], torch.tensor([1.0, -0.5, 0.0, 1024.0])
             found, expected = logits.clone(), logits.clone()
             kernel.become_gradient_(found, targets, totals, upstream)
             become_gradient_(expected, targets, totals, upstream)
-            close(found.float(), expected.float(), 2**-7 if dtype == torch.bfloat16 else 2**-10 if dtype == torch.float16 else 2e-6)
+            close(found.float(), expected.float(),
+                  2**-7 if dtype == torch.bfloat16 else 2**-10 if dtype == torch.float16 else 2e-6)
     logits[0, 7] = float("nan")
     assert kernel.totals_and_picked(logits, targets)[0].isnan().tolist() == [True, False, False, False]
 
@@ -59,18 +64,22 @@ def cross_entropy():
 def test_kernels_compute_their_formulas(kernel):
     """In a process of its own, as Triton is told to interpret before it is imported."""
     pytest.importorskip("triton")
-    subprocess.run([sys.executable, "-c", f"import test_triton_kernels; test_triton_kernels.{kernel.__name__}()"], cwd=HERE,
+    subprocess.run([sys.executable, "-c", "import test_triton_kernels; "
+                                          f"test_triton_kernels.{kernel.__name__}()"], cwd=HERE,
                    env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=300)
 
 
 COMPILED = [
     ("dropout_kernel", "drop_kernel",
      {"x": "*bf16", "out": "*bf16", "samples": "*i64", "rule": "*i32",
-      **dict.fromkeys(("count", "batch", "width", "token", "feature"), "i32")}, {"WHOLE": False, "ROWS": 2, "COLUMNS": 1024}, 4),
+      **dict.fromkeys(("count", "batch", "width", "token", "feature"), "i32")},
+      {"WHOLE": False, "ROWS": 2, "COLUMNS": 1024}, 4),
     ("cross_entropy_kernel", "totals_kernel",
-     {"logits": "*bf16", "targets": "*i64", "totals": "*fp32", "picked": "*fp32", "vocabulary": "i32"}, {"COLUMNS": 4096}, 8),
+     {"logits": "*bf16", "targets": "*i64", "totals": "*fp32", "picked": "*fp32", "vocabulary": "i32"},
+     {"COLUMNS": 4096}, 8),
     ("cross_entropy_kernel", "gradient_kernel",
-     {"logits": "*bf16", "targets": "*i64", "totals": "*fp32", "gradient": "*fp32", "vocabulary": "i32"}, {"COLUMNS": 4096}, 8),
+     {"logits": "*bf16", "targets": "*i64", "totals": "*fp32", "gradient": "*fp32", "vocabulary": "i32"},
+     {"COLUMNS": 4096}, 8),
 ]
 
 

@@ -5,9 +5,10 @@ import torch
 from group_norm_cases import CASES, EPS
 from test_group_norm_kernels import ROUNDING
 
-from gigatok_ds.kernels import group_norm
+from gigatok_ds.kernels import group_norm_ops
+from gigatok_ds.kernels.addressed_dropout import addressed_dropout
+from gigatok_ds.kernels.dropout_mask import dropped, rule_of
 from gigatok_ds.parallel.cross_entropy import become_gradient_, totals_and_picked
-from gigatok_ds.parallel.dropout_mask import addressed_dropout, dropped, rule_of
 
 pytestmark = pytest.mark.gpu
 NORMS = CASES["quick"] | CASES["slow"]
@@ -17,8 +18,8 @@ def normalised(case):
     """y and the gradients by the kernels, on the GPU."""
     *given, upstream = (tensor.cuda() for tensor in case.inputs())
     given = [tensor.requires_grad_() for tensor in given]
-    assert group_norm.suits(given[0])
-    y = group_norm.group_norm(*given, case.groups, EPS, silu=case.silu)
+    assert group_norm_ops.suits(given[0])
+    y = group_norm_ops.group_norm(*given, case.groups, EPS, silu=case.silu)
     return [y.detach(), *torch.autograd.grad(y, given, upstream)]
 
 

@@ -17,7 +17,7 @@ from training_runs import LAUNCHER, free_port, partitioning, prepare
 
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.training.monitor import of_the_machine, read_metrics
+from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,6 @@ from training_runs import image_shards, prepare
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe, save_resolved
-from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import evaluation_batches
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.code_metrics import codebook_usage, perplexity
@@ -18,9 +17,10 @@ from gigatok_ds.evaluation.image_metrics import psnr, to_uint8
 from gigatok_ds.evaluation.inception import load_inception
 from gigatok_ds.losses.perceptual import load_lpips
 from gigatok_ds.models.tokenizer import TokenizerOutput
+from gigatok_ds.monitoring.metrics import read_metrics
 from gigatok_ds.parallel.topology import start_process_group, stop_process_group
-from gigatok_ds.training import validation
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.training import validation_pass
 from gigatok_ds.training.run import check_run, run_training
 
 IMAGES = 5
@@ -28,7 +28,9 @@ IMAGES = 5
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folder with a recipe and 11 validation images (few/: 5), the arguments that name them, and a file of VGG16's weights."""
+    """Folder with a recipe and 11 validation images (few/: 5), the arguments that name them, and a file of VGG16's
+    weights.
+    """
     folder = tmp_path_factory.mktemp("validation")
     arguments = prepare(folder)["tokenizer"]
     image_shards(folder / "few", IMAGES)
@@ -70,7 +72,7 @@ def measure(recipe, vgg, batch_size, steps=(1,), network=None):
     topology = start_process_group()
     perceptual = vgg and load_lpips(vgg, dropout=True)
     index = ShardIndex.open(recipe.data.validation)
-    ours = validation.TokenizerValidation(recipe, index, perceptual, topology, batch_size)
+    ours = validation_pass.TokenizerValidation(recipe, index, perceptual, topology, batch_size)
     figures = [ours.measure(network or StandIn(), step) for step in steps]
     assert perceptual is None or perceptual.training, "the loss keeps its dropout"
     stop_process_group(topology)
@@ -129,14 +131,14 @@ def test_images_of_a_subset_are_evenly_spaced(recipe):
     subset = run_ranks(measure, 2, recipe("validation.images=5"), None, 2)[1][0]
     assert subset["psnr"] == pytest.approx(psnr(images, restored)[[0, 2, 4, 6, 8]].mean().item(), rel=1e-6)
     assert set(subset) == {"psnr", "codebook_usage", "codebook_perplexity"}
-    with pytest.raises(InputError, match="validation.images is 12, but .* holds 11; lower it"):
+    with pytest.raises(InputError, match=r"validation.images is 12, but .* holds 11; lower it"):
         measure(recipe("validation.images=12"), None, 2)
 
 
 def test_rfid_comes_at_its_steps_and_images_are_looked_at_once(recipe, monkeypatch):
     seen = []
-    monkeypatch.setattr(validation, "load_inception", lambda *_: CountingFeatures(seen))
-    monkeypatch.setattr(validation, "FEATURES", 48)
+    monkeypatch.setattr(validation_pass, "load_inception", lambda *_: CountingFeatures(seen))
+    monkeypatch.setattr(validation_pass, "FEATURES", 48)
     settings = ["validation.inception=random", "validation.fid_every=8", "validation.images=3", "training.steps=20"]
     figures = measure(recipe(*settings), None, 4, steps=(4, 8, 12, 16, 20))
     assert ["rfid_val3_random" in found for found in figures] == [False, True, False, True, True]
@@ -162,9 +164,9 @@ def test_latents_that_are_not_finite_are_told(recipe):
 
 
 def test_an_rfid_is_named_by_its_images():
-    names = [validation.fid_name(count, "file.pth") for count in (50_000, 5000, 1234)]
+    names = [validation_pass.fid_name(count, "file.pth") for count in (50_000, 5000, 1234)]
     assert names == ["rfid_val50k", "rfid_val5k", "rfid_val1234"]
-    assert validation.fid_name(50_000, "random") == "rfid_val50k_random"
+    assert validation_pass.fid_name(50_000, "random") == "rfid_val50k_random"
 
 
 @pytest.mark.parametrize("overrides, message", [
@@ -180,7 +182,7 @@ def test_wrong_settings_are_refused(recipe, overrides, message):
 
 
 def test_the_weights_are_looked_for_before_a_run_and_settings_may_change_in_it(recipe, tmp_path):
-    with pytest.raises(InputError, match="validation.inception: there is no file nowhere.pth"):
+    with pytest.raises(InputError, match=r"validation.inception: there is no file nowhere.pth"):
         check_run(recipe("validation.inception=nowhere.pth"), tmp_path)
     save_resolved(recipe(), tmp_path / "recipe.yaml")
     check_run(recipe("validation.inception=random", "validation.images=7", "validation.perceptual=false"), tmp_path)

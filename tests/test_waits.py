@@ -1,7 +1,7 @@
 """Nothing in a step waits for the device: neither the passes, nor the decision about the step, nor DeepSpeed's update.
 
-Passes are run on tensors without storage, which stand for a device: a number cannot be read from them, and what comes from the
-host is seen. What DeepSpeed does runs on the CPU, where each reading of a number is seen.
+Passes are run on tensors without storage, which stand for a device: a number cannot be read from them, and what comes
+from the host is seen. What DeepSpeed does runs on the CPU, where each reading of a number is seen.
 """
 
 import ast
@@ -61,7 +61,8 @@ class Waits(TorchDispatchMode):
         return result
 
     def _note(self, name):
-        ours = [frame for frame in traceback.extract_stack() if "deepspeed" in frame.filename or "gigatok_ds" in frame.filename]
+        ours = [frame for frame in traceback.extract_stack() if "deepspeed" in frame.filename or "gigatok_ds"
+                in frame.filename]
         self.found.append((name, *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in ours[-2:])))
 
 
@@ -100,7 +101,8 @@ def test_what_waits_is_noticed():
 
 
 def test_only_pinned_memory_travels_without_waiting(monkeypatch):
-    """`to_device` pins for a GPU; whoever else asks for a copy that does not wait is listed here, with what it copies."""
+    """`to_device` pins for a GPU; whoever else asks for a copy that does not wait is listed here, with what it copies.
+    """
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: (device, non_blocking))
@@ -112,7 +114,7 @@ def test_only_pinned_memory_travels_without_waiting(monkeypatch):
                      "data/prefetch.py",  # batches of the data loader, which pins them
                      "training/code_sources.py",  # images that prefetch has brought already
                      "sampling/read_later.py",  # no step of training, and into pinned memory
-                     "training/step_guard.py", "training/host_copies.py"}  # into pinned memory
+                     "resilience/step_guard.py", "engine/host_copies.py"}  # into pinned memory
 
 
 # With every loss term of either phase.
@@ -122,9 +124,10 @@ TOKENIZERS = [("dino", 30_000), *(pytest.param(*case, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("discriminator, step", TOKENIZERS)
 def test_a_tokenizers_passes_do_not_wait(discriminator, step):
-    from gigatok_ds.planning.rehearsal import Rehearsal
+    from gigatok_ds.dry_run.dry_run import Rehearsal
 
-    recipe = load_recipe("VQ_SS256", [f"loss.adversarial.discriminator={discriminator}", "data.train=x", "data.validation=x"])
+    recipe = load_recipe("VQ_SS256",
+                         [f"loss.adversarial.discriminator={discriminator}", "data.train=x", "data.validation=x"])
     rehearsal = Rehearsal(recipe)
     with Waits("meta") as waits:
         rehearsal._tokenizer(8, step)
@@ -170,13 +173,14 @@ def small_network():
 
 
 def step_of(stage, precision):
-    """What waits in each step of an engine and a guard, and what both left; the last step's gradients are not finite."""
+    """What waits in each step of an engine and a guard, and what both left; the last step's gradients are not finite.
+    """
     from deepspeed.accelerator import get_accelerator
 
     from gigatok_ds.config.faults import FaultConfig
+    from gigatok_ds.engine.engine import Engine
     from gigatok_ds.parallel.topology import start_process_group
-    from gigatok_ds.training.engine import Engine
-    from gigatok_ds.training.step_guard import StepGuard
+    from gigatok_ds.resilience.step_guard import StepGuard
 
     topology = start_process_group()
     settings = zero_settings(stage)
@@ -201,7 +205,8 @@ def step_of(stage, precision):
         found.append(waits.found)
         kinds = guard.verdict().kind
         states.append((kinds, engine.gradient_norm(), engine.network.seen.clone(),
-                       [values.clone() for _, values in [*engine._state.fragments().values(), *engine.ema.fragments.values()]],
+                       [values.clone() for _, values
+                        in [*engine._state.fragments().values(), *engine.ema.fragments.values()]],
                        engine._state._adam_steps()))
     return found, len(synchronized), states
 
@@ -210,8 +215,8 @@ def step_of(stage, precision):
     (0, "fp32"), (1, "bf16"), pytest.param(1, "fp32", marks=pytest.mark.slow), (2, "bf16"), (3, "bf16"),
     pytest.param(0, "bf16", marks=pytest.mark.slow)])
 def test_an_update_waits_only_where_deepspeed_does(stage, precision):
-    """At stage 3 DeepSpeed reads the gradient norm before it updates, at stage 0 in bf16 it looks at each gradient. By default it
-    would also wait for the whole device at each forward pass and update, to measure how fast it is."""
+    """At stage 3 DeepSpeed reads the gradient norm before it updates, at stage 0 in bf16 it looks at each gradient. By
+    default it would also wait for the whole device at each forward pass and update, to measure how fast it is."""
     (found, synchronized, states), = run_ranks(step_of, 1, stage, precision)
     assert synchronized == 0
     if stage == 3:  # at first it compares what ranks do, too

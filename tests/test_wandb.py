@@ -10,8 +10,8 @@ from training_runs import prepare
 
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
-from gigatok_ds.training import wandb_log
-from gigatok_ds.training.monitor import Monitor
+from gigatok_ds.monitoring import wandb_log
+from gigatok_ds.monitoring.metrics import Monitor
 from gigatok_ds.training.run import check_run
 
 
@@ -21,14 +21,15 @@ def test_a_missing_package_is_refused_before_anything_starts(tmp_path, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *more: None if name == "wandb" else found(name, *more))
     check_run(load_recipe(tmp_path / "gpt.yaml", data), tmp_path / "run")
-    with pytest.raises(InputError, match="monitor.wandb_project is codes, but .* pip install wandb"):
+    with pytest.raises(InputError, match=r"monitor.wandb_project is codes, but .* pip install wandb"):
         check_run(load_recipe(tmp_path / "gpt.yaml", [*data, "monitor.wandb_project=codes"]), tmp_path / "run")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is optional")
 def test_a_resumed_run_continues_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # wandb's own directories stay where pytest-xdist ends a worker
+    # Wandb's own directories stay where pytest-xdist ends a worker.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for start in (0, 1):
         run = wandb_log.wandb_run("demo", tmp_path, name="a run", recipe={"training": {"steps": 2}})
         with Monitor(tmp_path, enabled=True, total_steps=2, start_step=start, description="demo", wandb=run) as monitor:

@@ -14,14 +14,14 @@ from training_runs import prepare
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.losses import QuantizerLossConfig
-from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import evaluation_batches
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import to_uint8
+from gigatok_ds.monitoring.loss_term_gradients import TermGradients
+from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
+from gigatok_ds.monitoring.previews import preview_grid
 from gigatok_ds.parallel.topology import Topology
-from gigatok_ds.training.monitor import of_the_machine, read_metrics
-from gigatok_ds.training.previews import preview_grid
-from gigatok_ds.training.term_gradients import TermGradients
+from gigatok_ds.shards.index import ShardIndex
 
 WATCHED = [
     "loss.reconstruction.weight=0.0", "loss.quantizer.commitment=0.0", "model.quantizer.codebook_size=8",
@@ -117,7 +117,7 @@ def test_micro_batches_do_not_change_the_norms_of_what_is_a_mean_over_images(run
     whole = runs.run("tokenizer", "whole", *options)
     parts = runs.run("tokenizer", "parts", *options, "training.micro_batch_size=2", stage=2)
     names = ("reconstruction", "direct_reconstruction", "feature", "codebook", "commitment")
-    for ours, theirs in zip(read_metrics(parts)[:2], read_metrics(whole)[:2]):
+    for ours, theirs in zip(read_metrics(parts)[:2], read_metrics(whole)[:2], strict=True):
         for name in names:
             assert ours[f"term_grad/{name}"] == pytest.approx(theirs[f"term_grad/{name}"], rel=1e-4), name
 

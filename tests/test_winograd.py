@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gigatok_ds.kernels import native, winograd
-from gigatok_ds.kernels.winograd import convolution, has_winograd, input_gradient, weight_gradient
+from gigatok_ds.cpu import winograd
+from gigatok_ds.cpu.winograd import convolution, has_winograd, input_gradient, weight_gradient
+from gigatok_ds.kernels import native
 
 pytestmark = pytest.mark.skipif(not has_winograd(torch.ones(1)), reason="no native kernels")
 
@@ -34,7 +35,8 @@ def exact(x, weight, bias, gradient):
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Within 5e-6 of the norm, and no element further than 1e-5 of the largest: the transform's constants go up to 8."""
+    """Within 5e-6 of the norm, and no element further than 1e-5 of the largest: the transform's constants go up to 8.
+    """
     error = (found - expected).abs()
     return bool(error.norm() <= 5e-6 * expected.norm()) and bool(error.max() <= 1e-5 * expected.abs().max())
 
@@ -93,7 +95,8 @@ def test_not_a_number_stays_in_its_neighbourhood():
 
 
 @pytest.mark.parametrize("tiles, maps, first, complaint", [
-    ((36, 3, 4), (2, 8, 8), 0, "as many channels"), ((35, 2, 4), (2, 8, 8), 0, "36"), ((36, 2, 3), (2, 8, 8), 0, "whole rows"),
+    ((36, 3, 4), (2, 8, 8), 0, "as many channels"), ((35, 2, 4), (2, 8, 8), 0, "36"),
+    ((36, 2, 3), (2, 8, 8), 0, "whole rows"),
     ((36, 2, 4), (2, 8, 8), 1, "2 rows of tiles, not 1 and 2 more"), ((36, 2, 2), (2, 8, 8), -1, "2 rows of tiles"),
     ((36, 2, 2), (2, 8, 8), 2**63 - 1, "2 rows of tiles"), ((36, 2, 0), (2, 8, 8), 0, "contiguous and float32"),
     ((36, 2, 4), (2, 8, 0), 0, "contiguous and float32"), ((36, 8), (2, 8, 8), 0, r"\(36, C, T\)"),

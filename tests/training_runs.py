@@ -12,9 +12,9 @@ from rank_runs import run_main
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.data.codes import CodeSample, write_code_shards
-from gigatok_ds.data.shards import Sample, write_shards
 from gigatok_ds.demo.pipeline import free_port
-from gigatok_ds.training.injection import parse_fault
+from gigatok_ds.packing.shard_writer import Sample, write_shards
+from gigatok_ds.resilience.fault_injection import parse_fault
 from gigatok_ds.training.run import run_training
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "train.sh"
@@ -92,15 +92,15 @@ def prepare(folder):
 
 
 def forget_shared_memory(worker):
-    """Remove what a data worker that was killed left in /dev/shm: torch names a tensor's memory for a moment, and SIGKILL in that
-    moment leaves the name."""
+    """Remove what a data worker that was killed left in /dev/shm: torch names a tensor's memory for a moment, and
+    SIGKILL in that moment leaves the name."""
     for path in Path("/dev/shm").glob(f"torch_{worker}_*"):
         path.unlink()
 
 
 def partitioning(stage):
-    """DeepSpeed's settings. At stage 3 parameters as small as these would stay whole, and nothing of ZeRO-3 would be tested: here
-    all are partitioned, and released after each use."""
+    """DeepSpeed's settings. At stage 3 parameters as small as these would stay whole, and nothing of ZeRO-3 would be
+    tested: here all are partitioned, and released after each use."""
     settings = zero_settings(stage)
     if stage == 3:
         settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
@@ -118,7 +118,8 @@ def start(arguments, ranks=1):
 
 
 def launch(arguments, ranks):
-    """`gigatok-ds train ...` as a user starts it, by launch/train.sh for several ranks: a Popen whose output is text."""
+    """`gigatok-ds train ...` as a user starts it, by launch/train.sh for several ranks: a Popen whose output is text.
+    """
     command = [sys.executable, "-m", "gigatok_ds", "train"] if ranks == 1 else ["bash", str(LAUNCHER)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GPUS": str(ranks), "MASTER_PORT": str(free_port()),
                                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}

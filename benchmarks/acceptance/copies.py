@@ -40,7 +40,8 @@ def run(setting: Setting, found: Findings) -> None:
     found.figure("a step whose batch travels", seconds / batches * 1e3, "ms",
                  f"{least / batches * 1e3:.3g} ms with a batch that is there")
     if on_gpu:
-        found.check("copies hide behind the computation", seconds <= BOUND * least, f"{seconds / least:.3f} x, bound {BOUND} x")
+        found.check("copies hide behind the computation", seconds <= BOUND * least,
+                    f"{seconds / least:.3f} x, bound {BOUND} x")
     means = [float(batch["images"].mean()) for batch in arriving()]
     right = [number / 127.5 - 1 for number in range(batches)]
     error = max(abs(ours - value) for ours, value in zip(means, right, strict=True))

@@ -1,4 +1,5 @@
-"""Ten steps of a small tokenizer and a small GPT under DeepSpeed, against one process on the CPU; checkpoint and resume.
+"""Ten steps of a small tokenizer and a small GPT under DeepSpeed, against one process on the CPU; checkpoint and
+resume.
 
 Each run is `gigatok-ds train` in a process of its own, a few at a time.
 """
@@ -22,7 +23,7 @@ from training_runs import prepare
 from acceptance.findings import Findings
 from acceptance.section import Setting
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints
-from gigatok_ds.training.monitor import read_metrics
+from gigatok_ds.monitoring.metrics import read_metrics
 
 TOLERANCE = 1e-4  # relative; what is below 0.1 counts as 0.1
 STEPS = 10
@@ -66,7 +67,7 @@ def run(setting: Setting, found: Findings) -> None:
 def _finished(runs: list[Run], folder: Path, data: dict[str, list[str]], found: Findings) -> Iterator[str]:
     """Names of the runs that came to their end; of another, a check says why not."""
     with ThreadPoolExecutor(max(1, min(4, machine.cores() // 3))) as pool:
-        for run, code in zip(runs, pool.map(lambda run: _train(run, folder, data), runs)):
+        for run, code in zip(runs, pool.map(lambda run: _train(run, folder, data), runs), strict=True):
             if code:
                 found.check(f"{run.name} trains", False, f"exit code {code}: {last_line(folder / f'{run.name}.log')}")
                 print((folder / f"{run.name}.log").read_text(), flush=True)
@@ -78,8 +79,8 @@ def _train(run: Run, folder: Path, data: dict[str, list[str]]) -> int:
     command = [sys.executable, "-m", *run.launcher, "gigatok_ds", "train", str(folder / f"{run.kind}.yaml"),
                "--out", str(folder / run.name), "--zero", str(run.stage), *data[run.kind], *CHANGES]
     with open(folder / f"{run.name}.log", "wb") as log:
-        return subprocess.run(command, env=os.environ | FULL_PRECISION | run.environment, stdin=subprocess.DEVNULL, stdout=log,
-                              stderr=subprocess.STDOUT, check=False).returncode
+        return subprocess.run(command, env=os.environ | FULL_PRECISION | run.environment, stdin=subprocess.DEVNULL,
+                              stdout=log, stderr=subprocess.STDOUT, check=False).returncode
 
 
 def _halfway(kind: str, folder: Path) -> Run:

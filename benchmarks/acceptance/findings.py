@@ -1,4 +1,6 @@
-"""What a section has found so far: checks that hold or not, and figures. In a file after each, so that a kill loses nothing."""
+"""What a section has found so far: checks that hold or not, and figures. In a file after each, so that a kill loses
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Figure:
 class Findings:
     """Of one section.
 
-    notes: facts in words; lacking: why all of it, or some of it, could not be looked at; finished: whether it came to its end.
+    notes: facts in words; lacking: why all of it, or some of it, could not be looked at; finished: whether it came to
+    its end.
     """
 
     path: Path
@@ -80,8 +83,8 @@ class Findings:
 
     def as_dict(self) -> dict:
         """What was found, as JSON has it."""
-        return {"checks": [asdict(check) for check in self.checks], "figures": [asdict(figure) for figure in self.figures],
-                "notes": self.notes, "lacking": self.lacking}
+        return {"checks": [asdict(check) for check in self.checks],
+                "figures": [asdict(figure) for figure in self.figures], "notes": self.notes, "lacking": self.lacking}
 
 
 def read(path: Path) -> Findings:

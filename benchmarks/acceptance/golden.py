@@ -1,4 +1,5 @@
-"""The golden models, whose outputs the original implementation gave: equal in fp32, and how far off in half precision."""
+"""The golden models, whose outputs the original implementation gave: equal in fp32, and how far off in half precision.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from gigatok_ds.precision import float32_arithmetic
 
 TOLERANCE = 1e-4  # absolute, in fp32: that of the CPU tests
 MARGIN = 1e-5  # of squared distances, below which a code may be another
-# In half precision: mean absolute deviation from the golden values as a part of their standard deviation. bf16 keeps 8 bits of a
-# value and fp16 11, and deviations of some ten layers add up.
+# In half precision: mean absolute deviation from the golden values as a part of their standard deviation. bf16 keeps 8
+# bits of a value and fp16 11, and deviations of some ten layers add up.
 BOUNDS = {torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -50,10 +51,12 @@ def _gpt(name: str, model, setting: Setting, found: Findings) -> None:
 
 @torch.no_grad()
 def _tokenizer(name: str, model, setting: Setting, found: Findings) -> None:
-    golden, images = arrays(f"tokenizer_{name}"), torch.from_numpy(image("golden/image", (2, 3, 256, 256))).to(setting.device)
+    golden, images = arrays(f"tokenizer_{name}"), torch.from_numpy(image("golden/image",
+                                                                         (2, 3, 256, 256))).to(setting.device)
     output = model(images, semantic=True)
     _equal(found, f"{name}, features of the CNN", output.cnn_feature[:, ::16, ::4, ::4], golden["cnn_feature"])
-    _equal(found, f"{name}, features for the teacher", output.semantic_feature[:, ::8, ::16], golden["semantic_feature"])
+    _equal(found, f"{name}, features for the teacher", output.semantic_feature[:, ::8, ::16],
+           golden["semantic_feature"])
     _equal(found, f"{name}, pixels", output.reconstruction[:, :, ::8, ::8], golden["reconstruction"])
     wrong = output.codes.cpu().numpy() != golden["indices"]
     clear = golden["margin"] > MARGIN

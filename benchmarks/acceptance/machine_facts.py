@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from functools import partial
 
 import torch
 
@@ -12,7 +13,8 @@ from acceptance.section import Setting
 from acceptance.timing import seconds_of
 from gigatok_ds.kernels import build, native
 
-_FIELDS = ("driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+_FIELDS = ("driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit",
+           "temperature.gpu")
 
 
 def run(setting: Setting, found: Findings) -> None:
@@ -30,7 +32,7 @@ def _of_the_driver() -> str:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi does not answer ({type(error).__name__})"
-    return ", ".join(f"{name} {value}" for name, value in zip(_FIELDS, said.splitlines()[0].split(", ")))
+    return ", ".join(f"{name} {value}" for name, value in zip(_FIELDS, said.splitlines()[0].split(", "), strict=False))
 
 
 def _compile(setting: Setting, found: Findings) -> None:
@@ -50,8 +52,8 @@ def _ceilings(setting: Setting, found: Findings) -> None:
     size, side, dtype = (2**32, 8192, torch.bfloat16) if setting.on_gpu else (2**26, 512, torch.float32)
     source = torch.empty(size, dtype=torch.uint8, device=setting.device).fill_(1)
     target = torch.empty_like(source)
-    found.figure("memory, read and written", 2 * size / seconds_of(lambda: target.copy_(source), setting) / 1e9, "GB/s",
-                 f"copy of {size / 2**20:.0f} MiB")
+    found.figure("memory, read and written", 2 * size / seconds_of(partial(target.copy_, source), setting) / 1e9,
+                 "GB/s", f"copy of {size / 2**20:.0f} MiB")
     del source, target
     a, b = (torch.randn(side, side, device=setting.device, dtype=dtype) for _ in range(2))
     found.figure("matrix products", 2 * side**3 / seconds_of(lambda: a @ b, setting) / 1e12, "TFLOP/s",

@@ -1,4 +1,6 @@
-"""Nearest code and entropy penalty beside the references of benchmarks/quantizer.py: time, memory, distance to the roofline."""
+"""Nearest code and entropy penalty beside the references of benchmarks/quantizer.py: time, memory, distance to the
+roofline.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from acceptance.findings import Findings
 from acceptance.section import Setting
 from acceptance.timing import seconds_of
 from gigatok_ds.kernels import native
-from gigatok_ds.training.throughput import peak_of
+from gigatok_ds.monitoring.throughput import peak_of
 
 COUNTS = (8192, 65536)
-# Products of N x K x D: the search has one; with the distances once more and the gradients of both sides there are four.
+# Products of N x K x D: the search has one; with the distances once more and the gradients of both sides there are
+# four.
 PRODUCTS = {"search": 1, "train": 4}
 
 
@@ -30,7 +33,7 @@ def run(setting: Setting, found: Findings) -> None:
         for task in PRODUCTS:
             seconds = {}
             for name in reversed([mode for of, mode in MODES if of == task]):  # ours first
-                if name == "native" and not has_native or name == "compiled" and not setting.on_gpu:
+                if (name == "native" and not has_native) or (name == "compiled" and not setting.on_gpu):
                     continue
                 if not found.has_time(f"{task} of {count}, {WORDS[name]}", 2):
                     continue
@@ -50,12 +53,14 @@ def _measure(setting: Setting, found: Findings, task: str, name: str, count: int
         return
     finally:
         os.environ.pop("GIGATOK_KERNELS", None)
-    found.figure(what, seconds[name] * 1e6, "us", _notes(setting, function, latents, codebook, task, name, seconds, peak))
+    found.figure(what, seconds[name] * 1e6, "us",
+                 _notes(setting, function, latents, codebook, task, name, seconds, peak))
 
 
 def _inputs(count: int, size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    latents, codebook = (F.normalize(torch.randn(rows, DIM, generator=generator), dim=1).to(device) for rows in (count, size))
+    latents, codebook = (F.normalize(torch.randn(rows, DIM, generator=generator), dim=1).to(device) for rows
+                         in (count, size))
     return latents, codebook
 
 
@@ -63,11 +68,15 @@ def _notes(setting: Setting, function: Callable, latents: torch.Tensor, codebook
            seconds: dict[str, float], peak: float | None) -> str:
     words = []
     if setting.on_gpu:
-        words.append(f"{peak_bytes_of(lambda: function(latents, codebook), setting.device) / 2**20:.1f} MiB beyond the inputs")
+        words.append(
+            f"{peak_bytes_of(lambda: function(latents, codebook), setting.device) / 2**20:.1f} MiB beyond the inputs"
+        )
     if peak:
         operations = 2 * len(latents) * len(codebook) * DIM * PRODUCTS[task]
-        words.append(f"{operations / (1e12 * peak) / seconds[name]:.0%} of the roofline of {PRODUCTS[task]} products at "
-                     f"{peak:g} TFLOP/s, float32 outside the tensor cores")
+        words.append(
+            f"{operations / (1e12 * peak) / seconds[name]:.0%} of the roofline of {PRODUCTS[task]} products at "
+            f"{peak:g} TFLOP/s, float32 outside the tensor cores"
+        )
     if "native" in seconds and name != "native":
         words.append(f"{seconds[name] / seconds['native']:.2f} x the time of ours, native")
     return "; ".join(words)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from acceptance.findings import Findings
 from figures_report import amount
+
+from acceptance.findings import Findings
 
 Status = Literal["passed", "failed", "skipped"]
 _MOST_FIGURES = 4  # of a section in the table; all are below it
@@ -30,7 +31,8 @@ class Result:
 
 def judged(code: int | None, findings: Findings, limit: float, last_words: str) -> tuple[Status, str]:
     """How a section ended and why; `code` is its exit code, None when it was stopped after `limit` seconds."""
-    broken = [f"{check.name}: {check.detail}" if check.detail else check.name for check in findings.checks if not check.holds]
+    broken = [f"{check.name}: {check.detail}" if check.detail else check.name for check in findings.checks
+              if not check.holds]
     if code is None:
         broken.append(f"stopped at the end of its time ({limit:.0f} s)")
     elif code < 0:
@@ -64,7 +66,8 @@ def as_markdown(facts: dict[str, str], results: list[Result], to_come: list[str]
         lines += [f"- {figure.name}: {amount(figure.value)} {figure.unit}{_after(figure.notes)}"
                   for figure in result.findings.figures]
         lines += [f"- {note}" for note in result.findings.notes]
-        lines += [f"- not looked at: {reason}" for reason in result.findings.lacking or [result.why] * (result.status == "skipped")]
+        lines += [f"- not looked at: {reason}" for reason in result.findings.lacking or [result.why]
+                  * (result.status == "skipped")]
         blocks.append("\n".join([f"## {result.name}: {result.what}", "", *lines]))
     return "\n\n".join(blocks) + "\n"
 

@@ -1,9 +1,12 @@
-"""The sampler: codes per second beside a direct key/value-cache loop, equal codes, and codes that do not depend on the batch."""
+"""The sampler: codes per second beside a direct key/value-cache loop, equal codes, and codes that do not depend on the
+batch.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import sampling
 import torch
@@ -23,7 +26,8 @@ DIRECT_STEPS = 64  # of the direct loop, which is the same at all positions
 @torch.no_grad()
 def run(setting: Setting, found: Findings) -> None:
     on_gpu = setting.on_gpu
-    small = GPTConfig(size=TransformerSize(width=64, layers=2, heads=2), vocab_size=256, sequence_length=16, num_classes=10)
+    small = GPTConfig(size=TransformerSize(width=64, layers=2, heads=2), vocab_size=256, sequence_length=16,
+                      num_classes=10)
     models = {"a small GPT": small} if setting.quick else {name: GPTConfig(size=name) for name in ("GPT-B", "GPT-XL")}
     for name, config in models.items():
         if not found.has_time(name, 15 if on_gpu else 1):
@@ -37,7 +41,8 @@ def run(setting: Setting, found: Findings) -> None:
 
 
 def _ways(gpt: GPT, images: int, setting: Setting) -> Iterator[tuple[str, Callable[[], Sampler], float]]:
-    """Ours, each with the seconds that it needs at least: step by step as the model is, and on a GPU as a CUDA graph."""
+    """Ours, each with the seconds that it needs at least: step by step as the model is, and on a GPU as a CUDA graph.
+    """
     def eager() -> Sampler:
         sampler = Sampler(gpt, images)
         if isinstance(sampler.decoder, StaticDecoder):
@@ -83,8 +88,8 @@ def _speed(name: str, gpt: GPT, setting: Setting, found: Findings) -> None:
     for way, build, least in _ways(gpt, images, setting):
         if not found.has_time(f"{name}, {kind}, {way}", least):
             continue
-        sampler = build()
-        rate = images * length / _timed(lambda: sampler.codes(classes, range(images), cfg_scale=SCALE), setting)
+        draw = partial(build().codes, classes, range(images), cfg_scale=SCALE)
+        rate = images * length / _timed(draw, setting)
         found.figure(f"{name}, {kind}, {way}", rate, "codes/s", f"{rate / reference:.2f} x the direct loop")
 
 

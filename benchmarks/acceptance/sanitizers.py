@@ -24,11 +24,13 @@ def run(setting: Setting, found: Findings) -> None:
         found.lacks("it looks at GPUs only")
         return
     sanitizer = shutil.which("compute-sanitizer", path=programs_path())
-    for left, tool in zip(range(len(TOOLS), 0, -1), TOOLS):
+    for left, tool in zip(range(len(TOOLS), 0, -1), TOOLS, strict=True):
         seconds = found.seconds_left() / left - 1
-        command = [sanitizer, "--tool", tool, "--error-exitcode", str(_ERROR), sys.executable, "-m", "acceptance.small_shapes"]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", str(_ERROR), sys.executable, "-m",
+                   "acceptance.small_shapes"]
         try:
-            finished = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | _ENVIRONMENT, timeout=seconds,
+            finished = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | _ENVIRONMENT,
+                                      timeout=seconds,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         except subprocess.TimeoutExpired:
             found.lacks(f"{tool}: it takes longer than {seconds:.0f} s")

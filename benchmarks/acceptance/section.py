@@ -15,7 +15,8 @@ from acceptance.sections import SECTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """device: what is looked at, cuda or cpu. quick: in the smallest form. folder: for files that go with the section."""
+    """device: what is looked at, cuda or cpu. quick: in the smallest form. folder: for files that go with the section.
+    """
 
     device: str
     quick: bool

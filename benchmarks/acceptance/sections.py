@@ -37,25 +37,53 @@ def _importable(package: str, path: list[str]) -> bool:
 
 
 SECTIONS: Mapping[str, Section] = {
-    "machine": Section(module="machine_facts", share=85,
-                       what="machine, driver, torch, compiler, clocks; the CUDA library is compiled, or found"),
-    "kernels": Section(module="kernel_tests", share=60, packages=("pytest",),
-                       what="values, gradients, ties, bad input, sizes, streams, graphs and compilation of every CUDA kernel"),
-    "sanitizer": Section(module="sanitizers", share=45, programs=("compute-sanitizer",),
-                         what="every kernel of ours on small shapes under memcheck, racecheck, initcheck and synccheck"),
-    "quantizer": Section(module="quantizer_speed", share=30,
-                         what="nearest code and entropy penalty beside eager, compiled and chunked references"),
-    "golden": Section(module="golden", share=40,
-                      what="S-S, S-S 2D and GPT-B against the original's vectors, in fp32, bf16 and fp16"),
-    "step": Section(module="step_parity", share=40, packages=FROZEN,
-                    what="a training step of S-S with every loss in fp32, GPU against CPU"),
-    "training-speed": Section(module="step_speed", share=90, packages=(*TRAINING, *FROZEN),
-                              what="throughput, MFU and waits of training steps in bf16, eager and compiled"),
-    "sampling-speed": Section(module="sampler_speed", share=40,
-                              what="codes per second of the sampler, equal codes, independence of the batch"),
+    "machine": Section(
+        module="machine_facts",
+        share=85,
+        what="machine, driver, torch, compiler, clocks; the CUDA library is compiled, or found",
+    ),
+    "kernels": Section(
+        module="kernel_tests",
+        share=60,
+        packages=("pytest",),
+        what="values, gradients, ties, bad input, sizes, streams, graphs and compilation of every CUDA kernel",
+    ),
+    "sanitizer": Section(
+        module="sanitizers",
+        share=45,
+        programs=("compute-sanitizer",),
+        what="every kernel of ours on small shapes under memcheck, racecheck, initcheck and synccheck",
+    ),
+    "quantizer": Section(
+        module="quantizer_speed",
+        share=30,
+        what="nearest code and entropy penalty beside eager, compiled and chunked references",
+    ),
+    "golden": Section(
+        module="golden", share=40, what="S-S, S-S 2D and GPT-B against the original's vectors, in fp32, bf16 and fp16"
+    ),
+    "step": Section(
+        module="step_parity",
+        share=40,
+        packages=FROZEN,
+        what="a training step of S-S with every loss in fp32, GPU against CPU",
+    ),
+    "training-speed": Section(
+        module="step_speed",
+        share=90,
+        packages=(*TRAINING, *FROZEN),
+        what="throughput, MFU and waits of training steps in bf16, eager and compiled",
+    ),
+    "sampling-speed": Section(
+        module="sampler_speed", share=40, what="codes per second of the sampler, equal codes, independence of the batch"
+    ),
     "copies": Section(module="copies", share=10, what="whether batches travel to the device behind the step"),
-    "engines": Section(module="engines", share=40, packages=TRAINING,
-                       what="ten steps at ZeRO 1, 2 and 3 by DeepSpeed against one process on the CPU; checkpoint and resume"),
+    "engines": Section(
+        module="engines",
+        share=40,
+        packages=TRAINING,
+        what="ten steps at ZeRO 1, 2 and 3 by DeepSpeed against one process on the CPU; checkpoint and resume",
+    ),
 }
 TOTAL = sum(section.share for section in SECTIONS.values())
 

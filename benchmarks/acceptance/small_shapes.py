@@ -10,9 +10,13 @@ import os
 import torch
 import torch.nn.functional as F
 
-from gigatok_ds.kernels import group_norm, native  # noqa: F401  (the first registers its operators)
+from gigatok_ds.kernels import (
+    group_norm_ops,  # noqa: F401 (it makes torch.ops.gigatok.group_norm_*)
+    native,
+)
+from gigatok_ds.kernels.addressed_dropout import addressed_dropout
+from gigatok_ds.kernels.dropout_mask import rule_of
 from gigatok_ds.parallel.cross_entropy import become_gradient_, totals_and_picked
-from gigatok_ds.parallel.dropout_mask import addressed_dropout, rule_of
 
 SHAPES = ((1, 1, 8), (65, 130, 4), (100, 257, 8), (70, 300, 16), (33, 129, 32), (40, 70, 64))
 TEMPERATURE = 0.01
@@ -28,7 +32,8 @@ def main() -> None:
 def _quantizer() -> None:
     for count, size, dim in SHAPES:
         generator = torch.Generator().manual_seed(0)
-        latents, codebook = (F.normalize(torch.randn(rows, dim, generator=generator), dim=1).cuda() for rows in (count, size))
+        latents, codebook = (F.normalize(torch.randn(rows, dim, generator=generator), dim=1).cuda() for rows
+                             in (count, size))
         kernels = native.kernels_for(latents, codebook)
         for tensor_cores in ("0", "1"):
             os.environ["GIGATOK_TENSOR_CORES"] = tensor_cores

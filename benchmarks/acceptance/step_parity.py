@@ -1,4 +1,5 @@
-"""One training step of a tokenizer with every loss on, in fp32: on the GPU, and on the CPU with plain torch operators."""
+"""One training step of a tokenizer with every loss on, in fp32: on the GPU, and on the CPU with plain torch operators.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ EVERY_LOSS = ["training.precision=fp32", "training.global_batch_size=2", "loss.p
               "loss.adversarial.adaptive_weight=true", "loss.auxiliary.end_step=100"]
 SMALL = ["model.image_size=64", "model.latent_tokens=16", "model.encoder={width: 64, layers: 2, heads: 2}",
          "model.decoder={width: 64, layers: 2, heads: 2}", "model.semantic_head=null", "loss.semantic=null",
-         "model.cnn={base_channels: 32, encoder_multipliers: [1, 1, 1], decoder_multipliers: [1, 1, 1], residual_blocks: 1}"]
+         "model.cnn={base_channels: 32, encoder_multipliers: [1, 1, 1], decoder_multipliers: [1, 1, 1], "
+         "residual_blocks: 1}"]
 
 
 @float32_arithmetic()
@@ -56,12 +58,14 @@ def passes(recipe: TokenizerRecipe, device: torch.device) -> dict[str, float]:
     step = TokenizerStep(recipe, single_process(device), Bare(generator), Bare(judge), objective, accumulation=1)
     count = recipe.training.global_batch_size
     logged = step.train(images_of(recipe, device), torch.arange(count), STEP)
-    found = {name: float(value.detach()) for name, value in logged.items() if name.startswith(("loss/", "discriminator/"))}
+    found = {name: float(value.detach())
+             for name, value in logged.items() if name.startswith(("loss/", "discriminator/"))}
     return found | {f"gradient of the {name}": gradient_length(network) for name, network in networks.items()}
 
 
 def gradient_length(network: nn.Module) -> float:
-    gradients = [parameter.grad.double().square().sum() for parameter in network.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad.double().square().sum() for parameter in network.parameters() if parameter.grad is
+                 not None]
     return float(torch.stack(gradients).sum().sqrt())
 
 

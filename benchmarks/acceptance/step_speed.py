@@ -1,4 +1,5 @@
-"""Training steps as users take them, under DeepSpeed: throughput, MFU, what the time goes to, and waits for the device."""
+"""Training steps as users take them, under DeepSpeed: throughput, MFU, what the time goes to, and waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.recipe import GPTRecipe, Recipe
 from gigatok_ds.data.codes import CodeSample, write_code_shards
+from gigatok_ds.monitoring.throughput import peak_of
 from gigatok_ds.parallel.topology import Topology, start_process_group, stop_process_group
 from gigatok_ds.planning.auto import plan_here
+from gigatok_ds.resilience.step_guard import StepGuard
 from gigatok_ds.training.gpt_task import GPTTask
-from gigatok_ds.training.step_guard import StepGuard
-from gigatok_ds.training.throughput import peak_of
 from gigatok_ds.training.tokenizer_task import TokenizerTask
 
 # Least seconds to build, compile and measure each, on a recent GPU.
@@ -41,7 +42,7 @@ def run(setting: Setting, found: Findings) -> None:
     torch.set_float32_matmul_precision("high")
     topology = start_process_group()
     try:
-        for name, seconds in ({name: 1 for name in QUICK} if setting.quick else CASES).items():
+        for name, seconds in (dict.fromkeys(QUICK, 1) if setting.quick else CASES).items():
             for mode in ("none", "default") if setting.on_gpu else ("none",):
                 if found.has_time(f"{name}, {_words(mode)}", seconds):
                     _case(name, mode, setting, topology, found)
@@ -149,8 +150,10 @@ def _waits(what: str, step: Callable[[], None], found: Findings) -> None:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = {f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)}
-    found.check(f"{what}: no step waits for the device", not places, f"waits in {', '.join(sorted(places))}" if places else "")
+    places = {f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught if "synchroniz"
+              in str(warning.message)}
+    found.check(f"{what}: no step waits for the device", not places,
+                f"waits in {', '.join(sorted(places))}" if places else "")
 
 
 def _kernels(what: str, step: Callable[[], None], seconds: float, found: Findings) -> None:

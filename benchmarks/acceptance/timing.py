@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from acceptance.section import Setting
 
 
 def seconds_of(function: Callable[[], object], setting: Setting, *, repeats: int = 20, warm_up: int = 3) -> float:
-    """Median seconds of a call: by CUDA events on a GPU, where calls run on while they are timed, by the clock elsewhere."""
+    """Median seconds of a call: by CUDA events on a GPU, where calls run on while they are timed, by the clock
+    elsewhere.
+    """
     if setting.quick:
         repeats, warm_up = 2, 1
     for _ in range(warm_up):
@@ -25,7 +28,7 @@ def seconds_of(function: Callable[[], object], setting: Setting, *, repeats: int
         function()
     events[-1].record()
     torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) / 1e3 for before, after in zip(events, events[1:]))
+    return statistics.median(before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events))
 
 
 def _by_the_clock(function: Callable[[], object]) -> float:

@@ -26,8 +26,8 @@ FORM_BYTES = 10**5  # what a form may add to the file in it
 
 
 class Guard:
-    """ASGI middleware. `hosts` are the names that the server answers to, None for all; uploads are kept in `folder`, which
-    may hold `total_bytes`."""
+    """ASGI middleware. `hosts` are the names that the server answers to, None for all; uploads are kept in `folder`,
+    which may hold `total_bytes`."""
 
     def __init__(self, app, hosts: Collection[str] | None, upload_bytes: int, folder: Path, total_bytes: int):
         self.app, self.hosts, self.upload_bytes = app, hosts, upload_bytes
@@ -73,7 +73,10 @@ class Guard:
         if int(length) > self.upload_bytes + FORM_BYTES:
             return 413, f"the file is larger than {self.upload_bytes} bytes"
         if self._kept() + self.arriving + int(length) > self.total_bytes:
-            return 507, f"uploads and pictures of the last hour already take up the {self.total_bytes} bytes that they may"
+            return (
+                507,
+                f"uploads and pictures of the last hour already take up the {self.total_bytes} bytes that they may",
+            )
         return 0, ""
 
     def _kept(self) -> int:
@@ -100,7 +103,9 @@ class Guard:
 
 
 class _Bounded:
-    """A request whose client is said to have gone once it sends more than `most` bytes; what is answered then is not sent."""
+    """A request whose client is said to have gone once it sends more than `most` bytes; what is answered then is not
+    sent.
+    """
 
     def __init__(self, most: int, receive, send):
         self.left, self._receive, self._send = most, receive, send

@@ -35,8 +35,8 @@ class Models:
 
 
 def open_models(paths: Sequence[Path], *, device: str = "cpu", class_names: Path | None = None) -> Models:
-    """Load the standalone models at `paths`; see `find_models`. class_names is a text file with one name a line; without it,
-    classes are called what the GPT calls them.
+    """Load the standalone models at `paths`; see `find_models`. class_names is a text file with one name a line;
+    without it, classes are called what the GPT calls them.
 
     Raises InputError when they are not one tokenizer and at most one GPT of its codes, or names and classes differ in
     number.
@@ -47,7 +47,9 @@ def open_models(paths: Sequence[Path], *, device: str = "cpu", class_names: Path
     if gpt is not None:
         check_pair(gpt, tokenizer)
     if class_names is not None and gpt is None:
-        raise InputError("--class-names belongs to a GPT, and there is none among the checkpoints; name its directory, too")
+        raise InputError(
+            "--class-names belongs to a GPT, and there is none among the checkpoints; name its directory, too"
+        )
     names = _known_names(gpt) if class_names is None else _read_names(class_names, gpt.config.num_classes)
     return Models(tokenizer=tokenizer, gpt=gpt, class_names=names)
 
@@ -98,5 +100,7 @@ def _read_names(path: Path, classes: int) -> list[str]:
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; give one class name a line") from None
     if len(names) != classes:
-        raise InputError(f"{path} names {len(names)} classes, the GPT has {classes}; give one name a line, in their order")
+        raise InputError(
+            f"{path} names {len(names)} classes, the GPT has {classes}; give one name a line, in their order"
+        )
     return [f"{label}: {name}" for label, name in enumerate(names)]

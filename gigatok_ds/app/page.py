@@ -16,11 +16,15 @@ TITLE = "GigaTok: codes and samples"
 WAITING = 16  # requests in the queue; a further one is told to try again
 KEPT_SECONDS = 3600  # of uploads and pictures
 SIDE, SAMPLE_SIDE = 256, 96  # to at least so many pixels a small picture and one of many are enlarged
-_FILLER = ("Every code from number n on is replaced by the code that a **mid-grey image** has at its place, for a tokenizer "
-           "has no code that means nothing. It was not trained to do without its last codes, so a picture from few codes "
-           "shows which part of the image they carry, not a preview of it.")
-_SWAP = ("Codes at positions *from*, ..., *to* - 1 of the two images are exchanged: what moves along with them is what they "
-         "stand for. From 0 to the number of codes, each becomes the other's reconstruction.")
+_FILLER = (
+    "Every code from number n on is replaced by the code that a **mid-grey image** has at its place, for a tokenizer "
+    "has no code that means nothing. It was not trained to do without its last codes, so a picture from few codes "
+    "shows which part of the image they carry, not a preview of it."
+)
+_SWAP = (
+    "Codes at positions *from*, ..., *to* - 1 of the two images are exchanged: what moves along with them is what they "
+    "stand for. From 0 to the number of codes, each becomes the other's reconstruction."
+)
 _STRIP = ("Each square is a code, in their order; codes whose vectors are close have similar colours "
           "(the codebook's first three principal components).")
 
@@ -32,7 +36,8 @@ class Actions:
         self.models, self.limits = models, limits
 
     def read(self, path: str | None):
-        """An upload's encoding for later events, its picture, reconstruction, difference, strip, codes, and a sentence."""
+        """An upload's encoding for later events, its picture, reconstruction, difference, strip, codes, and a sentence.
+        """
         if path is None:
             return (None,) * 7
         image = views.encoded(self.models.tokenizer, read_upload(Path(path), self.limits))
@@ -72,8 +77,8 @@ class Actions:
         for name, value in (("images of each class", per_class), ("top-k", top_k), ("seed", seed)):
             if value is None or value != int(value):
                 raise InputError(f"{name} is {value}; give a whole number")
-        grid = views.samples(self.models.gpt, self.models.tokenizer, classes, per_class=int(per_class), guidance=guidance,
-                             temperature=temperature, top_k=int(top_k), seed=int(seed))
+        grid = views.samples(self.models.gpt, self.models.tokenizer, classes, per_class=int(per_class),
+                             guidance=guidance, temperature=temperature, top_k=int(top_k), seed=int(seed))
         return self._shown(grid, SAMPLE_SIDE)
 
     def _shown(self, picture, least: int = SIDE):
@@ -105,8 +110,8 @@ def build_page(models: Models, limits: Limits):
 
 def _describe(models: Models) -> str:
     config = models.tokenizer.config
-    text = (f"A tokenizer of {config.image_size} x {config.image_size} images: {config.latent_tokens} codes from a codebook of "
-            f"{config.quantizer.codebook_size:,}.")
+    text = (f"A tokenizer of {config.image_size} x {config.image_size} images: {config.latent_tokens} codes from a "
+            f"codebook of {config.quantizer.codebook_size:,}.")
     if models.gpt is not None:
         text += f" A generator of {models.gpt.config.num_classes:,} classes."
     return text + " Everything is computed on the machine that serves this page."
@@ -121,8 +126,8 @@ def _images_tab(gr, actions: Actions) -> None:
 
     keep = dict(fn=_told(gr, actions.keep_first), inputs=[image, count], outputs=kept_panels, api_name="keep_first")
     swap = dict(fn=_told(gr, actions.swap), inputs=[image, other, *ends], outputs=swap_panels, api_name="swap")
-    read = _on(upload.change, fn=_told(gr, actions.read), inputs=[upload], outputs=[image, *read_panels], api_name="read",
-               show_progress_on=read_panels[:1])
+    read = _on(upload.change, fn=_told(gr, actions.read), inputs=[upload], outputs=[image, *read_panels],
+               api_name="read", show_progress_on=read_panels[:1])
     _on(_on(read.success, **keep).success, **swap)
     _clear(read, [upload, image, *read_panels, *kept_panels, *swap_panels])
     read_other = _on(other_upload.change, fn=_told(gr, actions.read_other), inputs=[other_upload],
@@ -136,8 +141,8 @@ def _images_tab(gr, actions: Actions) -> None:
 
 def _image_section(gr, limits: Limits):
     """The upload, and the panels of `Actions.read`."""
-    gr.Markdown(f"Drop a JPEG, PNG or WebP file of at most {limits.megabytes:g} MB and {limits.megapixels:g} megapixels. "
-                "The largest square in the middle of it, resized, is what the tokenizer sees.")
+    gr.Markdown(f"Drop a JPEG, PNG or WebP file of at most {limits.megabytes:g} MB and {limits.megapixels:g} "
+                "megapixels. The largest square in the middle of it, resized, is what the tokenizer sees.")
     with gr.Row():
         upload = _upload(gr, "Image", "upload")
         pictures = [_picture(gr, title, name) for title, name in (
@@ -167,7 +172,8 @@ def _swap_section(gr, tokens: int):
                 ("from", "first", 0), ("to (not included)", "last", tokens // 2))]
     panels = []
     with gr.Row():
-        for title, name in (("First image with the second's codes", "ours"), ("Second image with the first's codes", "theirs")):
+        for title, name in (("First image with the second's codes", "ours"),
+                            ("Second image with the first's codes", "theirs")):
             with gr.Column():
                 panels += [_picture(gr, title, name), _strip(gr, "Its codes", f"{name}-strip")]
     return upload, restored, ends, panels
@@ -176,7 +182,8 @@ def _swap_section(gr, tokens: int):
 def _samples_tab(gr, actions: Actions) -> None:
     names = list(actions.models.class_names)
     with gr.Row():
-        classes = gr.Dropdown([(name, label) for label, name in enumerate(names)], value=list(range(min(4, len(names)))),
+        classes = gr.Dropdown([(name, label) for label, name in enumerate(names)],
+                              value=list(range(min(4, len(names)))),
                               multiselect=True, label="Classes, a row for each", elem_id="classes")
         per_class = gr.Slider(1, 16, value=8, step=1, label="Images of each class",
                               info=f"at most {views.MAX_SAMPLES} images in all")
@@ -200,7 +207,8 @@ def _picture(gr, title: str, name: str, height: int | None = SIDE, buttons: tupl
     """With its title above, for Gradio's labels cover a corner of the picture."""
     with gr.Column(min_width=200):
         gr.Markdown(title)
-        return gr.Image(format="png", interactive=False, height=height, show_label=False, buttons=list(buttons), elem_id=name)
+        return gr.Image(format="png", interactive=False, height=height, show_label=False, buttons=list(buttons),
+                        elem_id=name)
 
 
 def _strip(gr, title: str, name: str):

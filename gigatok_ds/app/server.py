@@ -34,15 +34,16 @@ def served(models: Models, limits: Limits, *, host: str = "127.0.0.1", port: int
             import gradio as gr
             from starlette.middleware import Middleware
         except ImportError as error:
-            raise InputError(f"the page needs what cannot be imported ({error}); pip install 'gigatok_ds[app]'") from error
+            raise InputError(f"the page needs what cannot be imported ({error}); pip install "
+                             "'gigatok_ds[app]'") from error
         page = build_page(models, limits)
         guard = Middleware(Guard, hosts=LOOPBACK if host in LOOPBACK else None, upload_bytes=limits.bytes,
                            folder=Path(folder), total_bytes=limits.total_bytes)
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # this machine's
         try:
             _, address, _ = page.launch(
-                server_name=f"[{host}]" if ":" in host else host, server_port=port, prevent_thread_lock=True, quiet=True,
-                inbrowser=False, share=False, allowed_paths=[], max_file_size=limits.bytes, footer_links=[],
+                server_name=f"[{host}]" if ":" in host else host, server_port=port, prevent_thread_lock=True,
+                quiet=True, inbrowser=False, share=False, allowed_paths=[], max_file_size=limits.bytes, footer_links=[],
                 run_history=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
                 state_session_capacity=SESSIONS, theme=gr.themes.Default(**fonts), app_kwargs={"middleware": [guard]})
             yield address
@@ -58,7 +59,8 @@ def serve(models: Models, limits: Limits, *, host: str, port: int) -> None:
     with served(models, limits, host=host, port=port) as address:
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
         if host not in LOOPBACK:
-            print(f"warning: whoever reaches {host} can use it: there is no password and no encryption", file=sys.stderr)
+            print(f"warning: whoever reaches {host} can use it: there is no password and no encryption",
+                  file=sys.stderr)
         ended.wait()
 
 
@@ -70,13 +72,15 @@ def _check_free(host: str, port: int) -> None:
         with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
-        raise InputError(f"nothing can listen at {host}, port {port} ({error}); choose another --host or --port") from None
+        raise InputError(
+            f"nothing can listen at {host}, port {port} ({error}); choose another --host or --port"
+        ) from None
 
 
 def _settings(folder: str) -> Mapping[str, str]:
     """What Gradio reads from the environment: files in `folder` only, and no calls to anywhere."""
-    return {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": os.path.join(folder, "examples"), "GRADIO_ALLOWED_PATHS": "",
-            "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1",
+    return {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": os.path.join(folder, "examples"),
+            "GRADIO_ALLOWED_PATHS": "", "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1",
             "no_proxy": "*"}  # it asks its own server whether it runs
 
 

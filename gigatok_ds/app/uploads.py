@@ -18,8 +18,9 @@ MEGABYTE, MEGAPIXEL = 2**20, 10**6  # the former as Gradio's own message counts
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of an upload: the file's megabytes and the picture's megapixels; and the megabytes of all files that are kept at a time.
-    Raises InputError unless they are positive, the picture is one that `decode_image` decodes, and a file has room."""
+    """Of an upload: the file's megabytes and the picture's megapixels; and the megabytes of all files that are kept at
+    a time. Raises InputError unless they are positive, the picture is one that `decode_image` decodes, and a file has
+    room."""
 
     megabytes: float = 20
     megapixels: float = 50
@@ -33,8 +34,8 @@ class Limits:
                              f"{MAX_PIXELS // MEGAPIXEL}, beyond which no image is decoded")
 
         if not self.megabytes <= self.total_megabytes < 10**9:
-            raise InputError(f"--max-total-megabytes is {self.total_megabytes:g}; it must be at least --max-megabytes, which is "
-                             f"{self.megabytes:g}")
+            raise InputError(f"--max-total-megabytes is {self.total_megabytes:g}; it must be at least --max-megabytes, "
+                             f"which is {self.megabytes:g}")
 
     @property
     def total_bytes(self) -> int:
@@ -69,8 +70,10 @@ def _size(data: bytes, name: str, limits: Limits) -> tuple[int, int]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller compares with stricter limits
             image = open_image(data)
     except Image.DecompressionBombError:
-        raise InputError(f"{name}: more than {2 * MAX_PIXELS // MEGAPIXEL} megapixels; at most {limits.megapixels:g} are "
-                         "decoded, shrink it") from None
+        raise InputError(
+            f"{name}: more than {2 * MAX_PIXELS // MEGAPIXEL} megapixels; at most {limits.megapixels:g} are "
+            "decoded, shrink it"
+        ) from None
     except Exception:  # readers of headers raise almost anything on malformed bytes
         raise InputError(f"{name}: this is not an image that can be read; drop a JPEG, PNG or WebP file") from None
     if image.format not in FORMATS:

@@ -75,10 +75,14 @@ def keep_first(codes: np.ndarray, count: int, filler: np.ndarray) -> np.ndarray:
 
 
 def swapped(codes: np.ndarray, others: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both with the codes at positions first, ..., last - 1 exchanged. Raises InputError unless 0 <= first <= last <= T."""
+    """Both with the codes at positions first, ..., last - 1 exchanged. Raises InputError unless 0 <= first <= last <=
+    T.
+    """
     _check_position("the end of the exchanged codes", last, len(codes))
     if not 0 <= first <= last:
-        raise InputError(f"the exchanged codes begin at {first} and end before {last}; choose a beginning from 0 to the end")
+        raise InputError(
+            f"the exchanged codes begin at {first} and end before {last}; choose a beginning from 0 to the end"
+        )
     inside = np.zeros(len(codes), dtype=bool)
     inside[first:last] = True
     return np.where(inside, others, codes), np.where(inside, codes, others)
@@ -102,7 +106,8 @@ def code_colours(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def strip(codes: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Codes in their order as squares of their colours, STRIP_COLUMNS to a row; what is left of the last row is white."""
+    """Codes in their order as squares of their colours, STRIP_COLUMNS to a row; what is left of the last row is white.
+    """
     columns = min(STRIP_COLUMNS, len(codes))
     cells = np.full((math.ceil(len(codes) / columns) * columns, 3), 255, dtype=np.uint8)
     cells[: len(codes)] = colours[codes]
@@ -126,10 +131,10 @@ def samples(gpt: GPT, tokenizer: Tokenizer, classes: list[int], *, per_class: in
     if not classes or not all(0 <= label < known for label in classes):
         raise InputError(f"the classes are {classes}; choose at least one, from 0 to {known - 1}")
     if not 1 <= per_class * len(classes) <= MAX_SAMPLES:
-        raise InputError(f"{len(classes)} classes with {per_class} images each; from 1 to {MAX_SAMPLES} images are drawn at "
-                         "a time")
-    for name, value, low, high in (("guidance", guidance, 1, MAX_GUIDANCE), ("temperature", temperature, 0, MAX_TEMPERATURE),
-                                   ("the seed", seed, 0, MAX_SEED)):
+        raise InputError(f"{len(classes)} classes with {per_class} images each; from 1 to {MAX_SAMPLES} images are "
+                         "drawn at a time")
+    for name, value, low, high in (("guidance", guidance, 1, MAX_GUIDANCE),
+                                   ("temperature", temperature, 0, MAX_TEMPERATURE), ("the seed", seed, 0, MAX_SEED)):
         if not low <= value <= high:
             raise InputError(f"{name} is {value}; it must be from {low} to {high:g}")
     wanted = torch.tensor(classes).repeat_interleave(per_class)

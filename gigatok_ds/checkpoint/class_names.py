@@ -1,7 +1,7 @@
 """What the classes of a model are called: name i is that of label i in the data that it was trained on.
 
-A run keeps them in `classes.json`, of which each checkpoint has a copy, and a standalone model in its config.json. Where the
-training data has no names, nothing is written, and labels are taken by their numbers.
+A run keeps them in `classes.json`, of which each checkpoint has a copy, and a standalone model in its config.json.
+Where the training data has no names, nothing is written, and labels are taken by their numbers.
 """
 
 from __future__ import annotations
@@ -58,13 +58,19 @@ def record_classes(names: Sequence[str], run_dir: Path, topology: Topology) -> N
 
 
 def class_numbers(words: Sequence[str], known: ClassNames) -> list[int]:
-    """The labels that words stand for: whole numbers, or names. Raises InputError for a word that is neither, or two classes'."""
+    """The labels that words stand for: whole numbers, or names. Raises InputError for a word that is neither, or two
+    classes'.
+    """
     numbers = {name: number for number, name in enumerate(known.names)}
     for word in words:
         if not word.isdecimal() and word not in numbers:
-            there = f"its classes are called {known.names[0]!r}, ..., {known.names[-1]!r}" if numbers else "it names none"
-            raise InputError(f"{known.source} has no class {word!r} ({there}); give class numbers, or its names, separated by "
-                             "commas, e.g. 207,980")
+            there = (
+                f"its classes are called {known.names[0]!r}, ..., {known.names[-1]!r}" if numbers else "it names none"
+            )
+            raise InputError(f"{known.source} has no class {word!r} ({there}); give class numbers, or its names, "
+                             "separated by commas, e.g. 207,980")
         if not word.isdecimal() and list(known.names).count(word) > 1:
-            raise InputError(f"{known.source} has two classes called {word!r}; give the number of the one that is meant")
+            raise InputError(
+                f"{known.source} has two classes called {word!r}; give the number of the one that is meant"
+            )
     return [int(word) if word.isdecimal() else numbers[word] for word in words]

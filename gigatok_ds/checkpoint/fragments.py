@@ -1,4 +1,5 @@
-"""The saved state of one network under an optimizer, spread over files as it was spread over ranks, readable by any layout.
+"""The saved state of one network under an optimizer, spread over files as it was spread over ranks, readable by any
+layout.
 
 A folder holds `engine.json`, which describes every tensor, and per tensor rank
 
@@ -6,8 +7,8 @@ A folder holds `engine.json`, which describes every tensor, and per tensor rank
                                         moments, and the moving average where there is one, as `KIND/NAME`
     whole-tensor-TTT.safetensors        what data ranks share: buffers and frozen parameters, by name
 
-A part says at which element of the flattened parameter it starts, so parts of any ZeRO stage and any number of ranks fit
-together again.
+A part says at which element of the flattened parameter it starts, so parts of any ZeRO stage and any number of ranks
+fit together again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, TensorFiles
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import synced_sha256
-from gigatok_ds.parallel.sharding import Shard
+from gigatok_ds.parallel.sharding import TensorShard
 from gigatok_ds.plain import from_plain
 from gigatok_ds.untrusted import brief, parse_json, read_bytes, reading
 
@@ -44,17 +45,18 @@ class Fragment(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class SavedLayout:
     """How a saved network was spread: what `engine.json` holds.
 
-    `parameters` gives each trained parameter's shape on one tensor rank; `cuts` says how those that are not alike on all
-    tensor ranks are cut. `adam_steps` counts the updates of each parameter, and `counters` are the engine's own numbers.
+    `parameters` gives each trained parameter's shape on one tensor rank; `cuts` says how those that are not alike on
+    all tensor ranks are cut. `adam_steps` counts the updates of each parameter, and `counters` are the engine's own
+    numbers.
     """
 
     tensor_size: int
     data_size: int
     parameters: dict[str, list[int]]
-    cuts: dict[str, Shard]
+    cuts: dict[str, TensorShard]
     kinds: list[str]
     adam_steps: dict[str, int]
     counters: dict[str, float]
@@ -63,15 +65,16 @@ class Layout:
         return json.dumps(asdict(self)) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Layout:
+    def from_json(cls, text: str) -> SavedLayout:
         """Raises InputError for anything that is not what `to_json` writes."""
         layout = from_plain(cls, parse_json(text.encode(), DESCRIPTION_FILE), DESCRIPTION_FILE)
         for name, shape in layout.parameters.items():
-            cut = layout.cuts.get(name, Shard())
+            cut = layout.cuts.get(name, TensorShard())
             if min(shape, default=0) < 0 or cut.groups < 1 or not 0 <= cut.dim < max(len(shape), 1):
                 raise InputError(f"{name} has the shape {shape}, cut along {cut.dim} in {cut.groups} groups")
         if not (1 <= layout.tensor_size <= MOST_RANKS and 1 <= layout.data_size <= MOST_RANKS):
-            raise InputError(f"{layout.tensor_size} tensor ranks and {layout.data_size} data ranks are said to have written it")
+            raise InputError(f"{layout.tensor_size} tensor ranks and {layout.data_size} data ranks are said to have "
+                             "written it")
         return layout
 
     def numel(self, name: str) -> int:
@@ -81,11 +84,13 @@ class Layout:
 
 @dataclass(kw_only=True)
 class Snapshot:
-    """What one rank writes down of a network: copies in host memory, by kind and parameter name, once `arrived` returns."""
+    """What one rank writes down of a network: copies in host memory, by kind and parameter name, once `arrived`
+    returns.
+    """
 
     tensor_rank: int
     data_rank: int
-    layout: Layout
+    layout: SavedLayout
     fragments: dict[str, dict[str, Fragment]]
     whole: dict[str, Tensor] = field(default_factory=dict)
     arrived: Callable[[], None] = lambda: None
@@ -121,7 +126,7 @@ class SavedEngine:
         if not path.is_file():
             raise InputError(f"{folder} holds no training state: it has no {DESCRIPTION_FILE}")
         try:
-            self.layout = Layout.from_json(read_bytes(path).decode(errors="replace"))
+            self.layout = SavedLayout.from_json(read_bytes(path).decode(errors="replace"))
         except InputError as error:
             raise InputError(f"{path} is damaged ({brief(error)})") from None
         self._files = TensorFiles()
@@ -132,11 +137,14 @@ class SavedEngine:
         return kind in self.layout.kinds
 
     def tensors(self, kind: str = WEIGHTS) -> Mapping[str, Tensor]:
-        """The whole network's state_dict, each tensor read when asked for: parameters of that kind, float32, and buffers."""
+        """The whole network's state_dict, each tensor read when asked for: parameters of that kind, float32, and
+        buffers.
+        """
         shapes = {name: self.shape(name) for name in self.layout.parameters}
         file = self._whole_file(0)
         whole = {name: self._joined_shape(name, self._files.shape(file, name)) for name in self.whole_names()}
-        return LazyTensors(shapes | whole, lambda name: self.read_whole(name) if name in whole else self.read(kind, name))
+        return LazyTensors(shapes | whole,
+                           lambda name: self.read_whole(name) if name in whole else self.read(kind, name))
 
     def shape(self, name: str) -> list[int]:
         """Of a whole parameter."""
@@ -155,14 +163,15 @@ class SavedEngine:
         cut, numel = self.layout.cuts.get(name), self.layout.numel(name)
         ranks = range(self.layout.tensor_size if cut else 1)
         parts = [self._range(rank, kind, name, 0, numel).reshape(self.layout.parameters[name]) for rank in ranks]
-        return cut.join(parts) if cut else parts[0]
+        return cut.unshard(parts) if cut else parts[0]
 
     def read_range(self, kind: str, name: str, start: int, stop: int, *, tensor_rank: int, tensor_size: int) -> Tensor:
-        """Elements of the flattened parameter as tensor rank `tensor_rank` of `tensor_size` holds it: (stop - start,)."""
+        """Elements of the flattened parameter as tensor rank `tensor_rank` of `tensor_size` holds it: (stop - start,).
+        """
         cut = self.layout.cuts.get(name)
         if cut is None or tensor_size == self.layout.tensor_size:  # of a replica, every rank's part is the same
             return self._range(tensor_rank if cut else 0, kind, name, start, stop)
-        return cut.cut(self.read(kind, name), tensor_rank, tensor_size).flatten()[start:stop]
+        return cut.shard(self.read(kind, name), tensor_rank, tensor_size).flatten()[start:stop]
 
     def read_whole(self, name: str, *, tensor_rank: int = 0, tensor_size: int = 1) -> Tensor:
         """A buffer or frozen parameter as that tensor rank holds it."""
@@ -172,9 +181,9 @@ class SavedEngine:
         with reading(self.folder):
             return self._joined(name, cut, tensor_rank, tensor_size)
 
-    def _joined(self, name: str, cut: Shard, tensor_rank: int, tensor_size: int) -> Tensor:
+    def _joined(self, name: str, cut: TensorShard, tensor_rank: int, tensor_size: int) -> Tensor:
         parts = [self._files.read(self._whole_file(rank), name) for rank in range(self.layout.tensor_size)]
-        return cut.cut(cut.join(parts), tensor_rank, tensor_size)
+        return cut.shard(cut.unshard(parts), tensor_rank, tensor_size)
 
     def whole_names(self) -> list[str]:
         return self._files.names(self._whole_file(0))

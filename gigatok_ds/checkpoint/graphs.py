@@ -1,8 +1,8 @@
 """Tokenizers as graphs for other runtimes: `torch.export` programs (.pt2) and ONNX files.
 
-Two graphs: the encoder, images (B, 3, S, S) to codes (B, T), and the decoder, codes to images; B is free. Each holds the
-weights of its part, needs nothing of gigatok_ds, and finds the nearest code by a matrix product instead of this package's
-kernels.
+Two graphs: the encoder, images (B, 3, S, S) to codes (B, T), and the decoder, codes to images; B is free. Each holds
+the weights of its part, needs nothing of gigatok_ds, and finds the nearest code by a matrix product instead of this
+package's kernels.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class DecoderGraph(nn.Module):
 def export_graph(tokenizer: Tokenizer, part: str, out: Path, *, format: str = "torch") -> str:
     """Write one part as one file, check it against the model on images it has not seen, and say how near it is.
 
-    The tokenizer is in float32 on the CPU. Raises InputError when `out` exists, when ONNX's packages are missing, or when
-    the graph computes something else; `out` is whole or absent. Weights of a large ONNX graph are in `out`.data.
+    The tokenizer is in float32 on the CPU. Raises InputError when `out` exists, when ONNX's packages are missing, or
+    when the graph computes something else; `out` is whole or absent. Weights of a large ONNX graph are in `out`.data.
     """
     for path in (out, _data_file(out)):
         if path.exists():

@@ -85,8 +85,8 @@ def _complete(path: Path, check: bool) -> dict:
 def _engine(folder: Path) -> dict:
     saved = SavedEngine(folder)
     shapes = [saved.shape(name) for name in saved.layout.parameters]
-    return {"parameters": sum(math.prod(shape) for shape in shapes), "tensors": len(shapes), "holds": saved.layout.kinds,
-            "adam_steps": max(saved.layout.adam_steps.values(), default=0)}
+    return {"parameters": sum(math.prod(shape) for shape in shapes), "tensors": len(shapes),
+            "holds": saved.layout.kinds, "adam_steps": max(saved.layout.adam_steps.values(), default=0)}
 
 
 def _recipe(path: Path) -> dict | None:

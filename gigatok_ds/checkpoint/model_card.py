@@ -11,8 +11,8 @@ from gigatok_ds.untrusted import as_markdown, printable
 _TOKENIZER = """
 # {name}
 
-A GigaTok image tokenizer ({layout} layout, {parameters:,} parameters): an image of {size} x {size} pixels becomes {tokens} codes
-from a codebook of {codebook:,} entries of {dim} dimensions, and codes become an image again.
+A GigaTok image tokenizer ({layout} layout, {parameters:,} parameters): an image of {size} x {size} pixels becomes
+{tokens} codes from a codebook of {codebook:,} entries of {dim} dimensions, and codes become an image again.
 
 ## Use
 
@@ -20,22 +20,23 @@ from a codebook of {codebook:,} entries of {dim} dimensions, and codes become an
 import gigatok_ds
 
 tokenizer = gigatok_ds.load_tokenizer("path/of/this/directory")
-codes = tokenizer.encode(images)          # images: float (batch, 3, {size}, {size}) in [-1, 1]; codes: int64 (batch, {tokens})
+codes = tokenizer.encode(images)          # float (batch, 3, {size}, {size}) in [-1, 1] to int64 (batch, {tokens})
 reconstruction = tokenizer.decode(codes)  # nominally in [-1, 1], not clamped
 ```
 
 ## Preprocessing
 
-As in validation: RGB, channels first. The image is halved with a box filter while its short side is at least {twice} pixels,
-its short side is resized to {size} (bicubic), the middle {size} x {size} are cut out, and bytes become numbers by
-`(x / 255 - 0.5) * 2`. `gigatok-ds reconstruct` does all of this to files.
+As in validation: RGB, channels first. The image is halved with a box filter while its short side is at least {twice}
+pixels, its short side is resized to {size} (bicubic), the middle {size} x {size} are cut out, and bytes become numbers
+by `(x / 255 - 0.5) * 2`. `gigatok-ds reconstruct` does all of this to files.
 """
 
 _GPT = """
 # {name}
 
-A class-conditional autoregressive transformer ({parameters:,} parameters) that generates the {tokens} codes of an image of one of
-{classes:,} classes, from a vocabulary of {vocabulary:,}. A tokenizer with the same codebook turns codes into an image.
+A class-conditional autoregressive transformer ({parameters:,} parameters) that generates the {tokens} codes of an
+image of one of {classes:,} classes, from a vocabulary of {vocabulary:,}. A tokenizer with the same
+codebook turns codes into an image.
 
 ## Use
 
@@ -64,8 +65,8 @@ Parameters are {dtype}. SHA-256, also in `config.json`:
 
 ## Licence
 
-The code that reads this (gigatok_ds) is under the MIT licence. The licence of the weights is up to whoever trained them and, for
-ImageNet, its terms of access: set `license` above before publishing.
+The code that reads this (gigatok_ds) is under the MIT licence. The licence of the weights is up to whoever trained them
+and, for ImageNet, its terms of access: set `license` above before publishing.
 """
 
 
@@ -85,8 +86,8 @@ def model_card(description: Mapping, *, parameters: int, dtype: str) -> str:
                                  twice=2 * model["image_size"], tokens=model["latent_tokens"],
                                  codebook=model["quantizer"]["codebook_size"], dim=model["quantizer"]["codebook_dim"])
     else:
-        body = _GPT.format(name=name, parameters=parameters, tokens=model["sequence_length"], classes=model["num_classes"],
-                           vocabulary=model["vocab_size"])
+        body = _GPT.format(name=name, parameters=parameters, tokens=model["sequence_length"],
+                           classes=model["num_classes"], vocabulary=model["vocab_size"])
     return head + body + _REST.format(
         provenance=_table(provenance, "It does not say."), dtype=dtype, files=_table(description["sha256"], "None."),
         metrics=_table({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in metrics.items()},

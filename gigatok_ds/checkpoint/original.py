@@ -79,7 +79,8 @@ def to_original(config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tenso
         return whole.float() if sources[original] == [_USAGE] else whole
 
     shapes = shapes_of(weights)
-    return LazyTensors({original: _packed_shape(shapes[names[0]], len(names)) for original, names in sources.items()}, read)
+    return LazyTensors({original: _packed_shape(shapes[names[0]], len(names)) for original, names in sources.items()},
+                       read)
 
 
 def _packed_shape(shape: Sequence[int], count: int) -> tuple[int, ...]:
@@ -91,7 +92,8 @@ def original_specs(config: TokenizerConfig | GPTConfig, specs: Mapping[str, Spec
     found: dict[str, Spec] = {}
     for name, (dtype, shape) in specs.items():
         original, third = original_entry(config, name)
-        found[original] = Spec(torch.float32 if name == _USAGE else dtype, _packed_shape(shape, 1 if third is None else 3))
+        found[original] = Spec(torch.float32 if name == _USAGE else dtype,
+                               _packed_shape(shape, 1 if third is None else 3))
     return found
 
 
@@ -119,8 +121,8 @@ def from_original(config: TokenizerConfig | GPTConfig, weights: Mapping[str, Ten
             packed[original] = weights[original]
         value, dtype = packed[original], specs[name].dtype
         if dtype.is_floating_point and value.dtype not in _FLOATS:
-            raise InputError(f"{source}: {original} holds whole numbers ({str(value.dtype).removeprefix('torch.')}) where the "
-                             "model has fractions; a quantized file must be turned back first")
+            raise InputError(f"{source}: {original} holds whole numbers ({str(value.dtype).removeprefix('torch.')}) "
+                             "where the model has fractions; a quantized file must be turned back first")
         return (value if third is None else value.chunk(3)[third]).to(dtype).contiguous()
 
     return config, LazyTensors({name: spec.shape for name, spec in specs.items()}, read)
@@ -157,11 +159,13 @@ def _chosen(content: dict, priority: list[str], path: str | Path) -> dict[str, T
             continue
         short = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
         if plain.setdefault(short, name) != name:
-            raise InputError(f"{path}: {key} holds both {plain[short]} and {name}, which are one parameter; leave one out")
+            raise InputError(
+                f"{path}: {key} holds both {plain[short]} and {name}, which are one parameter; leave one out"
+            )
         if value.dtype not in _STORED or value.layout != torch.strided:
             kind = value.dtype if value.layout == torch.strided else value.layout
-            raise InputError(f"{path}: {name} is of type {str(kind).removeprefix('torch.')}, but only plain float64, float32, "
-                             "float16 and bfloat16 are converted; turn it back into one of these first")
+            raise InputError(f"{path}: {name} is of type {str(kind).removeprefix('torch.')}, but only plain float64, "
+                             "float32, float16 and bfloat16 are converted; turn it back into one of these first")
     return {short: weights[name] for short, name in plain.items()}
 
 
@@ -170,9 +174,9 @@ def save_original(path: Path, config: TokenizerConfig | GPTConfig, weights: Mapp
                   check: Callable[[Path], object] = lambda written: None) -> Path:
     """Write a `.pt` as the original's code reads it, {"model": state_dict}, whole or not at all.
 
-    Few tensors are in memory at a time. With dtype, parameters are converted. check is given the file before it takes its
-    place and may raise: then what was there stays. Raises InputError when `path` exists, unless `overwrite` is set and it
-    holds a state_dict under "model" and nothing else, or when the weights are not the model's.
+    Few tensors are in memory at a time. With dtype, parameters are converted. check is given the file before it takes
+    its place and may raise: then what was there stays. Raises InputError when `path` exists, unless `overwrite` is set
+    and it holds a state_dict under "model" and nothing else, or when the weights are not the model's.
     """
     path = path.resolve() if overwrite else path  # a link stays one
     if path.exists() and not overwrite:
@@ -194,9 +198,13 @@ def _refuse_foreign(path: Path) -> None:
     try:
         content = load_plain_data(path)
     except InputError as error:
-        raise InputError(f"--overwrite replaces checkpoints only: {error}; remove it yourself or choose another file") from None
+        raise InputError(
+            f"--overwrite replaces checkpoints only: {error}; remove it yourself or choose another file"
+        ) from None
     strays = [str(key) for key in content if key != _KEY]
     weights = content.get(_KEY)
     if strays or not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f"{path} holds more than weights ({strays[0] if strays else _KEY}), so --overwrite leaves it alone; "
-                         "remove it yourself or choose another file")
+        raise InputError(
+            f"{path} holds more than weights ({strays[0] if strays else _KEY}), so --overwrite leaves it alone; "
+            "remove it yourself or choose another file"
+        )

@@ -33,10 +33,10 @@ def load_plain_data(path: Path) -> dict:
     if mistaken := mistaken_weights(path):
         raise InputError(f"{path} is not a checkpoint: {mistaken}")
     try:
-        # Original checkpoints carry the command line they were trained with. Those of old torch versions cannot be mapped.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            with _encodable(path) as name:
-                content = torch.load(name, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # Original checkpoints carry the command line they were trained with. Those of old torch versions cannot be
+        # mapped.
+        with torch.serialization.safe_globals([argparse.Namespace]), _encodable(path) as name:
+            content = torch.load(name, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} was refused: it holds something other than plain tensors and numbers "
                          f"({_refused(error)})") from None

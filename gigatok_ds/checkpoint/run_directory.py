@@ -1,8 +1,8 @@
 """Training checkpoints of a run: `checkpoints/step-0001000/`, complete or ignored.
 
 A checkpoint is complete when its directory has that name and holds `state.json`, which is written last and lists every
-file with its SHA-256. The newest one is found by looking; the file `latest` beside them names it for people and scripts,
-is replaced after it is complete, and is never read here.
+file with its SHA-256. The newest one is found by looking; the file `latest` beside them names it for people and
+scripts, is replaced after it is complete, and is never read here.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class State:
     """What `state.json` says of a checkpoint.
 
     The position in the data and all random streams follow from `step` and the recipe; `samples` were seen so far.
-    `metrics` are the validation figures of that step, if it was validated. `guard` is what decisions about the next steps
-    depend on (training.step_guard). `files` maps paths to SHA-256.
+    `metrics` are the validation figures of that step, if it was validated. `guard` is what decisions about the next
+    steps depend on (training.step_guard). `files` maps paths to SHA-256.
     """
 
     step: int
@@ -89,9 +89,14 @@ def read_state(folder: Path) -> State:
 
 def _checked(state: State) -> State:
     """InputError for what would make no sense later."""
-    if state.step < 0 or state.samples < 0 or not 1 <= state.tensor_size <= state.world_size or state.stage not in range(4):
-        raise InputError(f"step {state.step}, samples {state.samples}, {state.world_size} ranks, tensor {state.tensor_size}, "
-                         f"stage {state.stage}")
+    if (
+        state.step < 0
+        or state.samples < 0
+        or not 1 <= state.tensor_size <= state.world_size
+        or state.stage not in range(4)
+    ):
+        raise InputError(f"step {state.step}, samples {state.samples}, {state.world_size} ranks, tensor "
+                         f"{state.tensor_size}, stage {state.stage}")
     for part in state.parts:
         if part != Path(part).name or not part.strip("."):
             raise InputError(f"a part is called {part!r}")
@@ -171,8 +176,8 @@ def _own_share_of_damage(folder: Path, topology: Topology) -> str | None:
 def load_checkpoint(folder: Path, parts: Mapping[str, Saveable], topology: Topology) -> State:
     """Check every file, restore every part, and return what to continue after. Collective.
 
-    It may have been written by any number of ranks, tensor ranks and at any ZeRO stage. Raises InputError when a file is
-    damaged or the checkpoint is of another kind of run.
+    It may have been written by any number of ranks, tensor ranks and at any ZeRO stage. Raises InputError when a file
+    is damaged or the checkpoint is of another kind of run.
     """
     problem = damage(folder, topology)
     if problem:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.model_card import model_card
 from gigatok_ds.checkpoint.original import build_on_meta, written_specs
-from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, TensorFiles, check_fits, check_size, groups_of, write_tensors
+from gigatok_ds.checkpoint.tensor_files import (
+    LazyTensors,
+    Spec,
+    TensorFiles,
+    check_fits,
+    check_size,
+    groups_of,
+    write_tensors,
+)
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, gpt_config_from_dict, tokenizer_config_from_dict
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside, put_back, sha256, sync, told_failures
@@ -57,7 +65,8 @@ def _refuse_foreign(path: Path) -> None:
     except InputError as error:
         raise InputError(f"{path} exists already and is no standalone checkpoint ({error}), {advice}") from None
     for file in sorted(path.iterdir()):
-        named = file.name in ours and (file.suffix == ".safetensors" or file.name in (CONFIG_FILE, CARD_FILE, INDEX_FILE))
+        named = file.name in ours and (file.suffix == ".safetensors" or file.name
+                                       in (CONFIG_FILE, CARD_FILE, INDEX_FILE))
         if not named or not file.is_file():
             raise InputError(f"{path} also holds {file.name}, which is not of a standalone checkpoint, {advice}")
 
@@ -68,10 +77,10 @@ def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weigh
     """Write a standalone checkpoint directory, complete or not at all; few tensors are in memory at a time.
 
     weights are the model's own state_dict, perhaps a lazy one; parameters are converted to dtype, if given, and buffers
-    stay as they are. provenance and the names of a GPT's classes, if they are known, are stored in config.json. check is
-    given the directory before it takes its place and may raise: then what was there stays. Raises InputError when `path`
-    exists, unless `overwrite` is set and it is a standalone checkpoint itself with nothing else in it, and when the weights
-    are not those of the model.
+    stay as they are. provenance and the names of a GPT's classes, if they are known, are stored in config.json. check
+    is given the directory before it takes its place and may raise: then what was there stays. Raises InputError when
+    `path` exists, unless `overwrite` is set and it is a standalone checkpoint itself with nothing else in it, and when
+    the weights are not those of the model.
     """
     path = Path(path).resolve() if overwrite else Path(path)  # a link stays one
     check_destination(path, overwrite=overwrite)
@@ -153,7 +162,9 @@ def weight_files(path: Path) -> list[Path]:
         try:
             names = list(dict.fromkeys(read_json(path / INDEX_FILE)["weight_map"].values()))
         except (InputError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path / INDEX_FILE} is damaged ({brief(error)}); copy the whole directory again") from None
+            raise InputError(
+                f"{path / INDEX_FILE} is damaged ({brief(error)}); copy the whole directory again"
+            ) from None
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or not (path / name).is_file():
             raise InputError(f"{path} lacks its weights file {name!r}; copy the whole directory again")
@@ -193,7 +204,7 @@ def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: tor
     for name, (usual, _) in expected.items():
         value = weights[name]
         if name in cuts:
-            value = cuts[name].cut(value, tensor_rank, tensor_size)
+            value = cuts[name].shard(value, tensor_rank, tensor_size)
         state[name] = value.to(device=device, dtype=dtype if usual.is_floating_point else usual)
     model.load_state_dict(state, assign=True)
     if kind == "gpt":

@@ -51,8 +51,9 @@ def groups_of(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 def write_tensors(path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor]) -> str:
     """Write a safetensors file and return its SHA-256. Each tensor is asked for when it is its turn.
 
-    The format, from the safetensors documentation: the header's length (8 bytes, little-endian), the header (JSON, padded
-    with blanks), the tensors' bytes in C order without gaps. The larger elements come first, so that all are aligned.
+    The format, from the safetensors documentation: the header's length (8 bytes, little-endian), the header (JSON,
+    padded with blanks), the tensors' bytes in C order without gaps. The larger elements come first, so that all are
+    aligned.
     """
     order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -65,7 +66,8 @@ def write_tensors(path: Path, specs: Mapping[str, Spec], read: Callable[[str], T
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for block in chain([len(text).to_bytes(8, "little"), text], (raw_bytes(read(name), specs[name]) for name in order)):
+        for block in chain([len(text).to_bytes(8, "little"), text],
+                           (raw_bytes(read(name), specs[name]) for name in order)):
             file.write(block)
             digest.update(block)
     return digest.hexdigest()
@@ -154,8 +156,8 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def check_size(config: object, shapes: Mapping[str, Sequence[int]], source: str) -> None:
     """InputError when a description asks for a model that so many tensors and numbers cannot be of.
 
-    Compared before anything is built: a model has at least a tensor for each of its layers, and a number for each unit of
-    any width. Nothing but the weights' shapes is needed.
+    Compared before anything is built: a model has at least a tensor for each of its layers, and a number for each unit
+    of any width. Nothing but the weights' shapes is needed.
     """
     numbers = sum(map(math.prod, shapes.values()))
     for name, value in _sizes(config, ""):
@@ -163,7 +165,9 @@ def check_size(config: object, shapes: Mapping[str, Sequence[int]], source: str)
         most = len(shapes) if counts else max(numbers, _LARGEST_SIDE)
         if value > most:
             held = f"{len(shapes)} tensors" if counts else f"{numbers:,} numbers"
-            raise InputError(f"{source}: {name} is {value}, but the weights hold {held} in all: they are not of this model")
+            raise InputError(
+                f"{source}: {name} is {value}, but the weights hold {held} in all: they are not of this model"
+            )
 
 
 def _sizes(value: object, name: str) -> Iterator[tuple[str, int]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gigatok_ds.checkpoint.model_sources import Model
 from gigatok_ds.checkpoint.original import build_on_meta, written_specs
-from gigatok_ds.checkpoint.sources import Model
 from gigatok_ds.checkpoint.tensor_files import Spec
 from gigatok_ds.errors import InputError
 from gigatok_ds.npy_files import read_npz
@@ -22,8 +22,9 @@ PROBE_TOLERANCE = 1e-5
 def verify(source: Model, written: Model, *, dtype: torch.dtype | None = None, probe: Path | None = None) -> str:
     """Compare two places of one model, whose parameters are rounded to dtype in the second; says what was compared.
 
-    Tensors are compared one at a time, bit for bit; then both models are built, one after the other, and their outputs for
-    the same inputs are, too. probe, if given, holds outputs of the model in training. Raises InputError at a difference.
+    Tensors are compared one at a time, bit for bit; then both models are built, one after the other, and their outputs
+    for the same inputs are, too. probe, if given, holds outputs of the model in training. Raises InputError at a
+    difference.
     """
     specs = written_specs(build_on_meta(source.config), dtype)
     for name, spec in specs.items():

@@ -1,8 +1,8 @@
 """Writing checkpoints: aside, with checksums, complete at the moment of a rename; in the background if wished.
 
 A thread of every rank writes that rank's files into `step-N.partial` and then, as `rank-R.json`, their checksums. When
-those of all ranks are there, another thread of the first rank makes `state.json` of them and renames the directory. That
-needs no communication other than the shared directory, so it can go on while training computes.
+those of all ranks are there, another thread of the first rank makes `state.json` of them and renames the directory.
+That needs no communication other than the shared directory, so it can go on while training computes.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class CheckpointWriter:
              guard: Mapping | None = None) -> None:
         """Save every part. Collective. When asynchronous, returns after copying, once an earlier save is finished.
 
-        A failure leaves earlier checkpoints as they were, and is raised here or by a later call: InputError when the disk
-        is full or cannot be written to.
+        A failure leaves earlier checkpoints as they were, and is raised here or by a later call: InputError when the
+        disk is full or cannot be written to.
         """
         self.finish()
         snapshots = {name: part.snapshot() for name, part in parts.items()}
@@ -156,8 +156,8 @@ class CheckpointWriter:
         reason = write_failure(error)
         if reason is None:
             return error
-        told = InputError(f"the checkpoint of step {step} could not be written below {self._run_dir} ({reason}); earlier "
-                          "checkpoints are untouched: make room and run the same command again")
+        told = InputError(f"the checkpoint of step {step} could not be written below {self._run_dir} ({reason}); "
+                          "earlier checkpoints are untouched: make room and run the same command again")
         told.__cause__ = error
         return told
 

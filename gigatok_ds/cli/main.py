@@ -22,27 +22,27 @@ TURN_SECONDS = 6.0  # after which another rank says what the first should have s
 
 # Command name -> module with HELP, add_arguments(parser) and run(args). The order is that of --help.
 COMMANDS = {
-    "demo": "demo",
-    "recipes": "recipes",
-    "make-shards": "make_shards",
-    "check-shards": "check_shards",
-    "doctor": "doctor",
-    "check-cluster": "check_cluster",
-    "plan": "plan",
-    "train": "train",
-    "status": "status",
-    "convert": "convert",
-    "inspect": "inspect",
-    "export-graph": "export_graph",
-    "extract-codes": "extract_codes",
-    "reconstruct": "reconstruct",
-    "sample": "sample",
-    "app": "app",
-    "evaluate": "evaluate",
-    "probe": "probe",
-    "search-guidance": "search_guidance",
-    "reproduce": "reproduce",
-    "ar-probe": "ar_probe",
+    "demo": "training.demo",
+    "recipes": "training.recipes",
+    "make-shards": "data.make_shards",
+    "check-shards": "data.check_shards",
+    "doctor": "training.doctor",
+    "check-cluster": "training.check_cluster",
+    "plan": "training.plan",
+    "train": "training.train",
+    "status": "training.status",
+    "convert": "models.convert",
+    "inspect": "models.inspect",
+    "export-graph": "models.export_graph",
+    "extract-codes": "data.extract_codes",
+    "reconstruct": "models.reconstruct",
+    "sample": "models.sample",
+    "app": "models.app",
+    "evaluate": "figures.evaluate",
+    "probe": "figures.probe",
+    "search-guidance": "figures.search_guidance",
+    "reproduce": "figures.reproduce",
+    "ar-probe": "figures.ar_probe",
 }
 
 
@@ -63,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0 on success, 2 for an error that the user has to mend, 1 for one that may pass,
-    130 after Ctrl-C, UNREAD when nobody reads any more what it prints."""
+    """Run one command. Returns its exit code: 0 on success, 2 for an error that the user has to mend, 1 for one that
+    may pass, 130 after Ctrl-C, UNREAD when nobody reads any more what it prints."""
     try:
         try:
             return _run(parse(argv))
@@ -88,12 +88,14 @@ def _run(args: argparse.Namespace) -> int:
             raise
         if os.environ.get("GIGATOK_TRACEBACK"):
             raise
-        print(f"gigatok-ds {args.command}: error: {one_rank_first()}{printable(masked(_one_line(error)))}", file=sys.stderr)
+        print(f"gigatok-ds {args.command}: error: {one_rank_first()}{printable(masked(_one_line(error)))}",
+              file=sys.stderr)
         return exit_code(error)
 
 
 def _is_unread() -> bool:
-    """Whether the reader of what is printed has gone, as `head` does, and it is not another connection that is broken."""
+    """Whether the reader of what is printed has gone, as `head` does, and it is not another connection that is broken.
+    """
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)
@@ -111,14 +113,15 @@ def _check_out(args: argparse.Namespace) -> None:
     """InputError when --out is a symbolic link to something that is not there: the system would say that it exists."""
     out = getattr(args, "out", None)
     if isinstance(out, Path) and out.is_symlink() and not out.exists():
-        raise InputError(f"{out} is a symbolic link to {os.readlink(out)}, which does not exist; make that, or remove the link")
+        raise InputError(f"{out} is a symbolic link to {os.readlink(out)}, which does not exist; make that, or remove "
+                         "the link")
 
 
 def one_rank_first() -> str:
     """Before a rank says what is wrong with a command line that all ranks were given: the first one says it at once.
 
-    A launcher ends the others as soon as one has ended, which is before their turn; the first of each host has its own, in
-    case only its host is at fault. Returns what tells a later rank's message from that of the first.
+    A launcher ends the others as soon as one has ended, which is before their turn; the first of each host has its own,
+    in case only its host is at fault. Returns what tells a later rank's message from that of the first.
     """
     rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     if rank == "0" or not rank.isdecimal():

@@ -10,7 +10,6 @@ import torch
 
 from gigatok_ds.checkpoint.standalone import DTYPES, checkpoint_hash, load_gpt, load_tokenizer
 from gigatok_ds.data.codes import CodeDataset
-from gigatok_ds.data.remote import open_shards, short_name
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.cropped import CroppedImages
 from gigatok_ds.evaluation.generation import check_comparable, evaluate_generation
@@ -19,14 +18,15 @@ from gigatok_ds.evaluation.image_sets import ImageSet, open_images
 from gigatok_ds.evaluation.inception import inception_file, load_inception, origin_of
 from gigatok_ds.evaluation.loss import codes_of_images, stored_codes, validation_loss
 from gigatok_ds.evaluation.probing.features import GPTFeatures, TokenizerFeatures
-from gigatok_ds.evaluation.probing.probe import ProbeRun, ProbeSettings
-from gigatok_ds.evaluation.reconstruction import VALIDATION_IMAGES, best_median_worst, evaluate_reconstruction
-from gigatok_ds.evaluation.reference import default_cache, load_reference, reference_name
+from gigatok_ds.evaluation.probing.linear_probe import ProbeRun, ProbeSettings
+from gigatok_ds.evaluation.reconstruction_figures import VALIDATION_IMAGES, best_median_worst, evaluate_reconstruction
+from gigatok_ds.evaluation.reference_batch import default_cache, load_reference, reference_name
 from gigatok_ds.evaluation.results import Results, numeric_settings, png_bytes
 from gigatok_ds.losses.perceptual import load_lpips, vgg_file
-from gigatok_ds.models.published import WeightFile
+from gigatok_ds.models.frozen.pretrained_files import WeightFile
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.sampling.images import check_pair
+from gigatok_ds.shards.remote import open_shards, short_name
 from gigatok_ds.untrusted import read_json
 
 SETTING = "--inception"
@@ -112,7 +112,8 @@ def probe(args: argparse.Namespace, topology: Topology) -> Results:
     else:
         gpt = load_gpt(args.gpt, device=str(topology.device))
         check_pair(gpt, tokenizer)
-        features, name = GPTFeatures(tokenizer, gpt, depth=args.depth, dropout=not args.no_dropout), args.gpt.resolve().name
+        features, name = GPTFeatures(tokenizer, gpt, depth=args.depth,
+                                     dropout=not args.no_dropout), args.gpt.resolve().name
         identity["gpt_sha256"] = checkpoint_hash(args.gpt)
     train, test = open_shards(args.train), CroppedImages(args.val, tokenizer.config.image_size)
     test.number_as(train.classes, args.train)
@@ -132,7 +133,8 @@ MEASURES = {"reconstruction": reconstruction, "generation": generation, "loss": 
 
 
 def _inception(args: argparse.Namespace, topology: Topology):
-    """The network on the rank's device (None without --inception), what is to be said of it, the suffix of its figures."""
+    """The network on the rank's device (None without --inception), what is to be said of it, the suffix of its figures.
+    """
     if args.inception is None:
         return None, {}, ""
     file = inception_file(args.inception, SETTING)

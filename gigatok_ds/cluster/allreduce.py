@@ -23,7 +23,7 @@ _SHORTEST = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class AllReduceJob:
     """The ranks that one process takes care of, and where all of them meet."""
 
     address: str
@@ -43,15 +43,15 @@ class Progress:
     error: str | None = None
 
 
-def run_host(job: Job) -> int:
+def run_host(job: AllReduceJob) -> int:
     """Start this host's ranks; 0 when all of them succeed. Being run by `timeout`, they end with this process."""
     alone = [replace(job, ranks=[rank], local_rank=local) for local, rank in enumerate(job.ranks)]
     command = [sys.executable, "-u", "-m", __spec__.name]
     processes = [subprocess.Popen([*command, json.dumps(asdict(one))]) for one in alone]
-    return int(any([process.wait() for process in processes]))
+    return int(any(process.wait() for process in processes))
 
 
-def run_rank(job: Job) -> int:
+def run_rank(job: AllReduceJob) -> int:
     rank, deadline = job.ranks[0], time.monotonic() + job.seconds
     _say(Progress(rank=rank, stage="started"))
     try:
@@ -63,7 +63,7 @@ def run_rank(job: Job) -> int:
     return 0
 
 
-def _reduce(job: Job, rank: int, deadline: float) -> None:
+def _reduce(job: AllReduceJob, rank: int, deadline: float) -> None:
     import torch
     import torch.distributed as dist
 
@@ -92,5 +92,5 @@ def _say(progress: Progress) -> None:
 
 
 if __name__ == "__main__":
-    job = Job(**json.loads(sys.argv[1]))
+    job = AllReduceJob(**json.loads(sys.argv[1]))
     sys.exit(run_host(job) if job.local_rank is None else run_rank(job))

@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gigatok_ds.cluster import allreduce, probe
-from gigatok_ds.cluster.hostfile import Host, Rendezvous, read_hostfile, rendezvous
-from gigatok_ds.cluster.remote import CHECKOUT, Outcome, Reach
-from gigatok_ds.cluster.report import (
+from gigatok_ds.cluster import allreduce, host_facts
+from gigatok_ds.cluster.cluster_report import (
     Expected,
     HostResult,
     allreduce_cell,
@@ -23,6 +21,8 @@ from gigatok_ds.cluster.report import (
     problems,
     table,
 )
+from gigatok_ds.cluster.hostfile import Host, Rendezvous, read_hostfile, rendezvous
+from gigatok_ds.cluster.remote_shell import CHECKOUT, Outcome, Reach
 from gigatok_ds.cluster.ssh_environment import rank_variables
 from gigatok_ds.config.load import recipe_names
 from gigatok_ds.errors import InputError
@@ -43,14 +43,14 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class HostVerdict:
     """The table, and one line for each problem."""
 
     table: str
     problems: list[str]
 
 
-def check_cluster(request: Request, environment: Mapping[str, str]) -> Verdict:
+def check_cluster(request: Request, environment: Mapping[str, str]) -> HostVerdict:
     """Check the hosts of a hostfile, or this machine.
 
     Raises InputError for a request that cannot be asked: no such hostfile, recipe or directory. Leaves nothing behind:
@@ -65,7 +65,8 @@ def check_cluster(request: Request, environment: Mapping[str, str]) -> Verdict:
     variables = rank_variables(environment, Path.home(), working_dir) if request.hostfile else {}
     reach = Reach(ssh=request.hostfile is not None, variables=variables)
     recipe = _named_everywhere(request.recipe)
-    expected = Expected(code=probe.source_hash(probe.PACKAGE), recipe=probe.recipe_hash(recipe) if recipe else None,
+    expected = Expected(code=host_facts.source_hash(host_facts.PACKAGE),
+                        recipe=host_facts.recipe_hash(recipe) if recipe else None,
                         working_dir=str(working_dir), checkout=str(CHECKOUT))
     with _shared_folder(request.out) as folder:
         if folder:
@@ -82,7 +83,7 @@ def check_cluster(request: Request, environment: Mapping[str, str]) -> Verdict:
         results, failed = _allreduce(results, reach, rendezvous(hosts if request.hostfile else [], environment),
                                      request.seconds)
         found += failed
-    return Verdict(table=table(results), problems=found)
+    return HostVerdict(table=table(results), problems=found)
 
 
 def _named_everywhere(recipe: str | None) -> str | None:
@@ -110,18 +111,20 @@ def _shared_folder(out: Path | None) -> Iterator[Path | None]:
 
 def probe_hosts(hosts: Sequence[Host], reach: Reach, recipe: str | None, folder: Path | None, working_dir: str,
                 seconds: int) -> list[HostResult]:
-    """What each host tells of itself, or why it does not; with a folder that all should share, they answer there, too."""
+    """What each host tells of itself, or why it does not; with a folder that all should share, they answer there, too.
+    """
     answers = [folder / f"host-{index}" if folder else None for index in range(len(hosts))]
-    questions = [probe.Question(recipe=recipe, token=str(folder / "token") if folder else None,
+    questions = [host_facts.Question(recipe=recipe, token=str(folder / "token") if folder else None,
                                 answer=str(answer) if answer else None, working_dir=working_dir)
                  for answer in answers]
-    outcomes = reach.run(hosts, probe.__name__, [[json.dumps(asdict(question))] for question in questions], seconds)
+    outcomes = reach.run(hosts, host_facts.__name__, [[json.dumps(asdict(question))] for question in questions],
+                         seconds)
     results = []
     for host, outcome, answer in zip(hosts, outcomes, answers, strict=True):
-        lines = outcome.marked(probe.MARK)
+        lines = outcome.marked(host_facts.MARK)
         if lines:
             seen = answer.is_file() if answer else None
-            results.append(HostResult(host=host, facts=probe.Facts(**json.loads(lines[-1])), answer_seen=seen))
+            results.append(HostResult(host=host, facts=host_facts.Facts(**json.loads(lines[-1])), answer_seen=seen))
         else:
             results.append(HostResult(host=host, failure=_why(host, outcome, seconds)))
     return results
@@ -143,7 +146,7 @@ def _allreduce(results: Sequence[HostResult], reach: Reach, meeting: Rendezvous,
     world_size = sum(host.slots for host in hosts)
     jobs, first = [], 0
     for host in hosts:
-        jobs.append(allreduce.Job(address=meeting.address, port=meeting.port, world_size=world_size,
+        jobs.append(allreduce.AllReduceJob(address=meeting.address, port=meeting.port, world_size=world_size,
                                   ranks=list(range(first, first + host.slots)), seconds=seconds))
         first += host.slots
     outcomes = reach.run(hosts, allreduce.__name__, [[json.dumps(asdict(job))] for job in jobs], seconds)

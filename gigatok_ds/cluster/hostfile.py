@@ -43,8 +43,8 @@ def read_hostfile(path: str | Path, environment: Mapping[str, str]) -> list[Host
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file; see launch/hostfile.example") from None
     if lines[0].startswith("\ufeff"):
-        raise InputError(f"{path} line 1: it begins with a byte-order mark, which would become part of the host's name; save the "
-                         "file as UTF-8 without one")
+        raise InputError(f"{path} line 1: it begins with a byte-order mark, which would become part of the host's "
+                         "name; save the file as UTF-8 without one")
     hosts: dict[str, Host] = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):

@@ -6,24 +6,26 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from gigatok_ds.cluster import probe
+from gigatok_ds.cluster import host_facts
 from gigatok_ds.cluster.check import probe_hosts
+from gigatok_ds.cluster.cluster_report import Expected, problems
 from gigatok_ds.cluster.hostfile import Host, read_hostfile
-from gigatok_ds.cluster.remote import CHECKOUT, Reach
-from gigatok_ds.cluster.report import Expected, problems
+from gigatok_ds.cluster.remote_shell import CHECKOUT, Reach
 from gigatok_ds.cluster.ssh_environment import rank_variables
 
 SECONDS = 60  # for a host to answer
 
 
 def usable_hosts(hostfile: str, environment: Mapping[str, str], seconds: int = SECONDS) -> list[Host]:
-    """The hosts that answer by ssh and have the same code and packages and enough GPUs; says of the others what is wrong.
+    """The hosts that answer by ssh and have the same code and packages and enough GPUs; says of the others what is
+    wrong.
 
     Asks the hosts that the file names now: a line that was removed since the last start excludes a host.
     """
     hosts, working_dir = read_hostfile(hostfile, environment), str(Path.cwd())
     reach = Reach(ssh=True, variables=rank_variables(environment, Path.home(), Path.cwd()))
-    expected = Expected(code=probe.source_hash(probe.PACKAGE), working_dir=working_dir, checkout=str(CHECKOUT))
+    expected = Expected(code=host_facts.source_hash(host_facts.PACKAGE), working_dir=working_dir,
+                        checkout=str(CHECKOUT))
     usable = []
     for result in probe_hosts(hosts, reach, None, None, working_dir, seconds):
         wrong = problems([result], expected)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Done; an error that the user has to mend; interrupted; asked to stop (training.stop_requests).
+# Done; an error that the user has to mend; interrupted; asked to stop (resilience.preemption).
 FINAL = (0, 2, 130, 75)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds
@@ -19,9 +19,10 @@ def run_with_restarts(launch: Callable[[int], subprocess.Popen | None], most: in
                       sleep: Callable[[float], None] = time.sleep) -> int:
     """The exit code of the last try. There are at most `most` restarts in a row without progress.
 
-    launch: starts the job, given how many restarts there have been; None when that is not possible now, which counts as a
-    try. progress: something that changes when the job has got further, such as its newest checkpoint. Waits double from five
-    seconds to five minutes, and begin anew after progress. A signal to this process goes to the job, and ends the tries.
+    launch: starts the job, given how many restarts there have been; None when that is not possible now, which counts as
+    a try. progress: something that changes when the job has got further, such as its newest checkpoint. Waits double
+    from five seconds to five minutes, and begin anew after progress. A signal to this process goes to the job, and ends
+    the tries.
     """
     asked: list[int] = []
     running: list[subprocess.Popen] = []
@@ -48,7 +49,8 @@ def run_with_restarts(launch: Callable[[int], subprocess.Popen | None], most: in
                 print(f"train.sh: {most} restarts in a row without a new checkpoint; giving up", file=sys.stderr)
                 return _as_exit_code(code)
             tries, restarts = tries + 1, restarts + 1
-            print(f"train.sh: the job ended with exit code {code}; restart {tries} of {most} in {wait:g} s", file=sys.stderr)
+            print(f"train.sh: the job ended with exit code {code}; restart {tries} of {most} in {wait:g} s",
+                  file=sys.stderr)
             sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
             if asked:

@@ -30,8 +30,10 @@ class CheckpointConfig:
         at_least(1, "checkpoint", every=self.every, keep=self.keep, keep_every=self.keep_every)
         at_least(0, "checkpoint", keep_best=self.keep_best)
         if (self.keep_best > 0) != (self.best_metric is not None):
-            raise InputError(f"checkpoint.keep_best is {self.keep_best} and checkpoint.best_metric is {self.best_metric}; "
-                             "they go together: set both, or leave out both")
+            raise InputError(f"checkpoint.keep_best is {self.keep_best} and checkpoint.best_metric is "
+                             f"{self.best_metric}; they go together: set both, or leave out both")
         if self.keep_every is not None and self.keep_every % self.every:
-            raise InputError(f"checkpoint.keep_every is {self.keep_every}; it must be a multiple of checkpoint.every, which "
-                             f"is {self.every}")
+            raise InputError(
+                f"checkpoint.keep_every is {self.keep_every}; it must be a multiple of checkpoint.every, which "
+                f"is {self.every}"
+            )

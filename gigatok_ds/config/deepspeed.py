@@ -51,9 +51,9 @@ def zero_settings(stage: int, *, offload: bool = False) -> dict:
         raise InputError(f"{wanted} is not available; allowed are stages 0 to 3, and offload with stage 3")
     zero: dict = {"stage": stage}
     if stage >= 1:
-        # At stages 1 and 2 DeepSpeed lets the host wait for the whole device before it reduces a bucket beside the backward
-        # pass, and at its end; in order with it, nothing waits. Its default of 5e8 elements a bucket would hold more than the
-        # state of the smaller models.
+        # At stages 1 and 2 DeepSpeed lets the host wait for the whole device before it reduces a bucket beside the
+        # backward pass, and at its end; in order with it, nothing waits. Its default of 5e8 elements a bucket would
+        # hold more than the state of the smaller models.
         zero |= {"overlap_comm": stage == 3, "contiguous_gradients": True, "reduce_bucket_size": BUCKET}
     if stage in (1, 2):
         zero |= {"allgather_bucket_size": BUCKET}
@@ -101,8 +101,8 @@ def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *, data_paral
                       source: str | None = None) -> tuple[dict, list[str]]:
     """Settings for DeepSpeed with every `auto` filled in, and warnings about those without effect.
 
-    settings is a path, a bundled name or a dictionary; errors call it `source`. What it states must agree with the recipe: batch
-    sizes, clipping and precision. Raises InputError naming both sources when it does not, for keys that
+    settings is a path, a bundled name or a dictionary; errors call it `source`. What it states must agree with the
+    recipe: batch sizes, clipping and precision. Raises InputError naming both sources when it does not, for keys that
     DeepSpeed does not know, and for combinations known to train wrongly.
     """
     source = source or _source(settings)
@@ -136,7 +136,8 @@ def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *, data_paral
 
 
 def check_settings(settings: str | Path | dict, recipe: Recipe) -> tuple[dict, str]:
-    """Settings of which nothing is refused, with `auto` resolved as far as no number of ranks is needed, and what they are called.
+    """Settings of which nothing is refused, with `auto` resolved as far as no number of ranks is needed, and what they
+    are called.
 
     Raises InputError as `resolve_deepspeed` does, except for what depends on the number of ranks.
     """
@@ -152,8 +153,8 @@ def _source(settings: str | Path | dict) -> str:
 
 
 def scaler_search(settings: dict) -> int:
-    """How many steps in a row fp16's loss scaling may leave out on its way from its initial scale to its lowest, by resolved
-    settings; 0 without a scale that is searched for."""
+    """How many steps in a row fp16's loss scaling may leave out on its way from its initial scale to its lowest, by
+    resolved settings; 0 without a scale that is searched for."""
     fp16 = settings["fp16"]
     if not fp16["enabled"] or fp16.get("loss_scale", 0):
         return 0

@@ -29,7 +29,8 @@ DECIDED_ELSEWHERE = {
 }
 
 SECTIONS = frozenset({
-    "zero_optimization", "bf16", "fp16", "data_types", "activation_checkpointing", "compile", "checkpoint", "datastates_ckpt",
+    "zero_optimization", "bf16", "fp16", "data_types", "activation_checkpointing", "compile", "checkpoint",
+    "datastates_ckpt",
     "aio", "timers", "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet",
 })
 _FLAGS = ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "disable_allgather",
@@ -56,16 +57,27 @@ OFF = (False, None)
 # What is refused unless it has one of these values, with which it changes nothing. `*` stands for any key.
 _REFUSED: dict[str, tuple[tuple, str]] = {
     "wall_clock_breakdown": (OFF, "its timers allow one backward pass for each forward pass; throughput/ is logged"),
-    "flops_profiler.enabled": (OFF, "it sets wall_clock_breakdown, whose timers allow one backward pass for each forward pass; "
-                               "mfu is logged"),
+    "flops_profiler.enabled": (
+        OFF,
+        "it sets wall_clock_breakdown, whose timers allow one backward pass for each forward pass; mfu is logged",
+    ),
     "disable_allgather": (OFF, "DeepSpeed reads it and does nothing with it"),
-    "activation_checkpointing.*": ((*OFF, 0), "it does nothing: the recipe's parallel.recompute_every and parallel.sequence "
-                                   "decide what is kept of activations"),
-    "compile.*": ((*OFF, []), "it does nothing, since DeepSpeed is not asked to compile; the recipe's training.compile decides"),
+    "activation_checkpointing.*": (
+        (*OFF, 0),
+        "it does nothing: the recipe's parallel.recompute_every and parallel.sequence "
+        "decide what is kept of activations",
+    ),
+    "compile.*": (
+        (*OFF, []),
+        "it does nothing, since DeepSpeed is not asked to compile; the recipe's training.compile decides",
+    ),
     "checkpoint.*": ((), _NO_CHECKPOINT),
     "datastates_ckpt.*": ((), _NO_CHECKPOINT),
     "aio.*": ((), _NVME),
-    "comms_logger.enabled": (OFF, "nothing here asks DeepSpeed for its summary; gigatok-ds check-cluster measures the network"),
+    "comms_logger.enabled": (
+        OFF,
+        "nothing here asks DeepSpeed for its summary; gigatok-ds check-cluster measures the network",
+    ),
     **{f"{name}.enabled": (OFF, _MONITOR) for name in ("tensorboard", "wandb", "csv_monitor", "comet")},
     "bf16.immediate_grad_update": (OFF, "gradients are looked at before they are applied (faults.in_a_row)"),
     "bf16.bf16_master_weights_and_grads": (OFF, _FLOAT32),
@@ -76,27 +88,50 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
     "data_types.keep_in_fp32_modules": (([],), "buffers keep their own types here anyway"),
     "zero_optimization.zenflow": ((None,), "it is another optimizer than the recipe's"),
     "zero_optimization.compute_grad_norm": ((True,), "the norm is clipped by, and logged"),
-    "zero_optimization.cpu_offload": (OFF, "it is an old name; write \"offload_optimizer\": {\"device\": \"cpu\"}"),
-    "zero_optimization.cpu_offload_param": (OFF, "it is an old name; write \"offload_param\": {\"device\": \"cpu\"}"),
+    "zero_optimization.cpu_offload": (OFF, 'it is an old name; write "offload_optimizer": {"device": "cpu"}'),
+    "zero_optimization.cpu_offload_param": (OFF, 'it is an old name; write "offload_param": {"device": "cpu"}'),
     "zero_optimization.cpu_offload_use_pin_memory": (OFF, "it is an old name of pin_memory in offload_optimizer"),
     "zero_optimization.load_from_fp32_weights": ((True,), _NO_CHECKPOINT),
     "zero_optimization.leaf_module.*": ((), "the recipe's training.compile decides which parts are gathered whole"),
-    **{f"zero_optimization.{name}": (OFF, _NO_CHECKPOINT) for name in (
-        "elastic_checkpoint", "pipeline_loading_checkpoint", "gather_16bit_weights_on_model_save",
-        "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")},
+    **{
+        f"zero_optimization.{name}": (OFF, _NO_CHECKPOINT)
+        for name in (
+            "elastic_checkpoint",
+            "pipeline_loading_checkpoint",
+            "gather_16bit_weights_on_model_save",
+            "stage3_gather_16bit_weights_on_model_save",
+            "stage3_gather_fp16_weights_on_model_save",
+        )
+    },
     "zero_optimization.save_muon_momentum_buffer_in_memory": (OFF, "the recipe's optimizer section decides"),
-    **{f"zero_optimization.{name}": ((0,), "modules here are also called in parts, where ZeRO-3 would not gather them")
-       for name in ("module_granularity_threshold", "stage3_module_granularity_threshold")},
+    **{
+        f"zero_optimization.{name}": ((0,), "modules here are also called in parts, where ZeRO-3 would not gather them")
+        for name in ("module_granularity_threshold", "stage3_module_granularity_threshold")
+    },
     "zero_optimization.legacy_stage1": (OFF, "it is an old implementation"),
     "zero_optimization.parameter_alignment": (OFF, "checkpoints here know partitions without gaps"),
     "zero_optimization.round_robin_gradients": (OFF, "checkpoints here know partitions in the order of parameters"),
-    **{f"zero_optimization.{name}": (OFF, _INT8) for name in (
-        "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")},
-    **{f"zero_optimization.{section}.device": (("cpu", "none"), _NVME) for section in ("offload_optimizer", "offload_param")},
-    **{f"zero_optimization.{section}.{name}": ((), _NVME) for section in ("offload_optimizer", "offload_param")
-       for name in ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")},
-    **{f"zero_optimization.offload_optimizer.{name}": (OFF, _NVME) for name in ("pipeline_read", "pipeline_write", "fast_init")},
-    "zero_optimization.offload_optimizer.ratio": ((1, 1.0), "AdamW is torch's here, which updates all or nothing on the host"),
+    **{
+        f"zero_optimization.{name}": (OFF, _INT8)
+        for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+    },
+    **{
+        f"zero_optimization.{section}.device": (("cpu", "none"), _NVME)
+        for section in ("offload_optimizer", "offload_param")
+    },
+    **{
+        f"zero_optimization.{section}.{name}": ((), _NVME)
+        for section in ("offload_optimizer", "offload_param")
+        for name in ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")
+    },
+    **{
+        f"zero_optimization.offload_optimizer.{name}": (OFF, _NVME)
+        for name in ("pipeline_read", "pipeline_write", "fast_init")
+    },
+    "zero_optimization.offload_optimizer.ratio": (
+        (1, 1.0),
+        "AdamW is torch's here, which updates all or nothing on the host",
+    ),
     "zero_optimization.offload_optimizer.super_offload": (OFF, "AdamW is torch's here"),
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": ((), "AdamW is torch's here"),
 }
@@ -128,7 +163,8 @@ def refuse_unsupported(settings: dict, source: str, recipe: Recipe) -> None:
         allowed, reason = next(_rules(path), ((value,), ""))
         if not any(type(value) is type(one) and value == one for one in allowed):
             values = " or ".join(map(repr, allowed))
-            raise InputError(f"{source}: {path} is {value!r}; remove it{f' (or write {values})' if values else ''}: {reason}")
+            raise InputError(f"{source}: {path} is {value!r}; remove it{f' (or write {values})' if values else ''}: "
+                             f"{reason}")
     for path, (least, greatest) in _WHOLE.items():
         section, _, name = path.rpartition(".")
         holder = settings.get(section, {}) if section else settings
@@ -175,8 +211,8 @@ def _check_scalars(settings: dict, source: str) -> None:
         raise InputError(f"{source}: gradient_predivide_factor is {factor!r}; a number above 0 is expected")
     stage = settings["zero_optimization"]["stage"]
     if stage >= 2 and (settings.get("prescale_gradients") or factor != 1):
-        raise InputError(f"{source}: prescale_gradients and gradient_predivide_factor are for ZeRO stages 0 and 1 in DeepSpeed, "
-                         f"and the stage is {stage}; remove them")
+        raise InputError(f"{source}: prescale_gradients and gradient_predivide_factor are for ZeRO stages 0 and 1 in "
+                         f"DeepSpeed, and the stage is {stage}; remove them")
     level = settings.get("log_level")
     if level is not None and level not in LOG_LEVELS:
         raise InputError(f"{source}: log_level is {level!r}; allowed are {', '.join(LOG_LEVELS)}")
@@ -185,8 +221,8 @@ def _check_scalars(settings: dict, source: str) -> None:
             raise InputError(f"{source}: unknown key {key!r} in timers; allowed is throughput")
     fp16 = settings["fp16"]
     if fp16.get("min_loss_scale", 1) > 2 ** fp16.get("initial_scale_power", 16):
-        raise InputError(f"{source}: fp16.min_loss_scale is {fp16['min_loss_scale']}, which is above the scale to begin with, "
-                         f"2 to the power of fp16.initial_scale_power")
+        raise InputError(f"{source}: fp16.min_loss_scale is {fp16['min_loss_scale']}, which is above the scale to "
+                         f"begin with, 2 to the power of fp16.initial_scale_power")
 
 
 def _check_types(settings: dict, source: str, recipe: Recipe) -> None:
@@ -194,13 +230,15 @@ def _check_types(settings: dict, source: str, recipe: Recipe) -> None:
     precision, types = recipe.training.precision, settings.get("data_types", {})
     for key in types:
         if key not in _DATA_TYPES:
-            raise InputError(f"{source}: unknown key {key!r} in data_types; {nearest(key, _DATA_TYPES, allowed=_DATA_TYPES)}")
+            raise InputError(f"{source}: unknown key {key!r} in data_types; "
+                             f"{nearest(key, _DATA_TYPES, allowed=_DATA_TYPES)}")
     for key in ("grad_accum_dtype", "param_dtype"):
         if types.get(key) is not None and types[key] not in _DTYPES[precision]:
-            raise InputError(f"{source}: data_types.{key} is {types[key]!r}, but recipe {recipe.name} trains in {precision} "
-                             f"(training.precision); remove it, or write {precision!r}")
+            raise InputError(f"{source}: data_types.{key} is {types[key]!r}, but recipe {recipe.name} trains in "
+                             f"{precision} (training.precision); remove it, or write {precision!r}")
     sent = settings.get("communication_data_type")
     allowed = dict.fromkeys((precision, "fp32"))
     if sent is not None and (not isinstance(sent, str) or sent.lower() not in allowed):
-        raise InputError(f"{source}: communication_data_type is {sent!r}, but recipe {recipe.name} trains in {precision} "
-                         f"(training.precision), and gradients would be rounded on their way; allowed: {', '.join(allowed)}")
+        raise InputError(f"{source}: communication_data_type is {sent!r}, but recipe {recipe.name} trains in "
+                         f"{precision} (training.precision), and gradients would be rounded on their way; allowed: "
+                         f"{', '.join(allowed)}")

@@ -31,5 +31,7 @@ class FaultConfig:
         if self.spike_deviations is not None and self.spike_deviations <= 0:
             raise InputError(f"faults.spike_deviations is {self.spike_deviations}; it must be above 0, or null")
         if self.on_spike != "skip" and self.spike_deviations is None:
-            raise InputError(f"faults.on_spike is {self.on_spike}, but without faults.spike_deviations nothing is a spike; "
-                             "set that, for instance to 20")
+            raise InputError(
+                f"faults.on_spike is {self.on_spike}, but without faults.spike_deviations nothing is a spike; "
+                "set that, for instance to 20"
+            )

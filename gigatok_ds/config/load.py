@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -30,8 +30,8 @@ from gigatok_ds.untrusted import read_bytes
 _KINDS: dict[str, type] = {"tokenizer": TokenizerRecipe, "gpt": GPTRecipe}
 # Settings of a run that may change when it is resumed: how often it reports, how it computes, where copies of data are
 # kept, how much of it may be bad, and where the same frozen weights (their SHA-256 is compared) are found.
-_CHANGEABLE = ("log_every", "validate_every", "compile", "precision", "micro_batch_size", "workers", "cache", "cache_gb", "patience",
-               "max_bad_fraction", "weights", "backbone_weights")
+_CHANGEABLE = ("log_every", "validate_every", "compile", "precision", "micro_batch_size", "workers", "cache",
+               "cache_gb", "patience", "max_bad_fraction", "weights", "backbone_weights")
 _CHANGEABLE_SECTIONS = ("parallel.", "checkpoint.", "validation.", "monitor.", "faults.")
 # Where the data lies: what it is, training.data_record compares.
 DATA_LOCATIONS = ("data.train", "data.second", "data.validation", "data.tokenizer")
@@ -47,7 +47,7 @@ for _schema in (*vars(model).values(), *vars(losses).values(), *vars(recipe).val
 class _Loader(yaml.SafeLoader):
     """YAML with the numbers of YAML 1.2 (1e-4 is one; 010, 1:30 and dates are text), and no repeated keys."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers
                 if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -77,11 +77,13 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 
 
 def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many nodes there are once each alias stands for a copy, counted without making any. ValueError for too many."""
+    """How many nodes there are once each alias stands for a copy, counted without making any. ValueError for too many.
+    """
     if id(node) not in known:
         known[id(node)] = MOST_NODES + 1  # of a node that holds itself
         inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_expanded(part, known) for part in inner))
+        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode)
+                               else sum(_expanded(part, known) for part in inner))
     if known[id(node)] > MOST_NODES:
         raise ValueError(f"its anchors (&) and aliases (*) stand for more than {MOST_NODES:,} values; write them out")
     return known[id(node)]

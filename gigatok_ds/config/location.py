@@ -20,8 +20,8 @@ def is_remote(location: object) -> bool:
 
 
 def masked(text: object) -> str:
-    """A text without the secrets of the URLs and commands in it: users and passwords, queries, headers that log in, and what is
-    assigned to a password, token or secret key.
+    """A text without the secrets of the URLs and commands in it: users and passwords, queries, headers that log in, and
+    what is assigned to a password, token or secret key.
     """
     text = _USER.sub(rf"\1{_MASK}@", str(text))
     text = _QUERY.sub(rf"\1?{_MASK}", text)

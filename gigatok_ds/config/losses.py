@@ -38,8 +38,8 @@ class PerceptualConfig:
 class QuantizerLossConfig:
     """Weights of the quantizer's terms; the entropy term stops at `entropy_end_step` (null: never).
 
-    `statistics` says whose latents the mean assignment of the entropy term is of: of all data ranks (the result then does
-    not depend on their number), or of each data rank (the original's).
+    `statistics` says whose latents the mean assignment of the entropy term is of: of all data ranks (the result then
+    does not depend on their number), or of each data rank (the original's).
     """
 
     codebook: float = 1.0

@@ -73,7 +73,9 @@ def resolve_size(size: str | TransformerSize | dict, table: dict[str, Transforme
     if isinstance(size, dict):
         return TransformerSize(**size)
     if size not in table:
-        raise InputError(f"{what}: unknown size {size!r}; choose one of {', '.join(table)}, or give width, layers and heads")
+        raise InputError(
+            f"{what}: unknown size {size!r}; choose one of {', '.join(table)}, or give width, layers and heads"
+        )
     return table[size]
 
 
@@ -162,9 +164,11 @@ class TokenizerConfig:
             if name == "decoder" and not 1 <= depth <= size.layers:
                 raise InputError(f"semantic_head.depth is {depth}; the decoder has layers 1 to {size.layers}")
         if self.image_size < 1 or self.image_size % self.cnn.downscale:
-            raise InputError(f"image_size {self.image_size} is not a multiple of the CNN's downscale {self.cnn.downscale}")
+            raise InputError(f"image_size {self.image_size} is not a multiple of the CNN's downscale "
+                             f"{self.cnn.downscale}")
         if self.layout == "2d" and self.latent_tokens != self.grid**2:
-            raise InputError(f"latent_tokens is {self.latent_tokens}; a 2d tokenizer has one per grid cell, {self.grid**2}")
+            raise InputError(f"latent_tokens is {self.latent_tokens}; a 2d tokenizer has one per grid cell, "
+                             f"{self.grid**2}")
         if self.layout == "1d" and self.latent_query == "multi_level" and self.latent_tokens & (self.latent_tokens - 1):
             raise InputError(f"latent_tokens is {self.latent_tokens}; latent_query multi_level needs a power of two")
         if self.layout == "1d" and self.latent_query == "multi_level" and self.latent_tokens > 2 * self.grid**2:

@@ -57,10 +57,11 @@ class ScheduleConfig:
 class TrainingConfig:
     """The loop: how long, how large a batch, in which precision, and how often it reports.
 
-    `micro_batch_size` null puts the whole share of a data-parallel rank in one micro batch. `ema_decay` (the original's:
+    `micro_batch_size` null puts the whole share of a data-parallel rank in one micro batch. `ema_decay` (the
+    original's:
     0.9999; null: none) keeps a moving average of the trained model's weights, which is what is exported then. `compile`
-    compiles transformer layers and residual blocks by torch.compile, in that mode of it; "auto" is its default mode on GPUs and
-    nothing on CPUs.
+    compiles transformer layers and residual blocks by torch.compile, in that mode of it; "auto" is its default mode on
+    GPUs and nothing on CPUs.
     """
 
     steps: int
@@ -134,8 +135,8 @@ class CodeDataConfig(ImageReadingConfig):
     `tokenizer` is a standalone tokenizer's directory: frozen and in float32, it makes the codes of training images when
     they are needed, each time of another crop, mirrored half the time. `second` is a directory of code shards of the
     same images under other augmentations: each access takes it instead of `train` with probability 0.5 (the original's
-    mixture of two ten-crops). `cache`, `cache_gb` and `patience` are those of image shards; how images are read is for `tokenizer`
-    only.
+    mixture of two ten-crops). `cache`, `cache_gb` and `patience` are those of image shards; how images are read is for
+    `tokenizer` only.
     """
 
     train: str | None = None
@@ -153,8 +154,10 @@ class CodeDataConfig(ImageReadingConfig):
         for setting in fields(ImageReadingConfig):
             value = getattr(self, setting.name)
             if self.tokenizer is None and value != setting.default:
-                raise InputError(f"data.{setting.name} is {value}, but without data.tokenizer there are no images to read; "
-                                 "leave it out, or set data.tokenizer")
+                raise InputError(
+                    f"data.{setting.name} is {value}, but without data.tokenizer there are no images to read; "
+                    "leave it out, or set data.tokenizer"
+                )
         if self.tokenizer is not None and self.second is not None:
             raise InputError("data.second is set, but with data.tokenizer there are no code shards to mix; set one of "
                              "them to null")

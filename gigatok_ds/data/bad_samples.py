@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.errors import InputError
+from gigatok_ds.shards.index import ShardIndex
 
 TOLD_SINGLY = 10  # bad samples with a line each; after these
 TELL_EVERY = 60.0  # seconds, at least, between two lines that sum up

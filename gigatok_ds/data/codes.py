@@ -16,16 +16,16 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import TrainingBatches, address_fields
 from gigatok_ds.data.reader import SampleAddress
-from gigatok_ds.data.remote import open_shards, read_beside
-from gigatok_ds.data.shard_cache import ShardCache
-from gigatok_ds.data.shards import Record, ShardSet, new_directory, write_tars
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
-from gigatok_ds.untrusted import is_number, parse_json
+from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.remote import open_shards, read_beside
+from gigatok_ds.shards.shard_cache import ShardCache
+from gigatok_ds.shards.tar_writer import Record, ShardSet, new_directory, write_tars
 from gigatok_ds.streams import numpy_stream
+from gigatok_ds.untrusted import is_number, parse_json
 
 FORMAT = "gigatok-ds-codes/1"
 METADATA_FILE = "metadata.json"

@@ -13,9 +13,9 @@ _ADAM7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), 
 def damage_of(data: bytes) -> str | None:
     """What is wrong with an encoded image that can be decoded, in a few words; None if nothing is to be found.
 
-    Of a JPEG it is what libjpeg warns of, asked through the package simplejpeg where that is installed; of a PNG the CRC-32
-    of each chunk, its end, and whether there are all rows. What still makes a valid picture, as some flipped bits of a JPEG
-    do, nobody can tell.
+    Of a JPEG it is what libjpeg warns of, asked through the package simplejpeg where that is installed; of a PNG the
+    CRC-32 of each chunk, its end, and whether there are all rows. What still makes a valid picture, as some flipped
+    bits of a JPEG do, nobody can tell.
     """
     if data.startswith(b"\xff\xd8"):
         return _warning_of_libjpeg(data)

@@ -1,8 +1,8 @@
 """The fast way from a JPEG to a training crop: the same window, with small differences in its pixels.
 
 libjpeg-turbo decodes images that are at least twice too large at 1/2, 1/4 or 1/8 of their size where both sides can be
-divided by as much, which takes the place of as many halvings, and torch's kernel for bytes resizes what is left of them.
-docs/data.md has the differences.
+divided by as much, which takes the place of as many halvings, and torch's kernel for bytes resizes what is left of
+them. docs/data.md has the differences.
 """
 
 from __future__ import annotations
@@ -72,13 +72,18 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def _decode(data: bytes, size: tuple[int, int], short_side: int) -> np.ndarray | None:
-    """RGB bytes (H, W, 3) of an image of `size` (width, height), halved as often as the decoder can; None if it is damaged.
+    """RGB bytes (H, W, 3) of an image of `size` (width, height), halved as often as the decoder can; None if it is
+    damaged.
 
-    Only whole pixels: of a side that does not divide, the decoder's last pixel stands for more than the image, and an odd
-    side is halved (`resize_short_side`) by other pairs behind its middle than before it.
+    Only whole pixels: of a side that does not divide, the decoder's last pixel stands for more than the image, and an
+    odd side is halved (`resize_short_side`) by other pairs behind its middle than before it.
     """
     (width, height), times = size, 1
-    while 2 * times <= _SMALLEST and min(size) >= 2 * times * short_side and width % (2 * times) == height % (2 * times) == 0:
+    while (
+        2 * times <= _SMALLEST
+        and min(size) >= 2 * times * short_side
+        and width % (2 * times) == height % (2 * times) == 0
+    ):
         times *= 2
     try:
         return simplejpeg.decode_jpeg(data, min_height=height // times, min_width=width // times)
@@ -87,7 +92,8 @@ def _decode(data: bytes, size: tuple[int, int], short_side: int) -> np.ndarray |
 
 
 def _window(pixels: np.ndarray, image_size: tuple[int, int], crop: Crop, size: int) -> Tensor:
-    """The crop of an image of `image_size` (width, height), of which `pixels` (H, W, 3) may have been halved already."""
+    """The crop of an image of `image_size` (width, height), of which `pixels` (H, W, 3) may have been halved already.
+    """
     width, height = resized_size(image_size, crop.short_side)
     if min(pixels.shape[:2]) >= 2 * crop.short_side:
         pixels = np.array(halved(Image.fromarray(pixels), crop.short_side))

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
 from gigatok_ds.errors import InputError
+from gigatok_ds.shards.tar_scan import IMAGE_EXTENSIONS
 
 MAX_NUMBER = 99_999  # of a class that is named by a number
 
@@ -74,10 +74,14 @@ def class_order(names, source: str) -> tuple[list[str], dict[str, int]]:
     named = {value: name for name, value in reversed(number.items())}
     if len(named) < len(names):
         twice = next(name for name in names if named[number[name]] != name)
-        raise InputError(f"{source}: the classes {named[number[twice]]} and {twice} are the same number; rename one of them")
+        raise InputError(
+            f"{source}: the classes {named[number[twice]]} and {twice} are the same number; rename one of them"
+        )
     if (most := max(named)) > MAX_NUMBER:
-        raise InputError(f"{source}: all classes are whole numbers, which would be their labels, but {most} is more than "
-                         f"{MAX_NUMBER}; give the classes names that do not only hold digits")
+        raise InputError(
+            f"{source}: all classes are whole numbers, which would be their labels, but {most} is more than "
+            f"{MAX_NUMBER}; give the classes names that do not only hold digits"
+        )
     return [named.get(value, str(value)) for value in range(most + 1)], number
 
 
@@ -104,8 +108,8 @@ def images_below(directory: Path, left_out: Counter) -> list[Path]:
 
 
 def _children(directory: Path, left_out: Counter, links: bool = True) -> tuple[list[Path], list[Path]]:
-    """(directories, images) in a directory. Only regular files, and links to them, are images; `links` to directories may be
-    directories."""
+    """(directories, images) in a directory. Only regular files, and links to them, are images; `links` to directories
+    may be directories."""
     directories, images = [], []
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=links):

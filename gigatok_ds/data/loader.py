@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.data.bad_samples import BadSample, BadSamples
-from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, SampleAddress
 from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError, MachineError
-from gigatok_ds.freed_memory import keep_freed_memory
+from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import numpy_stream, torch_stream
 
 MAX_REPLACEMENTS = 16  # undecodable images in a row before the data as a whole is taken to be bad
@@ -67,14 +67,17 @@ def _prepare_worker(worker: int) -> None:
 def _told(error: RuntimeError | OSError) -> Exception | None:
     """What to tell of an error of torch's loader; None of one that is not of its own making."""
     text = str(error)
-    if any(words in text for words in ("shared memory", "Bus error", "unable to write to file </torch_", "unable to open shared")) or (
+    if any(words in text for words
+           in ("shared memory", "Bus error", "unable to write to file </torch_", "unable to open shared")) or (
             isinstance(error, OSError) and error.errno == errno.ENOSPC):
         free = shutil.disk_usage(_SHARED).free if os.path.isdir(_SHARED) else 0
-        return InputError(f"data workers hand batches over in {_SHARED}, which has no room for them ({free / 1e6:.1f} MB are free); "
-                          "make it larger (docker run --shm-size=16g), or use fewer data.workers (0 needs none)")
-    if killed := re.search(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)", text):
-        return MachineError(f"{killed[0]}: somebody, or a lack of memory, has ended it; run the same command again, perhaps with fewer "
-                            "data.workers")
+        return InputError(f"data workers hand batches over in {_SHARED}, which has no room for them ({free / 1e6:.1f} "
+                          "MB are free); make it larger (docker run --shm-size=16g), or use fewer data.workers (0 "
+                          "needs none)")
+    if killed := re.search(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (is killed by signal: [\w ]+|exited "
+                           r"unexpectedly)", text):
+        return MachineError(f"{killed[0]}: somebody, or a lack of memory, has ended it; run the same command again, "
+                            "perhaps with fewer data.workers")
     return None
 
 
@@ -102,10 +105,13 @@ class BatchLoader:
                 # A fresh one: a frame that raises its own variable is a reference cycle, and worker processes
                 # that are left to the garbage collector take seconds to end.
                 raise (InputError if isinstance(batch, InputError) else MachineError)(str(batch))
-            yield {name: self._tensor(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
+            yield {name: self._tensor(value) if isinstance(value, np.ndarray) else value
+                   for name, value in batch.items()}
 
     def _loaded(self) -> Iterator[Batch]:
-        """The loader's batches. What torch says of workers that end, or of shared memory that does not suffice, is one line."""
+        """The loader's batches. What torch says of workers that end, or of shared memory that does not suffice, is one
+        line.
+        """
         try:
             yield from self._loader
         except (RuntimeError, OSError) as error:
@@ -121,7 +127,8 @@ class BatchLoader:
 
 
 class TrainingBatches(BatchLoader):
-    """Micro batches of one data-parallel rank from global batch `start_step` (0-based) on, before `stop_step` or endless.
+    """Micro batches of one data-parallel rank from global batch `start_step` (0-based) on, before `stop_step` or
+    endless.
 
     `dataset` maps a SampleAddress to a dictionary. `micro_steps` consecutive micro batches are the rank's
     share of one global batch. Order and content depend on neither `workers`, nor the layout, nor where the
@@ -200,8 +207,8 @@ class ImageBatches(TrainingBatches):
     Yields `images` float32 (B, 3, S, S) in [-1, 1] or, with `as_bytes`, uint8 of that shape, which `on_device` makes
     floats of; `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,), and `replaced` bool (B,): samples whose
     place the next one in the data has taken, because they cannot be decoded or have no label. `max_bad_fraction` of the
-    rank's samples may be so. With `shuffle_shards` each tar is read ahead as a whole. The other keyword arguments are those
-    of TrainingBatches. Raises InputError when too many samples are bad, when one has a label that is not below
+    rank's samples may be so. With `shuffle_shards` each tar is read ahead as a whole. The other keyword arguments are
+    those of TrainingBatches. Raises InputError when too many samples are bad, when one has a label that is not below
     `num_classes`, and when a shard has changed since it was indexed.
     """
 

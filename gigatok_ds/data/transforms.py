@@ -117,7 +117,9 @@ def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
 
 
 def halved(image: Image.Image, short_side: int) -> Image.Image:
-    """The image with its sides halved, rounded down, by a box filter as often as leaves `short_side` of the shorter one."""
+    """The image with its sides halved, rounded down, by a box filter as often as leaves `short_side` of the shorter
+    one.
+    """
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     return image
@@ -228,7 +230,7 @@ def scale_pixels(pixels: Tensor) -> Tensor:
     # A tensor as divisor: CUDA multiplies by the rounded reciprocal of a plain number.
     divisor = torch.full((), 255.0, device=pixels.device)
     one_by_one = pixels.device.type == "cpu"  # what is scaled stays in the cache
-    for scaled, image in zip(floats, pixels) if one_by_one else [(floats, pixels)]:
+    for scaled, image in zip(floats, pixels, strict=True) if one_by_one else [(floats, pixels)]:
         torch.div(image, divisor, out=scaled).sub_(0.5).mul_(2)
     return floats
 
@@ -256,20 +258,3 @@ class TrainingTransform:
         crop = self.draw(image.size, rng)
         image = resized_window(image, crop.short_side, crop.left, crop.top, self.size)
         return pixels_of(ImageOps.mirror(image) if crop.mirrored else image)
-
-
-def training_transform(size: int, crop_scale: tuple[float, float] = (0.8, 1.0), flip: bool = True,
-                       decoding: str = "exact") -> TrainingTransform:
-    """The training crop by `decoding`: "exact", the original's pixels, or "fast" (see data.fast).
-
-    Raises InputError when the latter's decoder is not installed.
-    """
-    if decoding == "exact":
-        return TrainingTransform(size, crop_scale, flip)
-    assert decoding == "fast"
-    try:
-        from gigatok_ds.data.fast import FastTransform
-    except ImportError as error:
-        raise InputError(f"data.decoding is fast, which needs simplejpeg ({error}); pip install simplejpeg, or set "
-                         "data.decoding=exact") from None
-    return FastTransform(size, crop_scale, flip)

@@ -11,7 +11,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.streams import numpy_stream
 
 if TYPE_CHECKING:
-    from gigatok_ds.data.shards import Sample
+    from gigatok_ds.packing.shard_writer import Sample
 
 CLASSES = [str(digit) for digit in range(10)]
 
@@ -25,7 +25,7 @@ def digits_splits(image_size: int = 32, test_fraction: float = 0.2,
     """
     from sklearn.datasets import load_digits
 
-    from gigatok_ds.data.shards import Sample
+    from gigatok_ds.packing.shard_writer import Sample
 
     if image_size < 1:
         raise InputError(f"image size is {image_size}; it must be at least 1")

@@ -12,63 +12,28 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
+from gigatok_ds.checkpoint.export_run import export_run
 from gigatok_ds.checkpoint.standalone import identify, load_tokenizer
-from gigatok_ds.config.load import load_recipe, recipe_to_dict
+from gigatok_ds.config.load import recipe_to_dict
 from gigatok_ds.data.codes import METADATA_FILE
-from gigatok_ds.data.shards import write_shards
-from gigatok_ds.demo.evaluate import evaluate
-from gigatok_ds.demo.report import Figure
-from gigatok_ds.demo.source import Source
+from gigatok_ds.demo.demo_evaluation import evaluate
+from gigatok_ds.demo.demo_report import Figure
 from gigatok_ds.demo.summary import summarise
+from gigatok_ds.demo.workspace import Workspace
 from gigatok_ds.errors import InputError
 from gigatok_ds.ownership import is_unused, owned
+from gigatok_ds.packing.shard_writer import write_shards
+from gigatok_ds.sampling.augmented_views import views_of
 from gigatok_ds.sampling.extract import extract_codes
-from gigatok_ds.sampling.views import views_of
 from gigatok_ds.studies.stages import rank_environment
-from gigatok_ds.training.export import export_run
 
 CODE_VIEWS = 8  # encoded crops per training image
 CODE_BATCH = 512  # crops encoded at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions:
-    """How the demo runs: `ranks` processes, of which `tensor` share each layer, ZeRO `stage`, and recipe overrides."""
-
-    ranks: int = 1
-    tensor: int = 1
-    stage: int = 1
-    tokenizer: tuple[str, ...] = ()
-    gpt: tuple[str, ...] = ()
-
-
-class Demo:
+class Demo(Workspace):
     """The phases in order. `out` becomes a self-contained run directory."""
-
-    def __init__(self, source: Source, out: Path, options: DemoOptions):
-        self.source, self.out, self.options = source, out, options
-        self.shards = {"train": out / "data" / "train", "validation": out / "data" / "test"}
-        self.codes = {"train": out / "codes" / "train", "validation": out / "codes" / "test"}
-        self.exports = {"tokenizer": out / "export" / "tokenizer", "gpt": out / "export" / "gpt"}
-        # Recipes are checked before the first phase: a typo must not surface after minutes of training.
-        self.recipes = {kind: self._recipe(kind) for kind in ("tokenizer", "gpt")}
-
-    def _recipe(self, kind: str):
-        return load_recipe(f"demo_{kind}", self._overrides(kind))
-
-    def _overrides(self, kind: str) -> list[str]:
-        paths = self.shards if kind == "tokenizer" else self.codes
-        own = [f"data.{split}={json.dumps(str(path))}" for split, path in paths.items()]
-        own.append(f"parallel.tensor={self.options.tensor}")
-        if kind == "tokenizer":
-            return [*own, *self.options.tokenizer]
-        tokenizer = load_recipe("demo_tokenizer", self.options.tokenizer).model
-        shape = [f"model.num_classes={len(self.source.classes)}", f"model.sequence_length={tokenizer.latent_tokens}",
-                 f"model.vocab_size={tokenizer.quantizer.codebook_size}"]
-        return [*own, *shape, *self.options.gpt]
 
     def run(self) -> list[Figure]:
         """Run what is not done yet and return the figures that the report states.

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from gigatok_ds.data.folder import scan_image_folder
-from gigatok_ds.data.shards import Sample
 from gigatok_ds.demo.digits import CLASSES, digits_splits, hold_out
 from gigatok_ds.errors import InputError
+from gigatok_ds.packing.shard_writer import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class DemoSource:
     """Two splits of labelled images; `has_targets` says whether the demo's published targets apply."""
 
     name: str
@@ -26,9 +26,9 @@ class Source:
     has_targets: bool
 
 
-def digits_source(image_size: int) -> Source:
+def digits_source(image_size: int) -> DemoSource:
     train, test = digits_splits(image_size)
-    return Source(
+    return DemoSource(
         name="digits",
         description="1,797 real handwritten digits (UCI optical recognition of handwritten digits, from scikit-learn)",
         classes=CLASSES,
@@ -38,7 +38,7 @@ def digits_source(image_size: int) -> Source:
     )
 
 
-def folder_source(root: Path, test_fraction: float = 0.2) -> Source:
+def folder_source(root: Path, test_fraction: float = 0.2) -> DemoSource:
     """An ImageFolder-style directory, split at random but reproducibly; every class is in both splits.
 
     Raises InputError when there are no images, or a class has fewer than two.
@@ -49,7 +49,7 @@ def folder_source(root: Path, test_fraction: float = 0.2) -> Source:
             raise InputError(f"class {name!r} has a single image; every class needs at least 2 to be split")
     test = hold_out(np.array(folder.labels), test_fraction)
     chosen = {True: [], False: []}
-    for number, (path, label) in enumerate(zip(folder.paths, folder.labels)):
+    for number, (path, label) in enumerate(zip(folder.paths, folder.labels, strict=True)):
         chosen[number in test].append((number, path, label))
 
     def samples(held_out: bool) -> Iterator[Sample]:
@@ -57,7 +57,7 @@ def folder_source(root: Path, test_fraction: float = 0.2) -> Source:
             yield Sample(key=f"{number:08d}", image_bytes=path.read_bytes(), extension=path.suffix[1:].lower(),
                          label=label, source=str(path))
 
-    return Source(
+    return DemoSource(
         name="images",
         description=f"{len(folder.paths)} images of {len(folder.classes)} classes",
         classes=folder.classes,

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
 
 from gigatok_ds.config.load import recipe_to_dict
+from gigatok_ds.demo.demo_report import Figure, ReportContent, Section, write_report
 from gigatok_ds.demo.figures import loss_curves
-from gigatok_ds.demo.report import Figure, ReportContent, Section, write_report
+from gigatok_ds.demo.workspace import Workspace
+from gigatok_ds.monitoring.metrics import read_metrics
 from gigatok_ds.training.environment import anonymise
-from gigatok_ds.training.monitor import read_metrics
-
-if TYPE_CHECKING:
-    from gigatok_ds.demo.pipeline import Demo
 
 CURVES = ["loss", "loss/reconstruction", "loss/commitment", "loss/entropy", "loss/adversarial",
           "discriminator/discriminator", "codebook_usage", "validation/psnr", "validation/loss"]
@@ -49,7 +46,8 @@ def figures_with_targets(values: dict[str, float], *, has_targets: bool) -> list
         figure("Reconstruction PSNR", "psnr_db", "dB", "mean over the test images",
                "at least 20", values["psnr_db"] >= 20),
         figure("Reconstruction SSIM", "ssim", "", "mean over the test images, as the original computes it"),
-        figure("Codes per image", "codes_per_image", "", "latent tokens", "at most 16", values["codes_per_image"] <= 16),
+        figure("Codes per image", "codes_per_image", "", "latent tokens", "at most 16",
+               values["codes_per_image"] <= 16),
         figure("Codebook usage", "codebook_usage", "", "share of the codebook that the test images use",
                "at least 0.5", values["codebook_usage"] >= 0.5),
         figure("Codebook perplexity", "codebook_perplexity", "", "exp of the entropy of the test images' codes"),
@@ -60,13 +58,15 @@ def figures_with_targets(values: dict[str, float], *, has_targets: bool) -> list
                "at least 0.95", values["classifier_test_accuracy"] >= 0.95),
         figure("GPT validation loss", "gpt_validation_loss", "nats per code", "on codes of the test images",
                "below the unigram entropy", values["gpt_validation_loss"] < values["unigram_entropy"]),
-        figure("Linear probe on the GPT's features", "probe_accuracy", "", "of the test images, by a linear layer on the "
+        figure("Linear probe on the GPT's features", "probe_accuracy", "",
+               "of the test images, by a linear layer on the "
                "middle block's mean", "at least 0.9", values["probe_accuracy"] >= 0.9),
-        figure("Unigram entropy", "unigram_entropy", "nats per code", "of the same codes: what counting alone achieves"),
+        figure("Unigram entropy", "unigram_entropy", "nats per code", "of the same codes: what counting alone "
+                                                                      "achieves"),
     ]
 
 
-def summarise(demo: Demo, values: dict[str, float], seconds: float) -> list[Figure]:
+def summarise(demo: Workspace, values: dict[str, float], seconds: float) -> list[Figure]:
     """Draw the curves, write report.html and return its table of figures."""
     phases = {kind: read_metrics(demo.out / kind) for kind in ("tokenizer", "gpt")}
     loss_curves(demo.out / "loss_curves.png", phases, CURVES)
@@ -89,11 +89,12 @@ def summarise(demo: Demo, values: dict[str, float], seconds: float) -> list[Figu
             ("Losses over training steps", demo.out / "loss_curves.png"),
         ],
         sections=[
-            Section(title="Exports against the trained models", values=json.loads((demo.out / "verify.json").read_text()),
-                    open=True),
+            Section(title="Exports against the trained models",
+                    values=json.loads((demo.out / "verify.json").read_text()), open=True),
             Section(title="Tokenizer recipe", values=recipe_to_dict(demo.recipes["tokenizer"])),
             Section(title="GPT recipe", values=recipe_to_dict(demo.recipes["gpt"])),
-            Section(title="DeepSpeed settings", values=json.loads((demo.out / "tokenizer" / "deepspeed.json").read_text())),
+            Section(title="DeepSpeed settings",
+                    values=json.loads((demo.out / "tokenizer" / "deepspeed.json").read_text())),
             Section(title="Environment", values=environment),
         ],
         files=FILES,

@@ -20,7 +20,8 @@ BLOCK = 10_000  # points in a block of distances, which is in float16 if all of 
 
 
 def gaussian_of(features: Tensor) -> Gaussian:
-    """Mean and covariance (over N - 1) of feature vectors (N, D), in float64. Raises as `FeatureStatistics.gaussian`."""
+    """Mean and covariance (over N - 1) of feature vectors (N, D), in float64. Raises as `FeatureStatistics.gaussian`.
+    """
     statistics = FeatureStatistics(features.shape[1], features.device)
     for batch in features.split(1024):
         statistics.update(batch)
@@ -45,7 +46,8 @@ def inception_score(logits: Tensor, split: int = SPLIT) -> float:
 
 
 class PrecisionRecall(NamedTuple):
-    """precision: fraction of samples inside the reference's manifold; recall: of reference images inside the samples'."""
+    """precision: fraction of samples inside the reference's manifold; recall: of reference images inside the samples'.
+    """
 
     precision: float
     recall: float
@@ -60,14 +62,16 @@ def precision_recall(reference: Tensor, samples: Tensor, *, neighbours: int = NE
     """
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= neighbours:
-            raise InputError(f"precision and recall need more than {neighbours} images, but the {name} has {len(features)}")
+            raise InputError(f"precision and recall need more than {neighbours} images, but the {name} has "
+                             f"{len(features)}")
     inside = [_inside(points, manifold, _radii(manifold, neighbours, half), half)
               for points, manifold in ((samples, reference), (reference, samples))]
     return PrecisionRecall(*(float(found.double().mean()) for found in inside))
 
 
 def _radii(points: Tensor, neighbours: int, half: bool) -> Tensor:
-    """Squared radius (N,) of each point's ball: entry `neighbours`, from 0, of its sorted distances, its own included."""
+    """Squared radius (N,) of each point's ball: entry `neighbours`, from 0, of its sorted distances, its own included.
+    """
     radii = []
     for rows in points.split(BLOCK):
         nearest = [squared_distances(rows, columns, half).topk(min(neighbours + 1, len(columns)), largest=False).values

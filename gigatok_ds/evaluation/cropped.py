@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from gigatok_ds.data.class_labels import renumbered
 from gigatok_ds.data.folder import scan_image_folder
 from gigatok_ds.data.loader import BatchLoader, image_name
-from gigatok_ds.data.remote import open_shards
-from gigatok_ds.data.tar_members import is_tar
 from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.shards.class_labels import renumbered
+from gigatok_ds.shards.remote import open_shards
+from gigatok_ds.shards.tar_members import is_tar
 
 
 class CroppedImages(Dataset):
@@ -51,8 +51,9 @@ class CroppedImages(Dataset):
     def check_classes(self) -> None:
         """InputError unless images have classes: those of a directory without sub-directories have none."""
         if self.folder is not None and self.folder.flat:
-            raise InputError(f"{self.location} holds images without classes, which matter here; pack them with gigatok-ds "
-                             "make-shards --labels FILE, or put the images of each class into a directory of its own")
+            raise InputError(f"{self.location} holds images without classes, which matter here; pack them with "
+                             "gigatok-ds make-shards --labels FILE, or put the images of each class into a directory "
+                             "of its own")
 
     def __len__(self) -> int:
         return len(self.index if self.index is not None else self.folder.paths)
@@ -63,7 +64,8 @@ class CroppedImages(Dataset):
         else:
             path = self.folder.paths[number]
             data, name, label = path.read_bytes(), str(path), self.folder.labels[number]
-        return {"pixels": pixels_of(center_crop(decode_image(data, name), self.size)), "labels": label, "number": number}
+        return {"pixels": pixels_of(center_crop(decode_image(data, name), self.size)), "labels": label,
+                "number": number}
 
     def identity(self) -> str:
         """SHA-256 that tells these images from any others."""

@@ -6,8 +6,8 @@ The distance is that of Heusel et al. 2017 as the evaluators of ADM and pytorch-
 
 with covariances over N - 1. Those evaluators take a Schur-based square root of the product C1 C2, and add 1e-6 to both
 diagonals when it comes out infinite, as it may when fewer vectors than dimensions leave a covariance singular. Here the
-trace is the sum of the singular values of C1^(1/2) C2^(1/2), with triangular factors in place of the roots. That is the same
-number, finite and accurate for singular covariances, so nothing is ever added to a diagonal.
+trace is the sum of the singular values of C1^(1/2) C2^(1/2), with triangular factors in place of the roots. That is the
+same number, finite and accurate for singular covariances, so nothing is ever added to a diagonal.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def frechet_distance(ours: Gaussian, theirs: Gaussian) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R (D, rank) with R R^T = covariance: its Cholesky factor with pivots (LAPACK's dpstrf), up to where only rounding is left.
+    """R (D, rank) with R R^T = covariance: its Cholesky factor with pivots (LAPACK's dpstrf), up to where only rounding
+    is left.
 
     (The singular values of R1^T R2 are those of C1^(1/2) C2^(1/2), which only has orthonormal bases around it.)
     """

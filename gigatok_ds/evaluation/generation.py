@@ -8,7 +8,7 @@ from gigatok_ds.evaluation.distribution import frechet_distance
 from gigatok_ds.evaluation.extraction import extract_features
 from gigatok_ds.evaluation.image_sets import ImageSet
 from gigatok_ds.evaluation.inception import InceptionFeatures
-from gigatok_ds.evaluation.reference import Reference
+from gigatok_ds.evaluation.reference_batch import Reference
 from gigatok_ds.parallel.topology import Topology
 
 SAMPLES = 50_000
@@ -21,15 +21,19 @@ def check_comparable(samples: ImageSet, reference_name: str, reference_size: tup
     allow: of ALLOWANCES; the type of the pixels is checked where the images are opened.
     """
     if len(samples) != SAMPLES and "count" not in allow:
-        raise InputError(f"{samples.path} holds {len(samples)} images, but published figures are of {SAMPLES:,}, and FID "
-                         "grows as they get fewer; draw more, or say --allow count")
+        raise InputError(
+            f"{samples.path} holds {len(samples)} images, but published figures are of {SAMPLES:,}, and FID "
+            "grows as they get fewer; draw more, or say --allow count"
+        )
     if tuple(samples.size) != tuple(reference_size) and "size" not in allow:
         raise InputError(f"{samples.path} holds images of {tuple(samples.size)} pixels, the reference of "
                          f"{tuple(reference_size)}; resizing changes FID; say --allow size if it is meant")
     if reference_name != "adm" and "reference" not in allow:
-        raise InputError("the reference is not ADM's batch (VIRTUAL_imagenet256_labeled.npz: 10,000 images of 256 pixels "
-                         "with mu, sigma, mu_s and sigma_s), which published figures compare with; give that, or say "
-                         "--allow reference")
+        raise InputError(
+            "the reference is not ADM's batch (VIRTUAL_imagenet256_labeled.npz: 10,000 images of 256 pixels "
+            "with mu, sigma, mu_s and sigma_s), which published figures compare with; give that, or say "
+            "--allow reference"
+        )
 
 
 def evaluate_generation(samples: ImageSet, reference: Reference, inception: InceptionFeatures, topology: Topology, *,

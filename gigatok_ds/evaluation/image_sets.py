@@ -43,8 +43,8 @@ class NpzImages:
             raise InputError(f"{path} has no images: arr_0 should be (images, height, width, 3), not {shape}")
         self.dtype = str(self._pixels.dtype)
         if self.dtype != "uint8" and not (any_dtype and self._pixels.dtype.kind == "f"):
-            raise InputError(f"{path} holds {self.dtype}, but published figures are of uint8 images, clamped and rounded "
-                             "down; convert them, or say --allow dtype if they are floats in 0 .. 255")
+            raise InputError(f"{path} holds {self.dtype}, but published figures are of uint8 images, clamped and "
+                             "rounded down; convert them, or say --allow dtype if they are floats in 0 .. 255")
         if self.dtype != "uint8":
             some = np.asarray(self._pixels[:: -(-len(self) // _LOOKED_AT)])
             if some.size and some.max() <= 1 and (some % 1).any():
@@ -82,7 +82,8 @@ class FolderImages:
         self.path, self.paths, self.lossy = path, sorted(scan_image_folder(path).paths), lossy
         self.size = tuple(self._read(0).shape[1:])
         labels = read_npy(path / "labels.npy") if (path / "labels.npy").is_file() else None
-        self.labels = labels if labels is not None and labels.shape == (len(self),) and labels.dtype.kind in "iu" else None
+        self.labels = labels if labels is not None and labels.shape == (len(self),
+                                                                        ) and labels.dtype.kind in "iu" else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,8 +102,8 @@ class FolderImages:
         data = path.read_bytes()
         image = decode_image(data, str(path))
         if not self.lossy and (kind := open_image(data).format) not in _LOSSLESS:
-            raise InputError(f"{path} is a {kind}, which has lost some of its pixels; published figures are of PNGs or an .npz; "
-                             "give those, or say --allow dtype")
+            raise InputError(f"{path} is a {kind}, which has lost some of its pixels; published figures are of PNGs or "
+                             "an .npz; give those, or say --allow dtype")
         return pixels_of(image)
 
     def sha256(self) -> str:
@@ -126,10 +127,13 @@ def open_images(path: Path, *, any_dtype: bool = False, lossy: bool = False) -> 
 
 
 def _arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The small arrays of an .npz that are asked for here, by name, and its images: mapped, where they are not compressed."""
+    """The small arrays of an .npz that are asked for here, by name, and its images: mapped, where they are not
+    compressed.
+    """
     with zipfile.ZipFile(path) as archive:
         members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-        small = {name: parse_npy(unpacked(archive, members[name])) for name in (*STATISTICS, "arr_1") if name in members}
+        small = {name: parse_npy(unpacked(archive, members[name])) for name in (*STATISTICS, "arr_1") if name
+                 in members}
         pixels = members.get("arr_0")
         if pixels is None:
             return small, None

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import to_uint8
-from gigatok_ds.models.pretrained import fill_frozen, read_frozen_weights
-from gigatok_ds.models.published import WeightFile
+from gigatok_ds.models.frozen.pretrained import fill_frozen, read_frozen_weights
+from gigatok_ds.models.frozen.pretrained_files import WeightFile
 from gigatok_ds.streams import torch_stream
 
 FEATURES = 2048
@@ -52,7 +52,8 @@ class InceptionFeatures(nn.Module):
     def outputs(self, images: Tensor) -> InceptionOutput:
         """Everything that ADM's evaluator looks at; the network must be torch-fidelity's."""
         maps = []
-        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
+        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs,
+                                                                     output: maps.append(output))
         try:
             pooled, logits = self._run(images)
         finally:

@@ -45,8 +45,10 @@ def validation_loss(gpt: GPT, batches: CodeBatches, topology: Topology) -> dict[
         codes, classes = codes.to(device), classes.to(device)
         gpt.check_classes(classes)
         if int(codes.max()) >= gpt.config.vocab_size or codes.shape[1] != gpt.config.sequence_length:
-            raise InputError(f"codes up to {int(codes.max())}, {codes.shape[1]} an image, do not fit the GPT, which has "
-                             f"{gpt.config.vocab_size} codes and sequences of {gpt.config.sequence_length}")
+            raise InputError(
+                f"codes up to {int(codes.max())}, {codes.shape[1]} an image, do not fit the GPT, which has "
+                f"{gpt.config.vocab_size} codes and sequences of {gpt.config.sequence_length}"
+            )
         losses = gpt(codes[:, :-1], classes, codes).double()
         total += torch.stack([losses.sum(), losses.new_tensor(losses.numel()), losses.new_tensor(len(codes))])
     total = topology.sum_over_ranks(total)

@@ -27,7 +27,9 @@ td{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}img{max-width:100%}f
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """title: what was evaluated; figures: numbers by name; settings: everything they depend on; pictures: PNG by caption."""
+    """title: what was evaluated; figures: numbers by name; settings: everything they depend on; pictures: PNG by
+    caption.
+    """
 
     title: str
     figures: Mapping[str, float]
@@ -40,23 +42,25 @@ def check_results(folder: Path) -> None:
     for name in (RESULTS, _MARKDOWN, _HTML):
         path = folder / name
         if path.exists() and not (path.is_file() and FORMAT.encode() in path.read_bytes()):
-            raise InputError(f"{path} is there and was not written by this program, so it is left alone; choose another --out "
-                             "or remove it")
+            raise InputError(f"{path} is there and was not written by this program, so it is left alone; choose "
+                             "another --out or remove it")
     pictures = sorted(folder.glob("picture-*.png"))
     if pictures and not (folder / _MARKDOWN).exists():
-        raise InputError(f"{pictures[0]} is there and belongs to no results of ours, so it is left alone; choose another --out "
-                         "or remove it")
+        raise InputError(f"{pictures[0]} is there and belongs to no results of ours, so it is left alone; choose "
+                         "another --out or remove it")
 
 
 def write_results(folder: Path, results: Results) -> None:
-    """Write the three files; results.json last, so that it is there only if all is. Raises what `check_results` does."""
+    """Write the three files; results.json last, so that it is there only if all is. Raises what `check_results` does.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     check_results(folder)
     write_atomically(folder / _MARKDOWN, _markdown(results).encode())
     for number, picture in enumerate(results.pictures.values(), 1):
         write_atomically(folder / f"picture-{number}.png", picture)
     write_atomically(folder / _HTML, _html(results).encode())
-    whole = {"format": FORMAT, "title": results.title, "figures": dict(results.figures), "settings": dict(results.settings)}
+    whole = {"format": FORMAT, "title": results.title, "figures": dict(results.figures),
+             "settings": dict(results.settings)}
     write_atomically(folder / RESULTS, (json.dumps(whole, indent=2, default=str) + "\n").encode())
 
 
@@ -116,8 +120,10 @@ def _html(results: Results) -> str:
         + "".join(f"<tr><td>{html.escape(name)}<td>{html.escape(text)}</tr>" for name, text in rows) + "</table><br>"
         for left, right, rows in _rows(results))
     figures = "".join(
-        f'<figure><img alt="{html.escape(printable(caption))}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-        f"<figcaption>{html.escape(printable(caption))}</figcaption></figure>" for caption, picture in results.pictures.items())
+        f'<figure><img alt="{html.escape(printable(caption))}" '
+        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        f"<figcaption>{html.escape(printable(caption))}</figcaption></figure>"
+        for caption, picture in results.pictures.items())
     title = html.escape(printable(results.title))
     head = f'<meta charset="utf-8"><meta name="generator" content="{FORMAT}">'
     return (f'<!doctype html><html lang="en">{head}<title>{title}</title><style>{_STYLE}</style>'

@@ -3,8 +3,8 @@
 A library fits one state of the sources and one kind of machine, its name says which, and every torch since 2.11, for it
 uses only torch's stable C++ interface. It is looked for next to this file, where `setup.py` leaves it, then in a cache
 directory of the user, into which it is compiled when first needed. As a script (`python build.py LIBRARY SOURCES
-[--cuda]`) this file compiles, in a process of its own: a compiler's or a library's failure must not be that of a training
-run. It needs nothing of gigatok_ds, since `setup.py` runs it, too.
+[--cuda]`) this file compiles, in a process of its own: a compiler's or a library's failure must not be that of a
+training run. It needs nothing of gigatok_ds, since `setup.py` runs it, too.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def locate() -> Path | None:
 def written_by_others(path: Path) -> str | None:
     """What lets another user decide what code a cached library holds, or None.
 
-    The library and its directory must be this user's or the system's and nobody else's to write, and no directory above may
-    be everybody's, unless it keeps what is in it from being replaced (the sticky bit, as of /tmp). Libraries beside this
-    file are as trustworthy as this file.
+    The library and its directory must be this user's or the system's and nobody else's to write, and no directory above
+    may be everybody's, unless it keeps what is in it from being replaced (the sticky bit, as of /tmp). Libraries beside
+    this file are as trustworthy as this file.
     """
     if path.parent == PREBUILT:
         return None
@@ -78,7 +78,9 @@ def written_by_others(path: Path) -> str | None:
     return None
 
 
-REMEDY = "remove it, or chmod go-w it if you trust what is in it, or set TORCH_EXTENSIONS_DIR to a directory of your own"
+REMEDY = (
+    "remove it, or chmod go-w it if you trust what is in it, or set TORCH_EXTENSIONS_DIR to a directory of your own"
+)
 
 
 def _refuse_others(path: Path) -> None:
@@ -90,7 +92,8 @@ def provide(announce: Callable[[str], None]) -> Path:
     """The library, compiled now if need be, once for all processes of this machine; the others wait.
 
     `announce` gets one line before it takes long. A failure is remembered until `forget_failure`. Raises Unavailable or
-    Failed, that also where another user could have written the library; an OSError of the cache directory becomes Unavailable.
+    Failed, that also where another user could have written the library; an OSError of the cache directory becomes
+    Unavailable.
     """
     if found := locate():
         _refuse_others(found)
@@ -302,8 +305,10 @@ def _described(device: str) -> str:
     if device == "cpu":
         return "this CPU"
     major, minor = torch.cuda.get_device_capability(device)
-    return (f"{device} ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor}; they were compiled for "
-            f"{_architectures()}, see TORCH_CUDA_ARCH_LIST)")
+    return (
+        f"{device} ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor}; they were compiled for "
+        f"{_architectures()}, see TORCH_CUDA_ARCH_LIST)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Group norm of channels_last maps in Triton: what `kernels.group_norm`'s operators run on a GPU.
 
-A map is (positions, channels) for each sample. A program has a tile of some positions and channels, walks down a chunk of
-positions with it, and keeps what it adds up apart for each place in the tile until the chunk ends. Chunks depend on the
-map's size only, and are added in order: a sample's result depends neither on the batch nor on the device, and repeats to
-the bit. Arithmetic is float32, sums over chunks float64.
+A map is (positions, channels) for each sample. A program has a tile of some positions and channels, walks down a chunk
+of positions with it, and keeps what it adds up apart for each place in the tile until the chunk ends. Chunks depend on
+the map's size only, and are added in order: a sample's result depends neither on the batch nor on the device, and
+repeats to the bit. Arithmetic is float32, sums over chunks float64.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups,
     """Of each channel: its group's mean, and 1 / standard deviation; its weight and bias."""
     group = sample * groups + columns // (channels // groups)
     parameter = columns + (sample * channels if per_sample else 0)
-    return (tl.load(mean + group, mask=inside, other=0.0)[None, :], tl.load(rstd + group, mask=inside, other=0.0)[None, :],
+    return (tl.load(mean + group, mask=inside, other=0.0)[None, :],
+            tl.load(rstd + group, mask=inside, other=0.0)[None, :],
             tl.load(weight + parameter, mask=inside, other=0.0).to(tl.float32)[None, :],
             tl.load(bias + parameter, mask=inside, other=0.0).to(tl.float32)[None, :])
 
@@ -70,10 +71,11 @@ def _moments(x, part_mean, part_squares, positions, channels, chunk, POSITIONS: 
     count = (rows < positions).to(tl.float32)[:, None]
     total = tl.zeros((POSITIONS, CHANNELS), tl.float32)
     squares = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-    for step in range(1, chunk):
+    for _step in range(1, chunk):
         rows += POSITIONS
         here = (rows < positions)[:, None] & inside[None, :]
-        value = tl.load(x + rows.to(tl.int64)[:, None] * channels + columns[None, :], mask=here, other=0.0).to(tl.float32)
+        value = tl.load(x + rows.to(tl.int64)[:, None] * channels + columns[None, :], mask=here,
+                        other=0.0).to(tl.float32)
         distance = tl.where(here, value - first, 0.0)
         total += distance
         squares += distance * distance
@@ -107,7 +109,8 @@ def _statistics(part_mean, part_squares, mean, rstd, positions, channels, groups
     for start in range(0, chunks, CHUNKS):
         rows = start + tl.arange(0, CHUNKS)
         here = (rows < chunks)[:, None] & inside[None, :]
-        own = tl.load(part_mean + base + rows[:, None] * channels + column[None, :], mask=here, other=0.0).to(tl.float64)
+        own = tl.load(part_mean + base + rows[:, None] * channels + column[None, :], mask=here,
+                      other=0.0).to(tl.float64)
         total += own * tl.minimum(positions - rows * span, span).to(tl.float64)[:, None]
     number = (positions * members).to(tl.float64)
     center = tl.sum(tl.sum(total, axis=1), axis=0) / number
@@ -128,11 +131,12 @@ def _statistics(part_mean, part_squares, mean, rstd, positions, channels, groups
 @triton.jit
 def _normalize(x, y, weight, bias, mean, rstd, positions, channels, groups, chunk, POSITIONS: tl.constexpr,
                CHANNELS: tl.constexpr, PER_SAMPLE: tl.constexpr, SILU: tl.constexpr):
-    sample, index, chunks, columns, inside = _tile(positions, channels, chunk, POSITIONS, CHANNELS, True)
-    center, scale, gain, offset = _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups, PER_SAMPLE)
+    sample, index, _chunks, columns, inside = _tile(positions, channels, chunk, POSITIONS, CHANNELS, True)
+    center, scale, gain, offset = _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups,
+                                          PER_SAMPLE)
     base = sample * positions * channels
     rows = index * chunk * POSITIONS + tl.arange(0, POSITIONS)
-    for step in range(chunk):
+    for _step in range(chunk):
         here = (rows < positions)[:, None] & inside[None, :]
         place = base + rows.to(tl.int64)[:, None] * channels + columns[None, :]
         z = (tl.load(x + place, mask=here, other=0.0).to(tl.float32) - center) * scale * gain + offset
@@ -145,14 +149,17 @@ def _normalize(x, y, weight, bias, mean, rstd, positions, channels, groups, chun
 @triton.jit
 def _gradient_sums(gradient, x, weight, bias, mean, rstd, part_sums, positions, channels, groups, chunk,
                    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, PER_SAMPLE: tl.constexpr, SILU: tl.constexpr):
-    """Sums over each chunk, (2, sample, chunk, channel): of the gradient at the norm's output, times the normalised x and alone."""
+    """Sums over each chunk, (2, sample, chunk, channel): of the gradient at the norm's output, times the normalised x
+    and alone.
+    """
     sample, index, chunks, columns, inside = _tile(positions, channels, chunk, POSITIONS, CHANNELS, False)
-    center, scale, gain, offset = _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups, PER_SAMPLE)
+    center, scale, gain, offset = _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups,
+                                          PER_SAMPLE)
     base = sample * positions * channels
     rows = index * chunk * POSITIONS + tl.arange(0, POSITIONS)
     times = tl.zeros((POSITIONS, CHANNELS), tl.float32)
     plain = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-    for step in range(chunk):
+    for _step in range(chunk):
         here = (rows < positions)[:, None] & inside[None, :]
         place = base + rows.to(tl.int64)[:, None] * channels + columns[None, :]
         normalized, own = _of_norm(gradient, x, place, here, center, scale, gain, offset, SILU)
@@ -168,7 +175,9 @@ def _gradient_sums(gradient, x, weight, bias, mean, rstd, part_sums, positions, 
 @triton.jit
 def _group_sums(part_sums, weight, sums, means, samples, positions, channels, groups, span, CHUNKS: tl.constexpr,
                 MEMBERS: tl.constexpr, PER_SAMPLE: tl.constexpr):
-    """Both sums over all chunks, (2, sample, channel); and the means (2, sample, group) of their products with the weight."""
+    """Both sums over all chunks, (2, sample, channel); and the means (2, sample, group) of their products with the
+    weight.
+    """
     sample = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     members = channels // groups
@@ -193,15 +202,18 @@ def _group_sums(part_sums, weight, sums, means, samples, positions, channels, gr
 @triton.jit
 def _input_gradient(gradient, x, result, weight, bias, mean, rstd, means, samples, positions, channels, groups, chunk,
                     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, PER_SAMPLE: tl.constexpr, SILU: tl.constexpr):
-    """rstd * (weight g - mean(weight g) - normalised x * mean(weight g * normalised x)), g the gradient at the norm's output."""
-    sample, index, chunks, columns, inside = _tile(positions, channels, chunk, POSITIONS, CHANNELS, True)
-    center, scale, gain, offset = _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups, PER_SAMPLE)
+    """rstd * (weight g - mean(weight g) - normalised x * mean(weight g * normalised x)), g the gradient at the norm's
+    output.
+    """
+    sample, index, _chunks, columns, inside = _tile(positions, channels, chunk, POSITIONS, CHANNELS, True)
+    center, scale, gain, offset = _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups,
+                                          PER_SAMPLE)
     group = sample * groups + columns // (channels // groups)
     times = tl.load(means + group, mask=inside, other=0.0)[None, :]
     plain = tl.load(means + samples * groups + group, mask=inside, other=0.0)[None, :]
     base = sample * positions * channels
     rows = index * chunk * POSITIONS + tl.arange(0, POSITIONS)
-    for step in range(chunk):
+    for _step in range(chunk):
         here = (rows < positions)[:, None] & inside[None, :]
         place = base + rows.to(tl.int64)[:, None] * channels + columns[None, :]
         normalized, own = _of_norm(gradient, x, place, here, center, scale, gain, offset, SILU)
@@ -284,8 +296,8 @@ def sums(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
     with torch.cuda.device_of(x):
         _gradient_sums[plan.grid](gradient, x, weight, bias, mean, rstd, parts, plan.positions, plan.channels, groups,
                                   plan.chunk, PER_SAMPLE=per_sample, SILU=silu, **plan.tile)
-        _group_sums[plan.samples, groups](parts, weight, total, means, plan.samples, plan.positions, plan.channels, groups,
-                                          plan.span, PER_SAMPLE=per_sample, **plan.over_chunks(groups))
+        _group_sums[plan.samples, groups](parts, weight, total, means, plan.samples, plan.positions, plan.channels,
+                                          groups, plan.span, PER_SAMPLE=per_sample, **plan.over_chunks(groups))
     return total, means
 
 
@@ -296,11 +308,12 @@ def gradients(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: T
     result, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     with torch.cuda.device_of(x):
         _input_gradient[plan.grid](gradient, x, result, weight, bias, mean, rstd, means, plan.samples, plan.positions,
-                                   plan.channels, mean.shape[1], plan.chunk, PER_SAMPLE=per_sample, SILU=silu, **plan.tile)
+                                   plan.channels, mean.shape[1], plan.chunk, PER_SAMPLE=per_sample, SILU=silu,
+                                   **plan.tile)
         if per_sample:
             of_weight.copy_(total[0])
             of_bias.copy_(total[1])
         else:
-            _parameter_gradients[triton.cdiv(plan.channels, 32),](total, of_weight, of_bias, plan.samples, plan.channels,
-                                                                  SAMPLES=16, CHANNELS=32)
+            _parameter_gradients[triton.cdiv(plan.channels, 32),](total, of_weight, of_bias, plan.samples,
+                                                                  plan.channels, SAMPLES=16, CHANNELS=32)
     return result, of_weight, of_bias

@@ -38,8 +38,10 @@ def kernels_for(*tensors: Tensor):
         return None
     if tensors[0].ndim == 2 and tensors[0].shape[1] > LARGEST_DIM:
         if choice == "native":
-            raise InputError(f"GIGATOK_KERNELS=native, but the codes have {tensors[0].shape[1]} dimensions and the native "
-                             f"kernels take at most {LARGEST_DIM}; set GIGATOK_KERNELS=auto")
+            raise InputError(
+                f"GIGATOK_KERNELS=native, but the codes have {tensors[0].shape[1]} dimensions and the native "
+                f"kernels take at most {LARGEST_DIM}; set GIGATOK_KERNELS=auto"
+            )
         return None
     return kernels_on(tensors[0].device.type)
 

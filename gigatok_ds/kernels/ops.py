@@ -180,10 +180,14 @@ def _prepared(latents: Tensor, codebook: Tensor, strict: bool) -> tuple[Tensor, 
 
 def _check(latents: Tensor, codebook: Tensor) -> None:
     if latents.ndim != 2 or codebook.ndim != 2 or latents.shape[1] != codebook.shape[1] or codebook.shape[0] < 1:
-        raise InputError(f"latents {tuple(latents.shape)} and codebook {tuple(codebook.shape)} must be (N, D) and (K, D) "
-                         "with K at least 1")
+        raise InputError(
+            f"latents {tuple(latents.shape)} and codebook {tuple(codebook.shape)} must be (N, D) and (K, D) "
+            "with K at least 1"
+        )
     if latents.device != codebook.device:
-        raise InputError(f"latents are on {latents.device}, the codebook is on {codebook.device}; move one to the other")
+        raise InputError(
+            f"latents are on {latents.device}, the codebook is on {codebook.device}; move one to the other"
+        )
 
 
 def _refuse_non_finite(what: str, rows: Tensor, advice: str) -> None:

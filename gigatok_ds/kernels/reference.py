@@ -1,7 +1,8 @@
-"""The quantizer's heavy operations in plain torch, a chunk of latents at a time: fallback and oracle of the native ones.
+"""The quantizer's heavy operations in plain torch, a chunk of latents at a time: fallback and oracle of the native
+ones.
 
-Latents are (N, D), the codebook (K, D). Arithmetic is float64 whatever the inputs are: neither TF32 nor autocast touches
-it, indices are those of exact arithmetic, and at D = 8 memory traffic, not arithmetic, sets the speed. With
+Latents are (N, D), the codebook (K, D). Arithmetic is float64 whatever the inputs are: neither TF32 nor autocast
+touches it, indices are those of exact arithmetic, and at D = 8 memory traffic, not arithmetic, sets the speed. With
 x_nk = -|z_n - e_k|^2 / temperature the soft assignment of latent n is p_n = softmax(x_n) over the codes.
 """
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 # Elements of the (rows, K) matrices of one chunk: they should stay in a CPU's cache, and fill a GPU.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 23}
-# state[:, 0] is the smallest squared distance, state[:, 1] the binary logarithm of sum_k exp(x_nk - max_k x_nk); the others
-# are the native kernels' own.
+# state[:, 0] is the smallest squared distance, state[:, 1] the binary logarithm of sum_k exp(x_nk - max_k x_nk); the
+# others are the native kernels' own.
 STATE_COLUMNS = 4
 
 

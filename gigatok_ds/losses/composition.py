@@ -21,9 +21,9 @@ from gigatok_ds.losses.lecam import LeCam
 from gigatok_ds.losses.perceptual import PerceptualDistance, load_lpips
 from gigatok_ds.losses.reconstruction import RECONSTRUCTION_LOSSES
 from gigatok_ds.losses.semantic import Teacher, alignment_loss
-from gigatok_ds.models.dino_discriminator import DinoDiscriminator, dino_backbone
-from gigatok_ds.models.patchgan import PatchGAN
-from gigatok_ds.models.stylegan_discriminator import StyleGANDiscriminator
+from gigatok_ds.models.discriminators.dino import DinoDiscriminator, dino_backbone
+from gigatok_ds.models.discriminators.patchgan import PatchGAN
+from gigatok_ds.models.discriminators.stylegan import StyleGANDiscriminator
 from gigatok_ds.parallel.layers import PLAIN, Layers
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigatok_ds.losses.perceptual import SETTING, PerceptualDistance
-from gigatok_ds.models.dino_discriminator import IMAGENET_MEAN, IMAGENET_STD
-from gigatok_ds.models.frozen_vit import FrozenViT, vit_file
+from gigatok_ds.models.discriminators.dino import IMAGENET_MEAN, IMAGENET_STD
+from gigatok_ds.models.frozen.frozen_vit import FrozenViT, vit_file
+from gigatok_ds.models.frozen.pretrained import autocast, build_frozen
+from gigatok_ds.models.frozen.pretrained_files import WeightFile
 from gigatok_ds.models.layout import laid_out
-from gigatok_ds.models.pretrained import autocast, build_frozen
-from gigatok_ds.models.published import WeightFile
 
 RESNET_URL = "https://download.pytorch.org/models/resnet50-11ad3fa6.pth"
 RESNET_SIZE = 224

@@ -6,8 +6,8 @@ from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.losses.feature_distance import dinov2_file, resnet_file
 from gigatok_ds.losses.perceptual import heads_file, vgg_file
 from gigatok_ds.losses.semantic import teacher_file
-from gigatok_ds.models.dino_discriminator import dino_file
-from gigatok_ds.models.published import WeightFile
+from gigatok_ds.models.discriminators.dino import dino_file
+from gigatok_ds.models.frozen.pretrained_files import WeightFile
 
 _PERCEPTUAL = {"vgg": vgg_file, "dinov2-s": dinov2_file, "resnet50": resnet_file}
 

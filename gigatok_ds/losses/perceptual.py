@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.models.convolution import convolved
+from gigatok_ds.models.frozen.pretrained import autocast, build_frozen, fill_frozen, read_frozen_weights
+from gigatok_ds.models.frozen.pretrained_files import WeightFile
 from gigatok_ds.models.layout import laid_out
-from gigatok_ds.models.pretrained import autocast, build_frozen, fill_frozen, read_frozen_weights
-from gigatok_ds.models.published import WeightFile
 
 SETTING = "loss.perceptual.weights"
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -78,8 +77,7 @@ class LPIPS(PerceptualDistance):
         for index, layer in enumerate(self.features):
             # Layer by layer, because what the caller does between two stages is not in this precision.
             with autocast(images.device, self.precision):
-                # A gradient is wanted in training only.
-                x = convolved(x, layer) if isinstance(layer, nn.Conv2d) and x.requires_grad else layer(x)
+                x = layer(x)
             if index in READOUTS:
                 yield x
 
@@ -97,7 +95,8 @@ class _Scaling(nn.Module):
 
 
 class _Head(nn.Module):
-    """The distance of two maps of one stage: of each position the weighted squared difference of what is at length one."""
+    """The distance of two maps of one stage: of each position the weighted squared difference of what is at length one.
+    """
 
     compiles = True  # pointwise and sums over channels: a dozen passes over the largest maps, or one
 

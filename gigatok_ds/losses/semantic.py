@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from gigatok_ds.config.losses import SemanticConfig
 from gigatok_ds.config.model import TokenizerConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.models.frozen_vit import FrozenViT, vit_file, vit_width
-from gigatok_ds.models.pretrained import autocast
-from gigatok_ds.models.published import WeightFile
+from gigatok_ds.models.frozen.frozen_vit import FrozenViT, vit_file, vit_width
+from gigatok_ds.models.frozen.pretrained import autocast
+from gigatok_ds.models.frozen.pretrained_files import WeightFile
 
 SETTING = "loss.semantic.teacher"
 

@@ -41,7 +41,7 @@ class MultiHeadAttention(nn.Module):
         self.q_norm = layers.per_head(nn.LayerNorm(self.head_dim)) if qk_norm else nn.Identity()
         self.k_norm = layers.per_head(nn.LayerNorm(self.head_dim)) if qk_norm else nn.Identity()
 
-    def initial_fill(self, name: str) -> Fill | None:
+    def init_fn(self, name: str) -> Fill | None:
         """Queries, keys and values are Xavier-uniform as one packed (3W, W) matrix (torch's own attention)."""
         return uniform((6 / (3 * self.width + self.width)) ** 0.5) if name[1:] == "_proj.weight" else None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 
 from gigatok_ds.config.model import CNNConfig
@@ -14,7 +16,6 @@ from gigatok_ds.models.cnn_blocks import (
     ResidualBlock,
     norm_silu,
 )
-from gigatok_ds.models.convolution import Conv3x3
 from gigatok_ds.models.layout import laid_out
 
 
@@ -23,7 +24,7 @@ class Level(nn.Module):
 
     def __init__(self, channels: list[int], *, attention: bool, dropout: float):
         super().__init__()
-        pairs = list(zip(channels, channels[1:]))
+        pairs = list(itertools.pairwise(channels))
         self.res = nn.ModuleList(ResidualBlock(i, o, dropout) for i, o in pairs)
         self.attn = nn.ModuleList(AttentionBlock(o) for _, o in pairs) if attention else None
         self.downsample: nn.Module | None = None
@@ -54,7 +55,7 @@ class CNNEncoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.encoder_multipliers]
         options = {"dropout": dropout}
-        self.conv_in = Conv3x3(3, config.base_channels)
+        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         incoming = config.base_channels
         for index, width in enumerate(widths):
@@ -66,7 +67,7 @@ class CNNEncoder(nn.Module):
             incoming = width
         self.mid = middle(incoming, attention=config.attention, **options)
         self.norm_out = norm_silu(incoming)
-        self.conv_out = Conv3x3(incoming, z_channels)
+        self.conv_out = nn.Conv2d(incoming, z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(laid_out(x))
@@ -88,7 +89,7 @@ class CNNDecoder(nn.Module):
         options = {"dropout": dropout}
         upsample = DepthToSpaceUpsample if config.upsample == "depth_to_space" else NearestUpsample
         incoming = widths[0]
-        self.conv_in = Conv3x3(z_channels, incoming)
+        self.conv_in = nn.Conv2d(z_channels, incoming, 3, padding=1)
         self.mid = middle(incoming, attention=config.attention, **options)
         self.conv_blocks = nn.ModuleList()
         self.adaptive = nn.ModuleList() if config.adaptive_group_norm else None
@@ -101,7 +102,7 @@ class CNNDecoder(nn.Module):
             self.conv_blocks.append(level)
             incoming = width
         self.norm_out = norm_silu(incoming)
-        self.conv_out = Conv3x3(incoming, 3)
+        self.conv_out = nn.Conv2d(incoming, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         z = laid_out(z)

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigatok_ds.kernels import group_norm as fused
-from gigatok_ds.models.convolution import Conv3x3
+from gigatok_ds.kernels import group_norm_ops as fused
 from gigatok_ds.models.group_norm import GroupNorm, GroupNormSiLU
 from gigatok_ds.models.layout import layout_of
 
@@ -26,10 +25,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
         self.norm1 = norm_silu(in_channels)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = norm_silu(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +74,7 @@ class NearestUpsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -99,7 +98,7 @@ class DepthToSpaceUpsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1 = Conv3x3(channels, 4 * channels)
+        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return depth_to_space(self.conv1(x))

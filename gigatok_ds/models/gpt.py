@@ -58,10 +58,7 @@ class CausalAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            out = cache.attend(q, k, v)
+        out = cache.attend(q, k, v) if cache else F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.wo(merge_heads(out))
 
 
@@ -151,7 +148,7 @@ class GPT(nn.Module):
         if config.conditioning != "prefix":
             self.final_adaLN = adaptive_projection(width, 2)
 
-    def initial_fill(self, name: str) -> Fill | None:
+    def init_fn(self, name: str) -> Fill | None:
         """N(0, 0.02) for weights, N(0, 1/width) for positions and for each block's own offsets of a shared modulation.
 
         Projections to modulations are zero, and so is the head: the first loss is ln(vocab).
@@ -201,7 +198,7 @@ class GPT(nn.Module):
             shared = project(self.adaLN, condition)
             found = [shared + block.ada_gss[0] for block in self.layers]
         # Each rank may hold a part of the tokens only, and knows their part of the gradient.
-        return [self.cut.share(part) for part in (*found, project(self.final_adaLN, condition))]
+        return [self.cut.copy(part) for part in (*found, project(self.final_adaLN, condition))]
 
     def _blocks(self, codes: Tensor, classes: Tensor, modulations: Modulations, depth: int | None = None) -> Tensor:
         """`hidden_states`, of this rank's tokens."""
@@ -209,7 +206,7 @@ class GPT(nn.Module):
         positions = slice(tokens.shape[1])
         x = self.token_dropout(self.cut.scatter(self._place(tokens.transpose(0, 1), positions)))
         rotation = self._rotation(positions, x.device)
-        for block, modulation in zip(self.layers[:depth], modulations):
+        for block, modulation in zip(self.layers[:depth], modulations, strict=False):
             x = block(x, modulation, rotation)
         return x
 
@@ -243,6 +240,6 @@ class GPT(nn.Module):
         embedding = self.tok_embeddings if isinstance(position, Tensor) or position else self.cls_embedding
         x = self._place(embedding(tokens)[None], position)
         rotation = self._rotation(position, x.device)
-        for block, modulation, cache in zip(self.layers, modulations, caches):
+        for block, modulation, cache in zip(self.layers, modulations, caches, strict=False):
             x = block(x, modulation, rotation, cache)
         return self.whole_vocabulary(self.output(self._final_norm(x, modulations)))[0].float()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigatok_ds.kernels import group_norm as fused
+from gigatok_ds.kernels import group_norm_ops as fused
 from gigatok_ds.models.layout import layout_of
 
 aten = torch.ops.aten

@@ -3,7 +3,7 @@
 A network's constructors leave torch's defaults; `initialise_` then gives every parameter the value that a stream of
 (seed, parameter name) draws for it, so that neither the order of construction nor how parameters are spread over
 ranks changes where training starts. A module that wants something else than its leaves' defaults has a method
-`initial_fill(name)`, asked for the parameters below it.
+`init_fn(name)`, asked for the parameters below it.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def initial_fills(network: nn.Module) -> Iterator[tuple[str, nn.Parameter, Fill]
     for name, parameter in network.named_parameters():
         path = name.split(".")
         opinions = (
-            modules[".".join(path[:depth])].initial_fill(".".join(path[depth:]))
+            modules[".".join(path[:depth])].init_fn(".".join(path[depth:]))
             for depth in range(len(path) - 1, -1, -1)
-            if hasattr(modules[".".join(path[:depth])], "initial_fill")
+            if hasattr(modules[".".join(path[:depth])], "init_fn")
         )
         fill = next((opinion for opinion in opinions if opinion is not None), None)
         yield name, parameter, fill or default_fill(network, name)
@@ -76,5 +76,5 @@ def initialise_(network: nn.Module, seed: int, *, whole: Callable[[nn.Parameter]
             shard = shards.get(name)
             value = torch.empty(shard.full_shape(parameter.shape, tensor_size) if shard else parameter.shape)
             fill(value, torch_stream(seed, "weights", name))
-            parameter.copy_(shard.cut(value, tensor_rank, tensor_size) if shard else value)
+            parameter.copy_(shard.shard(value, tensor_rank, tensor_size) if shard else value)
     return network

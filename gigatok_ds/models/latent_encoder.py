@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ class PositionTables(nn.Module):
         for name, count in tokens.items():
             self.register_parameter(name, nn.Parameter(torch.empty(count, 1, width)))
 
-    def initial_fill(self, name: str) -> Fill | None:
+    def init_fn(self, name: str) -> Fill | None:
         return None if "." in name else normal(self._std)
 
 
@@ -123,7 +125,7 @@ class GridTransformer(nn.ModuleList):
     the table on both sides; "double_self" adds the table in both self-attentions of every layer.
     """
 
-    SECOND = {"self": None, "decoder": "cross", "double_self": "self"}
+    SECOND: ClassVar = {"self": None, "decoder": "cross", "double_self": "self"}
 
     def __init__(self, config: TokenizerConfig, size, layers: Layers):
         super().__init__(

@@ -1,8 +1,8 @@
 """Memory layouts of maps (B, C, H, W).
 
-On GPUs maps lie channels_last within convolutional networks: convolutions are faster so. Weights stay as they are, since
-ZeRO keeps them flat; they are small beside the maps, and turned around in each convolution. CPUs gain nothing by it, and
-torch's group norm is less exact there.
+On GPUs maps lie channels_last within convolutional networks: convolutions are faster so. Weights stay as they are,
+since ZeRO keeps them flat; they are small beside the maps, and turned around in each convolution. CPUs gain nothing by
+it, and torch's group norm is less exact there.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class VectorQuantizer(nn.Module):
         # Integers, so that casting the model to bfloat16 cannot round a code index.
         self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW, dtype=torch.int32))
 
-    def initial_fill(self, name: str) -> Fill:
+    def init_fn(self, name: str) -> Fill:
         """Codes uniform in +-1/K, then on the unit sphere if they are compared there."""
 
         def fill(codes: Tensor, generator: torch.Generator) -> None:
@@ -64,13 +64,14 @@ class VectorQuantizer(nn.Module):
         return F.normalize(x, dim=-1) if self.config.l2_normalized else x
 
     def codes(self, latent: Tensor) -> Tensor:
-        """Codes (B, H * W) of latents (B, D, H, W) without waiting for the device: -1 for a latent that is not finite."""
+        """Codes (B, H * W) of latents (B, D, H, W) without waiting for the device: -1 for a latent that is not finite.
+        """
         z = self._normalized(latent.permute(0, 2, 3, 1).flatten(0, 2).float())
         return nearest_code(z, self.codebook(), strict=False).view(len(latent), -1)
 
     def forward(self, latent: Tensor, *, entropy: Literal["global", "data_rank"] | None = None) -> QuantizerOutput:
-        """Quantize latents (B, D, H, W). `entropy` also computes the entropy loss, which is zero otherwise, with the mean
-        assignment of all data-parallel ranks or of this one.
+        """Quantize latents (B, D, H, W). `entropy` also computes the entropy loss, which is zero otherwise, with the
+        mean assignment of all data-parallel ranks or of this one.
 
         Raises InputError in evaluation when a latent or a code is not finite, naming it. In training, where nobody may
         wait for the device, such a latent has the code -1, and the losses are NaN for the training loop to see.

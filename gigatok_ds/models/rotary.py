@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def rotary_table(grid: int, head_dim: int, device: torch.device) -> Tensor:
-    """What `rotate` multiplies with, float32 (1 + grid^2, 2, head_dim): of the class, then of the grid's cells row by row.
+    """What `rotate` multiplies with, float32 (1 + grid^2, 2, head_dim): of the class, then of the grid's cells row by
+    row.
 
     Each pair has its cosine twice, and its sine with either sign. The first half of the pairs turns with the row, the
     second with the column. The class's entry is zero, which makes

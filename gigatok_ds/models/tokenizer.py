@@ -69,7 +69,7 @@ class Tokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(dim, config.z_channels, 1)
         self.quantizer = VectorQuantizer(config.quantizer, layers)
 
-    def initial_fill(self, name: str) -> Fill | None:
+    def init_fn(self, name: str) -> Fill | None:
         """N(0, 0.02) for weights, as in the original, whose quantizer convolutions keep torch's own default."""
         room, _, rest = name.partition(".")
         if room in ("quant_conv", "post_quant_conv"):
@@ -82,7 +82,9 @@ class Tokenizer(nn.Module):
         """The images in the weights' dtype and on their device; InputError when they have another shape."""
         size = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise InputError(f"images have shape {tuple(images.shape)}; this tokenizer takes (batch, 3, {size}, {size})")
+            raise InputError(
+                f"images have shape {tuple(images.shape)}; this tokenizer takes (batch, 3, {size}, {size})"
+            )
         return images.to(self.quant_conv.weight.device, self.quant_conv.weight.dtype)
 
     def forward(self, images: Tensor, *, entropy: Literal["global", "data_rank"] | None = None, semantic: bool = False,
@@ -116,8 +118,8 @@ class Tokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] to codes (B, T) int64.
 
-        Raises InputError for images of another shape or of whole numbers and, of images in host memory, when values are not
-        finite or far outside the range; of those on a device nothing is read, since that would wait for it.
+        Raises InputError for images of another shape or of whole numbers and, of images in host memory, when values are
+        not finite or far outside the range; of those on a device nothing is read, since that would wait for it.
         """
         check_range(images)
         if len(images) == 0:

@@ -90,7 +90,8 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-# What is done to the logits (R, V) of a chunk, which is most of the memory's traffic: each an operation that reads them once.
+# What is done to the logits (R, V) of a chunk, which is most of the memory's traffic: each an operation that reads them
+# once.
 
 
 @torch.library.custom_op("gigatok::totals_and_picked", mutates_args=())
@@ -122,6 +123,7 @@ def become_gradient_(logits: Tensor, targets: Tensor, totals: Tensor, gradient: 
     wide.mul_(gradient[:, None])
     if wide.dtype != logits.dtype:
         logits.copy_(wide)
+    return None
 
 
 @become_gradient_.register_fake
@@ -133,10 +135,10 @@ def _(logits: Tensor, targets: Tensor, totals: Tensor, gradient: Tensor) -> None
 def _kernels() -> ModuleType | None:
     """Those of GPUs; None where torch came without Triton."""
     try:
-        from gigatok_ds.parallel import cross_entropy_kernel
+        from gigatok_ds.kernels import cross_entropy_triton
     except ModuleNotFoundError:
         return None
-    return cross_entropy_kernel
+    return cross_entropy_triton
 
 
 def _columns(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

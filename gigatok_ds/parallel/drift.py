@@ -1,4 +1,6 @@
-"""Are tensors that several ranks hold alike still so, bit for bit? Memory, links and GPUs that fail do not always say so."""
+"""Are tensors that several ranks hold alike still so, bit for bit? Memory, links and GPUs that fail do not always say
+so.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Replicated(NamedTuple):
 
 
 def compare_replicas(tensors: Iterable[Replicated], topology: Topology) -> None:
-    """Raise MachineError, on all ranks, naming the first tensor that differs and the ranks that hold another. Collective."""
+    """Raise MachineError, on all ranks, naming the first tensor that differs and the ranks that hold another.
+    Collective.
+    """
     if topology.world_size == 1:
         return
     # One after the other: each may be whole only until the next is asked for.
@@ -35,7 +39,8 @@ def compare_replicas(tensors: Iterable[Replicated], topology: Topology) -> None:
     found = []
     for group, size, chosen in (
             (topology.data_group, topology.data_size, [(item.name, total) for item, total in sums if item.over_data]),
-            (topology.tensor_group, topology.tensor_size, [(item.name, total) for item, total in sums if item.over_tensor])):
+            (topology.tensor_group, topology.tensor_size,
+             [(item.name, total) for item, total in sums if item.over_tensor])):
         if size > 1 and chosen:
             differing = outsiders(torch.stack([total for _, total in chosen]), group, size)
             found += [(chosen[index][0], places, group) for index, places in differing]
@@ -70,8 +75,10 @@ def _text(name: str, differing: list[int], ranks: list[int], count: int, hosts: 
     others = [rank for rank in ranks if rank not in differing]
     if not others:
         return f"{name}{more} should be alike on ranks {who}, but is not: memory, a GPU or a link is faulty"
-    return (f"{name}{more} on rank{'s' * (len(differing) > 1)} {who} is not what ranks {', '.join(map(str, others))} hold: "
-            "memory, a GPU or a link is faulty there; leave that host out")
+    return (
+        f"{name}{more} on rank{'s' * (len(differing) > 1)} {who} is not what ranks {', '.join(map(str, others))} hold: "
+        "memory, a GPU or a link is faulty there; leave that host out"
+    )
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigatok_ds.parallel.dropout_mask import addressed_dropout, dropped, rule_of
+from gigatok_ds.kernels.addressed_dropout import addressed_dropout
+from gigatok_ds.kernels.dropout_mask import dropped, rule_of
 from gigatok_ds.streams import stream_key
 
 
@@ -69,7 +70,8 @@ class Dropout(nn.Module):
         self.probability, self.tokens, self.features = probability, tokens, features
         self.drops = probability > 0  # compiled code asks for this, and is the same for every probability
         self.layer: int | None = None
-        # A tensor, so that layers differ in data only and share what is compiled; no buffer, which DeepSpeed would send around.
+        # A tensor, so that layers differ in data only and share what is compiled; no buffer, which DeepSpeed would send
+        # around.
         self.rule: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,8 +85,8 @@ class Dropout(nn.Module):
         written_out = x.device.type == "cpu" or torch.compiler.is_compiling()
         tokens, _, features = x.shape
         return (dropped if written_out else addressed_dropout)(
-            x, _address[1].to(x.device), self.rule.to(x.device), self.tokens.rank * tokens, self.features.rank * features,
-            self.whole_samples)
+            x, _address[1].to(x.device), self.rule.to(x.device), self.tokens.rank * tokens,
+            self.features.rank * features, self.whole_samples)
 
     def _drop_anywhere(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.probability)
@@ -119,7 +121,8 @@ def name_dropouts(network: nn.Module) -> None:
 
 
 def _give_rules(seed: int, samples: Tensor) -> None:
-    """Each numbered dropout gets its rule where the samples are. It is made once: a copy to a GPU makes the host wait."""
+    """Each numbered dropout gets its rule where the samples are. It is made once: a copy to a GPU makes the host wait.
+    """
     real = type(samples) is Tensor  # no stand-in of a tensor is kept
     addresses = {module: (seed, module.layer, module.probability, samples.device) for module in _named}
     missing = sorted({address for address in addresses.values() if not real or address not in _rules}, key=str)
@@ -127,6 +130,6 @@ def _give_rules(seed: int, samples: Tensor) -> None:
     if missing:
         table = [rule_of(stream_key(seed, "dropout", layer), probability) for _, layer, probability, _ in missing]
         # One tensor of 16 bytes for each: compiled code expects its inputs at multiples of them.
-        rules.update(zip(missing, samples.new_tensor(table, dtype=torch.int32).unbind()))
+        rules.update(zip(missing, samples.new_tensor(table, dtype=torch.int32).unbind(), strict=True))
     for module, address in addresses.items():
         module.rule = rules[address]

@@ -18,7 +18,8 @@ def switch_on() -> None:
 
 
 def last_collectives(count: int = 3) -> list[str]:
-    """The latest collectives that this process has begun, a line each, newest last; none where PyTorch does not tell."""
+    """The latest collectives that this process has begun, a line each, newest last; none where PyTorch does not tell.
+    """
     entries = sorted(_entries(), key=lambda entry: entry["time_created_ns"])
     return [_line(entry) for entry in entries[-count:]]
 

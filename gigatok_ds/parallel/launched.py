@@ -34,8 +34,10 @@ class LaunchedRank:
             return device
         index = self.local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise InputError(f"rank {self.rank} would use GPU {index} of its host and sees "
-                             f"{torch.cuda.device_count()}; start one rank for each GPU and let every rank see all GPUs")
+            raise InputError(
+                f"rank {self.rank} would use GPU {index} of its host and sees "
+                f"{torch.cuda.device_count()}; start one rank for each GPU and let every rank see all GPUs"
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         return device

@@ -1,7 +1,7 @@
 """What a model asks for instead of knowing about ranks.
 
 A model describes what it needs: projections and tables that may be cut over tensor ranks, modules that may see only
-this rank's part of the images, tokens or heads, and the passages between parts and wholes. A `Layers` object decides
+this rank's part of the images, tokens or heads, and the regions between parts and wholes. A `Layers` object decides
 what it gets. `PLAIN` gives ordinary torch modules and needs no process group.
 """
 
@@ -12,21 +12,22 @@ from typing import Protocol, TypeVar
 from torch import Tensor, nn
 
 from gigatok_ds.parallel.cross_entropy import head_cross_entropy
-from gigatok_ds.parallel.dropout import Dropout
+from gigatok_ds.parallel.dropout import WHOLE, Dropout, Part
+from gigatok_ds.parallel.partial import mark_partial
 from gigatok_ds.parallel.reduce import RankMean
 from gigatok_ds.parallel.sharding import column_shards, row_shards, vocab_shards
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Passage(Protocol):
+class Region(Protocol):
     """Between a whole tensor, alike on all tensor ranks, and this rank's part of it along the first axis."""
 
     def scatter(self, whole: Tensor) -> Tensor: ...
 
     def gather(self, part: Tensor) -> Tensor: ...
 
-    def share(self, whole: Tensor) -> Tensor:
+    def copy(self, whole: Tensor) -> Tensor:
         """The same tensor, which each rank is about to apply to its part: its gradient is summed over the ranks."""
 
 
@@ -35,8 +36,8 @@ class Layers(Protocol):
 
     tensor_parallel_size: int
     # The batch is cut around convolutions; tokens are cut between attention and MLP under sequence parallelism.
-    images: Passage
-    tokens: Passage
+    images: Region
+    tokens: Region
 
     def column(self, in_features: int, out_features: int, *, bias: bool, groups: int = 1) -> nn.Module:
         """A projection cut by output features; `groups` packed equal projections (q, k, v) are each cut alike."""
@@ -75,7 +76,7 @@ class Layers(Protocol):
         """The mean over the ranks that share a data rank's images or, with all_data, over all; None if it is one."""
 
 
-class _WholePassage:
+class _ReplicatedRegion:
     """One tensor rank has it all."""
 
     def scatter(self, whole: Tensor) -> Tensor:
@@ -84,11 +85,11 @@ class _WholePassage:
     def gather(self, part: Tensor) -> Tensor:
         return part
 
-    def share(self, whole: Tensor) -> Tensor:
+    def copy(self, whole: Tensor) -> Tensor:
         return whole
 
 
-WHOLE_PASSAGE = _WholePassage()
+REPLICATED_REGION = _ReplicatedRegion()
 
 
 class VocabHead(nn.Linear):
@@ -106,7 +107,7 @@ class PlainLayers:
     """Ordinary torch layers. `data_mean` averages over data ranks, when there are several."""
 
     tensor_parallel_size = 1
-    images = tokens = WHOLE_PASSAGE
+    images = tokens = REPLICATED_REGION
 
     def __init__(self, data_mean: RankMean | None = None):
         self.data_mean = data_mean
@@ -139,6 +140,28 @@ class PlainLayers:
 
     def image_mean(self, *, all_data: bool) -> RankMean | None:
         return self.data_mean if all_data else None
+
+
+class TensorParallelLayers:
+    """What `Layers` over several tensor ranks have in common: which modules see a part of the data only."""
+
+    def __init__(self, rank: int, size: int, *, sequence_parallel: bool):
+        self.tensor_parallel_size, self.sequence_parallel = size, sequence_parallel
+        self.part = Part(rank=rank, size=size)
+
+    def dropout(self, probability: float, *, hidden: bool = False) -> Dropout:
+        if hidden:
+            return Dropout(probability, features=self.part)
+        return Dropout(probability, tokens=self.part if self.sequence_parallel else WHOLE)
+
+    def per_image(self, module: Module) -> Module:
+        return mark_partial(module)
+
+    def per_token(self, module: Module) -> Module:
+        return mark_partial(module) if self.sequence_parallel else module
+
+    def per_head(self, module: Module) -> Module:
+        return mark_partial(module)
 
 
 def declared(module: Module, shards: dict) -> Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gigatok_ds.lean_imports import without_wandb
+from gigatok_ds.optional_imports import without_wandb
 
 if not torch.cuda.is_available():
     torch.cuda.current_device = lambda: torch.device("cpu")
@@ -20,11 +20,10 @@ with without_wandb():
     from megatron.core.tensor_parallel import mappings
 
 from gigatok_ds.parallel.cross_entropy import head_cross_entropy, join_over
-from gigatok_ds.parallel.dropout import WHOLE, Dropout, Part
-from gigatok_ds.parallel.layers import WHOLE_PASSAGE, Module
-from gigatok_ds.parallel.partial import mark_partial, mark_partial_parameter
+from gigatok_ds.parallel.layers import REPLICATED_REGION, TensorParallelLayers
+from gigatok_ds.parallel.partial import mark_partial_parameter
 from gigatok_ds.parallel.reduce import RankMean
-from gigatok_ds.parallel.sharding import Shard, column_shards, row_shards, vocab_shards
+from gigatok_ds.parallel.sharding import TensorShard, column_shards, row_shards, vocab_shards
 
 
 def start_groups(tensor_size: int) -> None:
@@ -61,13 +60,14 @@ class DeepSpeedTopology:
 class _Declared:
     """Says how parameters are cut, to us and to DeepSpeed, and leaves no placeholders in state_dicts."""
 
-    # Nothing for compilers: products whose gradients are sent while others are computed, from within autograd's functions.
+    # Nothing for compilers: products whose gradients are sent while others are computed, from within autograd's
+    # functions.
     outside_graphs = True
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
-    def _declare(self, shards: dict[str, Shard]) -> None:
+    def _declare(self, shards: dict[str, TensorShard]) -> None:
         self.shards = shards
         for name, shard in shards.items():
             # DeepSpeed counts a parameter once per tensor rank in the gradient norm only if it carries this mark.
@@ -110,7 +110,7 @@ class VocabEmbedding(_Declared, tensor_parallel.VocabParallelEmbedding):
         self._declare(vocab_shards())
 
 
-class VocabHead(ColumnLinear):
+class MegatronVocabHead(ColumnLinear):
     """This rank's range of the vocabulary: its logits, or the cross-entropy over all of it."""
 
     def __init__(self, width: int, vocab_size: int, *, config: ModelParallelConfig):
@@ -132,7 +132,7 @@ def _nothing(_: Tensor) -> None:
 
 
 class _TensorRanks:
-    """The passage along the first axis between a tensor that is alike on all tensor ranks and their parts of it."""
+    """The region along the first axis between a tensor that is alike on all tensor ranks and their parts of it."""
 
     def scatter(self, whole: Tensor) -> Tensor:
         return mappings.scatter_to_sequence_parallel_region(whole)
@@ -141,20 +141,19 @@ class _TensorRanks:
         # What follows is computed alike on all tensor ranks, so each takes its part of the gradient unsummed.
         return mappings.gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=False)
 
-    def share(self, whole: Tensor) -> Tensor:
+    def copy(self, whole: Tensor) -> Tensor:
         return mappings.copy_to_tensor_model_parallel_region(whole)
 
 
-class MegatronLayers:
+class MegatronLayers(TensorParallelLayers):
     """`Layers` over the current tensor-parallel group."""
 
     images = _TensorRanks()
 
     def __init__(self, *, sequence_parallel: bool = False):
-        self.tensor_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
-        self.sequence_parallel = sequence_parallel
-        self.part = Part(rank=parallel_state.get_tensor_model_parallel_rank(), size=self.tensor_parallel_size)
-        self.tokens = _TensorRanks() if sequence_parallel else WHOLE_PASSAGE
+        super().__init__(parallel_state.get_tensor_model_parallel_rank(),
+                         parallel_state.get_tensor_model_parallel_world_size(), sequence_parallel=sequence_parallel)
+        self.tokens = _TensorRanks() if sequence_parallel else REPLICATED_REGION
         self.config = ModelParallelConfig(
             tensor_model_parallel_size=self.tensor_parallel_size,
             sequence_parallel=sequence_parallel,
@@ -171,22 +170,8 @@ class MegatronLayers:
     def vocab_embedding(self, vocab_size: int, width: int) -> VocabEmbedding:
         return VocabEmbedding(vocab_size, width, config=self.config)
 
-    def vocab_head(self, width: int, vocab_size: int) -> VocabHead:
-        return VocabHead(width, vocab_size, config=self.config)
-
-    def dropout(self, probability: float, *, hidden: bool = False) -> Dropout:
-        if hidden:
-            return Dropout(probability, features=self.part)
-        return Dropout(probability, tokens=self.part if self.sequence_parallel else WHOLE)
-
-    def per_image(self, module: Module) -> Module:
-        return mark_partial(module)
-
-    def per_token(self, module: Module) -> Module:
-        return mark_partial(module) if self.sequence_parallel else module
-
-    def per_head(self, module: Module) -> Module:
-        return mark_partial(module)
+    def vocab_head(self, width: int, vocab_size: int) -> MegatronVocabHead:
+        return MegatronVocabHead(width, vocab_size, config=self.config)
 
     def whole_features(self, part: Tensor) -> Tensor:
         return mappings.gather_from_tensor_model_parallel_region(part)

@@ -1,7 +1,7 @@
 """The one rule of how a parameter is cut over tensor ranks.
 
 A layer whose parameters may be cut says so in its attribute `shards`, a dictionary from the parameter's name in that
-layer to a `Shard`. Initialisation, gathering and conversion read it there.
+layer to a `TensorShard`. Initialisation, gathering and conversion read it there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class TensorShard:
     """Cut along `dim` into equal parts; `groups` packed tensors (q, k, v) along it are each cut by themselves."""
 
     dim: int = 0
@@ -23,34 +23,34 @@ class Shard:
         """Shape of the whole tensor, given that of one of `size` equal parts."""
         return [n * size if axis == self.dim else n for axis, n in enumerate(local)]
 
-    def cut(self, full: Tensor, rank: int, size: int) -> Tensor:
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         """The part of `full` that tensor rank `rank` of `size` holds."""
         return torch.cat([group.chunk(size, self.dim)[rank] for group in full.chunk(self.groups, self.dim)], self.dim)
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """The whole tensor from the parts of all tensor ranks, in rank order: the inverse of `cut`."""
+    def unshard(self, parts: list[Tensor]) -> Tensor:
+        """The whole tensor from the parts of all tensor ranks, in rank order: the inverse of `shard`."""
         grouped = [part.chunk(self.groups, self.dim) for part in parts]
         return torch.cat([part[group] for group in range(self.groups) for part in grouped], self.dim)
 
 
-def column_shards(*, bias: bool, groups: int = 1) -> dict[str, Shard]:
+def column_shards(*, bias: bool, groups: int = 1) -> dict[str, TensorShard]:
     """Of a projection cut by output features."""
-    shard = Shard(groups=groups)
+    shard = TensorShard(groups=groups)
     return {"weight": shard, "bias": shard} if bias else {"weight": shard}
 
 
-def row_shards() -> dict[str, Shard]:
+def row_shards() -> dict[str, TensorShard]:
     """Of a projection cut by input features; its bias is whole everywhere."""
-    return {"weight": Shard(dim=1)}
+    return {"weight": TensorShard(dim=1)}
 
 
-def vocab_shards() -> dict[str, Shard]:
+def vocab_shards() -> dict[str, TensorShard]:
     """Of a table cut by rows."""
-    return {"weight": Shard()}
+    return {"weight": TensorShard()}
 
 
-def declared_shards(network: nn.Module) -> dict[str, Shard]:
-    """Full parameter name to Shard, for every parameter that may be cut; all others are replicated."""
+def declared_shards(network: nn.Module) -> dict[str, TensorShard]:
+    """Full parameter name to TensorShard, for every parameter that may be cut; all others are replicated."""
     return {
         f"{prefix}.{name}" if prefix else name: shard
         for prefix, module in network.named_modules()

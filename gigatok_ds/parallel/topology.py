@@ -129,8 +129,8 @@ def start_process_group(*, tensor_size: int = 1, sequence_parallel: bool = False
                         timeout: timedelta | None = None) -> Topology:
     """Join the process group that the launcher describes in the environment, or start one of a single process.
 
-    NCCL on GPUs, gloo on CPUs; collectives may take `timeout` (None: torch's default). Raises InputError when `tensor_size` does
-    not fit the ranks.
+    NCCL on GPUs, gloo on CPUs; collectives may take `timeout` (None: torch's default). Raises InputError when
+    `tensor_size` does not fit the ranks.
     """
     launched = all(name in os.environ for name in _LAUNCHED)
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1

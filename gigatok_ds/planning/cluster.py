@@ -32,17 +32,18 @@ def parse_cluster(text: str, *, memory_gb: float | None = None, network_gbps: fl
                   described: Device | None = None) -> Cluster:
     """HOSTSxGPUSxDEVICE, such as 8x8xH100, or GPUSxDEVICE of a single host.
 
-    memory_gb (10^9 bytes) and network_gbps (10^9 bits per second and GPU) replace what the data sheet says; `described` is known by
-    its name, too. Raises InputError.
+    memory_gb (10^9 bytes) and network_gbps (10^9 bits per second and GPU) replace what the data sheet says; `described`
+    is known by its name, too. Raises InputError.
     """
     match = _FORM.fullmatch(text.strip())
     if not match:
-        raise InputError(f"--cluster is {text!r}; write HOSTSxGPUSxDEVICE, such as 8x8xH100, with one of {', '.join(DEVICES)}")
+        raise InputError(f"--cluster is {text!r}; write HOSTSxGPUSxDEVICE, such as 8x8xH100, with one of "
+                         f"{', '.join(DEVICES)}")
     hosts, per_host, name = int(match[1] or 1), int(match[2]), match[3]
     known = DEVICES | {"CPU": this_cpu(per_host or 1)} | ({described.name: described} if described else {})
     if name not in known:
-        raise InputError(f"--cluster is {text!r}, but {name!r} is not known; known are {', '.join(known)}, and what --gpu-spec "
-                         "describes")
+        raise InputError(f"--cluster is {text!r}, but {name!r} is not known; known are {', '.join(known)}, and what "
+                         "--gpu-spec describes")
     if not (hosts and per_host):
         raise InputError(f"--cluster is {text!r}; it needs at least one host and one GPU")
     device = known[name]

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.training.device_peaks import PEAKS
+from gigatok_ds.monitoring.peak_flops import PEAKS
 
 GIB = 1024**3
 GB = 10**9
@@ -20,9 +20,9 @@ KINDS = ("half", "tf32", "fp32")
 class Device:
     """One GPU. Bytes, and bytes per second in one direction.
 
-    memory is what a process can have of it. `link` is to the GPUs of its host, `network` its share of the host's way to others,
-    with one adapter per GPU as in the maker's reference systems. peaks: FLOP/s at most, dense, by kind of product: bf16 and fp16
-    ("half"), float32 rounded for the tensor cores ("tf32"), float32 ("fp32").
+    memory is what a process can have of it. `link` is to the GPUs of its host, `network` its share of the host's way to
+    others, with one adapter per GPU as in the maker's reference systems. peaks: FLOP/s at most, dense, by kind of
+    product: bf16 and fp16 ("half"), float32 rounded for the tensor cores ("tf32"), float32 ("fp32").
     """
 
     name: str
@@ -45,8 +45,8 @@ def _device(name: str, gib: float, memory_tb: float, link_gb: float, network_gb:
                   network=network_gb * GB, peaks=peaks, cuda_name=cuda_name)
 
 
-# Data sheets: memory bandwidth; NVLink or Infinity Fabric (half of what is stated for both directions), PCIe 4 or 5 x16 where there
-# is neither; 200, 400 or 800 Gbit/s per GPU between hosts, 100 for workstations.
+# Data sheets: memory bandwidth; NVLink or Infinity Fabric (half of what is stated for both directions), PCIe 4 or 5 x16
+# where there is neither; 200, 400 or 800 Gbit/s per GPU between hosts, 100 for workstations.
 DEVICES = {device.name: device for device in (
     _device("A100-40GB", 39.4, 1.555, 300, 25, "A100"),
     _device("A100-80GB", 79.2, 2.039, 300, 25, "A100"),
@@ -67,8 +67,8 @@ DEVICES = {device.name: device for device in (
 def this_cpu(ranks: int) -> Device:
     """A rank's share of this machine, for runs without GPUs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
-    return Device(name="CPU", memory=memory, memory_bandwidth=1e10, link=5e9, network=1e9, peaks=dict.fromkeys(KINDS, CPU_PEAK),
-                  is_gpu=False)
+    return Device(name="CPU", memory=memory, memory_bandwidth=1e10, link=5e9, network=1e9,
+                  peaks=dict.fromkeys(KINDS, CPU_PEAK), is_gpu=False)
 
 
 def device_named(name: str, memory: int) -> Device:
@@ -76,7 +76,9 @@ def device_named(name: str, memory: int) -> Device:
     fitting = max((device.cuda_name for device in DEVICES.values() if device.cuda_name in name), key=len, default=None)
     like = [device for device in DEVICES.values() if device.cuda_name == fitting]
     if fitting is None:
-        raise InputError(f"--auto does not know {name}; known are {', '.join(DEVICES)}. Choose a layout by --tp and --zero")
+        raise InputError(
+            f"--auto does not know {name}; known are {', '.join(DEVICES)}. Choose a layout by --tp and --zero"
+        )
     return min(like, key=lambda device: abs(device.memory - memory))
 
 
@@ -84,9 +86,9 @@ def device_named(name: str, memory: int) -> Device:
 SPEC = {"memory_gb": None, "bandwidth_gbs": None, "bf16_tflops": None, "tf32_tflops": None, "fp32_tflops": None,
         "link_gbs": 32.0, "network_gbps": 100.0}
 SPEC_HELP = ("a GPU that is not listed, by its data sheet: NAME:memory_gb=96,bandwidth_gbs=1792,bf16_tflops=503.8,"
-             "tf32_tflops=251.9,fp32_tflops=126 and, if known, link_gbs=64 (10^9 bytes/s to GPUs of its host in one direction; "
-             "default 32, PCIe 4) and network_gbps=100 (10^9 bits/s to other hosts). TFLOP/s are dense ones; memory and bandwidth "
-             "are 10^9 bytes (/s)")
+             "tf32_tflops=251.9,fp32_tflops=126 and, if known, link_gbs=64 (10^9 bytes/s to GPUs of its host in one "
+             "direction; default 32, PCIe 4) and network_gbps=100 (10^9 bits/s to other hosts). TFLOP/s are dense "
+             "ones; memory and bandwidth are 10^9 bytes (/s)")
 
 
 def parse_gpu_spec(text: str) -> Device:
@@ -110,7 +112,8 @@ def parse_gpu_spec(text: str) -> Device:
         raise InputError(f"--gpu-spec is {text!r}, but {', '.join(missing)} is missing; {form}")
     return Device(name=name, memory=int(found["memory_gb"] * GB), memory_bandwidth=found["bandwidth_gbs"] * GB,
                   link=found["link_gbs"] * GB, network=found["network_gbps"] * GB / 8,
-                  peaks={kind: 1e12 * found[f"{figure}_tflops"] for kind, figure in zip(KINDS, ("bf16", "tf32", "fp32"))})
+                  peaks={kind: 1e12 * found[f"{figure}_tflops"]
+                         for kind, figure in zip(KINDS, ("bf16", "tf32", "fp32"), strict=True)})
 
 
 def _positive(figure: str, value: str) -> float:

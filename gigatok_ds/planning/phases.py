@@ -9,7 +9,9 @@ from gigatok_ds.config.recipe import GPTRecipe, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Steps that are alike: `step` is the first of them (1-based), `count` how many there are, `active` what is on in them."""
+    """Steps that are alike: `step` is the first of them (1-based), `count` how many there are, `active` what is on in
+    them.
+    """
 
     step: int
     count: int
@@ -30,7 +32,7 @@ def phases_of(recipe: Recipe) -> list[Phase]:
             loss.adversarial and loss.adversarial.start_step]
     starts = sorted({1, *(max(step, 1) for step in ends if step is not None and step <= steps)})
     found = []
-    for start, end in zip(starts, [*starts[1:], steps + 1]):
+    for start, end in zip(starts, [*starts[1:], steps + 1], strict=True):
         flags = {"the entropy term": loss.wants_entropy(start),
                  "direct reconstruction": loss.wants_direct_reconstruction(start),
                  "the discriminator": loss.discriminator_active(start)}

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.dry_run.dry_run_result import MicroBatch, Shapes
 from gigatok_ds.errors import InputError
 from gigatok_ds.planning.cluster import Cluster
-from gigatok_ds.planning.memory import Memory, memory_of
 from gigatok_ds.planning.phases import fullest, longest, phases_of
-from gigatok_ds.planning.published import micro_batch, shapes
-from gigatok_ds.planning.rehearsed import MicroBatch, Shapes
+from gigatok_ds.planning.plan_cache import micro_batch, shapes
+from gigatok_ds.planning.rank_memory import Memory, memory_of
 from gigatok_ds.planning.speed import Assumptions, StepTime, Traffic, step_time, traffic_of
 
 NOTHING, BLOCKS, EVERYTHING = "nothing", "transformer blocks", "transformer blocks and CNN"
@@ -21,9 +21,9 @@ REHEARSED = 8  # samples of the micro batch that all others are scaled from: wha
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a recipe is spread: tensor ranks (with sequence parallelism or not), ZeRO stage, micro batch of a data rank, and whose
-    activations are computed again."""
+class PlannedLayout:
+    """How a recipe is spread: tensor ranks (with sequence parallelism or not), ZeRO stage, micro batch of a data rank,
+    and whose activations are computed again."""
 
     tensor: int
     sequence: bool
@@ -41,8 +41,10 @@ class Layout:
 
     def arguments(self, recipe: Recipe) -> list[str]:
         """Of gigatok-ds train, for the same."""
-        found = [f"--zero={self.stage}", f"parallel.tensor={self.tensor}", f"parallel.sequence={str(self.sequence).lower()}",
-                 f"parallel.recompute_every={int(self.recompute != NOTHING)}", f"training.micro_batch_size={self.micro}"]
+        found = [f"--zero={self.stage}", f"parallel.tensor={self.tensor}",
+                 f"parallel.sequence={str(self.sequence).lower()}",
+                 f"parallel.recompute_every={int(self.recompute != NOTHING)}",
+                 f"training.micro_batch_size={self.micro}"]
         if isinstance(recipe, TokenizerRecipe):
             found.append(f"parallel.recompute_cnn={str(self.recompute == EVERYTHING).lower()}")
         return found
@@ -52,7 +54,7 @@ class Layout:
 class Plan:
     """What a layout takes of each rank."""
 
-    layout: Layout
+    layout: PlannedLayout
     accumulation: int
     data_ranks: int
     memory: Memory
@@ -83,7 +85,7 @@ class Planner:
     @functools.cached_property
     def model_flops(self) -> int:
         """Of the trained networks in one step, all ranks together, as training.flops counts them."""
-        one = Layout(tensor=1, sequence=False, stage=1, micro=REHEARSED, recompute=NOTHING)
+        one = PlannedLayout(tensor=1, sequence=False, stage=1, micro=REHEARSED, recompute=NOTHING)
         per_sample = self._micro_batches(one)[longest(self.phases).step].model / REHEARSED
         return round(per_sample * self.recipe.training.global_batch_size)
 
@@ -97,9 +99,9 @@ class Planner:
         """Bytes of a GPU that training can fill."""
         return self.cluster.device.memory * self.assumptions.memory - self.assumptions.reserved
 
-    def plan(self, layout: Layout, found: MicroBatch | None = None) -> Plan:
-        """What `layout` takes, or would if all its micro batches took what was `found` of one. Raises InputError for a layout that
-        the recipe or the cluster cannot have."""
+    def plan(self, layout: PlannedLayout, found: MicroBatch | None = None) -> Plan:
+        """What `layout` takes, or would if all its micro batches took what was `found` of one. Raises InputError for a
+        layout that the recipe or the cluster cannot have."""
         recipe, data = layout.applied_to(self.recipe), self._data_ranks(layout.tensor)
         settings, _ = resolve_deepspeed(zero_settings(layout.stage), recipe, data_parallel_size=data)
         zero, accumulation = settings["zero_optimization"], settings["gradient_accumulation_steps"]
@@ -110,7 +112,8 @@ class Planner:
         micro = by_step[last]
         traffic = traffic_of(micro, cluster=self.cluster, tensor=layout.tensor, accumulation=accumulation, zero=zero,
                              half=recipe.training.precision != "fp32", elements=elements)
-        time = step_time(micro, traffic, cluster=self.cluster, accumulation=accumulation, precision=recipe.training.precision,
+        time = step_time(micro, traffic, cluster=self.cluster, accumulation=accumulation,
+                         precision=recipe.training.precision,
                          stage=layout.stage, elements=elements, own_elements=elements / (data if layout.stage else 1),
                          average=recipe.training.ema_decay is not None, assumptions=self.assumptions)
         memory = memory_of(recipe, networks, max(each.kept for each in by_step.values()), zero=zero, data_ranks=data)
@@ -137,12 +140,15 @@ class Planner:
                              f"{self.recipe.training.global_batch_size} cannot be spread over them; change "
                              "training.global_batch_size or the cluster")
         if not fitting:
-            raise InputError(f"{self.recipe.name} does not fit {self.cluster}: at least {least.memory.peak / 1e9:.1f} GB are "
-                             f"needed, and {self.usable / 1e9:.1f} GB can be used; take more or larger GPUs")
+            raise InputError(
+                f"{self.recipe.name} does not fit {self.cluster}: at least {least.memory.peak / 1e9:.1f} GB are "
+                f"needed, and {self.usable / 1e9:.1f} GB can be used; take more or larger GPUs"
+            )
         fastest = min(plan.time.seconds for plan in fitting)
         near = [plan for plan in fitting if plan.time.seconds <= 1.03 * fastest]
         again = self.recompute_choices.index
-        return min(near, key=lambda plan: (plan.layout.tensor, again(plan.layout.recompute), plan.layout.stage, plan.accumulation))
+        return min(near, key=lambda plan: (plan.layout.tensor, again(plan.layout.recompute), plan.layout.stage,
+                                           plan.accumulation))
 
     def choices(self, plan: Plan) -> list[Plan]:
         """The same layout with each choice of what is computed again."""
@@ -160,7 +166,8 @@ class Planner:
         for stage in stages:
             plan = None
             for micro in self._micro_sizes(tensor):
-                layout = Layout(tensor=tensor, sequence=self._sequence(tensor), stage=stage, micro=micro, recompute=recompute)
+                layout = PlannedLayout(tensor=tensor, sequence=self._sequence(tensor), stage=stage, micro=micro,
+                                       recompute=recompute)
                 plan = self.plan(layout)
                 if plan.fits:
                     break
@@ -179,14 +186,16 @@ class Planner:
     def _tensor_sizes(self) -> list[int]:
         if self.tensor is not None:
             self._data_ranks(self.tensor)
-            Layout(tensor=self.tensor, sequence=False, stage=1, micro=1, recompute=NOTHING).applied_to(self.recipe)
+            PlannedLayout(tensor=self.tensor, sequence=False, stage=1, micro=1,
+                          recompute=NOTHING).applied_to(self.recipe)
             return [self.tensor] if self._micro_sizes(self.tensor) else []
-        return [size for size in (1, 2, 4, 8) if self.cluster.per_host % size == 0 and self._possible(size, sequence=False)
+        return [size for size in (1, 2, 4, 8) if self.cluster.per_host % size == 0
+                and self._possible(size, sequence=False)
                 and self._micro_sizes(size)]
 
     def _possible(self, tensor: int, *, sequence: bool) -> bool:
         try:
-            Layout(tensor=tensor, sequence=sequence, stage=1, micro=1, recompute=NOTHING).applied_to(self.recipe)
+            PlannedLayout(tensor=tensor, sequence=sequence, stage=1, micro=1, recompute=NOTHING).applied_to(self.recipe)
         except InputError:
             return False
         return True
@@ -204,7 +213,9 @@ class Planner:
         return [micro for micro in range(share, 0, -1) if share % micro == 0 and micro % unit == 0]
 
     def _unit(self, tensor: int) -> int:
-        """What a micro batch must be a multiple of, as config.deepspeed sees to: the DINO discriminator norms over 8 images."""
+        """What a micro batch must be a multiple of, as config.deepspeed sees to: the DINO discriminator norms over 8
+        images.
+        """
         if not isinstance(self.recipe, TokenizerRecipe):
             return 1
         adversarial = self.recipe.loss.adversarial
@@ -216,13 +227,14 @@ class Planner:
             self._shapes[split] = shapes(recipe)
         return self._shapes[split]
 
-    def _micro_batches(self, layout: Layout) -> dict[int, MicroBatch]:
+    def _micro_batches(self, layout: PlannedLayout) -> dict[int, MicroBatch]:
         """By the step of each phase that counts."""
         samples = max(REHEARSED, self._unit(layout.tensor))
         key = (layout.tensor, layout.sequence, layout.recompute)
         if key not in self._rehearsed:
             recipe = replace(layout, micro=samples).applied_to(self.recipe)
-            self._rehearsed[key] = {step: micro_batch(recipe, samples, step, compiled=self.compiled) for step in self.steps}
+            self._rehearsed[key] = {step: micro_batch(recipe, samples, step, compiled=self.compiled) for step
+                                    in self.steps}
         return {step: found.of_samples(layout.micro / samples) for step, found in self._rehearsed[key].items()}
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gigatok_ds.dry_run.dry_run_result import MicroBatch
+from gigatok_ds.dry_run.update_bytes import bucket_bytes, update_bytes
+from gigatok_ds.dry_run.work import Rates
 from gigatok_ds.planning.cluster import Cluster, Device
-from gigatok_ds.planning.rehearsed import MicroBatch
-from gigatok_ds.planning.update import bucket_bytes, update_bytes
-from gigatok_ds.planning.work import Rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,14 @@ class Assumptions:
             f"{self.overlap:.0%} of the traffic between data ranks hides behind the backward pass",
             f"{self.memory:.0%} of the GPU's memory less {self.reserved / 1e9:g} GB can be filled",
             "data is never waited for; validation and checkpoints are not counted",
-            *([f"step times are multiplied by {self.measured:.3f}, as measured by --calibrate"] if self.measured != 1 else []),
+            *([f"step times are multiplied by {self.measured:.3f}, as measured by --calibrate"] if self.measured != 1
+              else []),
         ]
 
     def rates(self, device: Device) -> Rates:
         return Rates(products={kind: self.compute * peak for kind, peak in device.peaks.items()},
-                     bandwidth=self.bandwidth * device.memory_bandwidth, launch=self.kernel_seconds if device.is_gpu else 0.0)
+                     bandwidth=self.bandwidth * device.memory_bandwidth,
+                     launch=self.kernel_seconds if device.is_gpu else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,8 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one optimizer step, and what they are made of. starting: of those of computing, what kernels that are shorter than
-    it takes to start them wait for."""
+    """Seconds of one optimizer step, and what they are made of. starting: of those of computing, what kernels that are
+    shorter than it takes to start them wait for."""
 
     computing: float
     starting: float
@@ -81,8 +83,9 @@ class StepTime:
 
 def traffic_of(micro: MicroBatch, *, cluster: Cluster, tensor: int, accumulation: int, zero: Mapping, half: bool,
                elements: int) -> Traffic:
-    """Data ranks: at ZeRO 0 and 1 gradients are summed once a step, at 2 and 3 after every micro batch; updated parameters are
-    gathered once, or at 3 in every forward and backward pass (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
+    """Data ranks: at ZeRO 0 and 1 gradients are summed once a step, at 2 and 3 after every micro batch; updated
+    parameters are gathered once, or at 3 in every forward and backward pass (Rajbhandari et al. 2020, arXiv:1910.02054,
+    section 7)."""
     data, stage = cluster.ranks // tensor, zero["stage"]
     whole = elements * (2 if half else 4)
     sums = 1 if stage <= 1 else accumulation
@@ -91,18 +94,20 @@ def traffic_of(micro: MicroBatch, *, cluster: Cluster, tensor: int, accumulation
     in_host = cluster.per_host // tensor  # of a data group
     if cluster.hosts == 1:
         return Traffic(tensor=accumulation * micro.sent, data_inside=sent, data_between=0.0)
-    return Traffic(tensor=accumulation * micro.sent, data_inside=sent if in_host > 1 else 0.0, data_between=sent / in_host)
+    return Traffic(tensor=accumulation * micro.sent, data_inside=sent if in_host > 1 else 0.0,
+                   data_between=sent / in_host)
 
 
 def step_time(micro: MicroBatch, traffic: Traffic, *, cluster: Cluster, accumulation: int, precision: str, stage: int,
               elements: float, own_elements: float, average: bool, assumptions: Assumptions) -> StepTime:
-    """stage: of ZeRO. elements: trained parameters of a tensor rank; own_elements: those that this rank's optimizer updates, of
-    which it keeps an average if `average`."""
+    """stage: of ZeRO. elements: trained parameters of a tensor rank; own_elements: those that this rank's optimizer
+    updates, of which it keeps an average if `average`."""
     device, how = cluster.device, {"half": precision != "fp32", "partitioned": stage > 0}
     rates = assumptions.rates(device)
     data_seconds = max(traffic.data_inside / (device.link * assumptions.links),
                        traffic.data_between / (device.network * assumptions.links))
-    moved = own_elements * sum(update_bytes(**how, average=average).values()) + accumulation * elements * bucket_bytes(**how)
+    moved = own_elements * sum(update_bytes(**how,
+                                            average=average).values()) + accumulation * elements * bucket_bytes(**how)
     return StepTime(
         computing=accumulation * micro.work.seconds(rates),
         starting=accumulation * micro.work.starting(rates),

@@ -1,7 +1,8 @@
-"""What DeepSpeed keeps of one network on each rank, by ZeRO stage; measured by benchmarks/zero_memory.py and tests/test_plan.py.
+"""What DeepSpeed keeps of one network on each rank, by ZeRO stage; measured by benchmarks/zero_memory.py and
+tests/test_plan.py.
 
-Rajbhandari et al. 2020, arXiv:1910.02054, sections 3.1 and 5, with what DeepSpeed 0.19.8 does otherwise: stages 1 to 3 keep
-float32 master weights beside parameters that are float32 already.
+Rajbhandari et al. 2020, arXiv:1910.02054, sections 3.1 and 5, with what DeepSpeed 0.19.8 does otherwise: stages 1 to 3
+keep float32 master weights beside parameters that are float32 already.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ LIVE = 1_000_000_000
 PERSISTENT = 100_000
 
 
-class State(NamedTuple):
+class EngineState(NamedTuple):
     """Bytes on one rank. All but the last three are there all the time.
 
-    buckets: of the backward pass; gathered: parameters that ZeRO-3 has put together, in forward and backward; update: what an
-    optimizer step needs for a moment.
+    buckets: of the backward pass; gathered: parameters that ZeRO-3 has put together, in forward and backward; update:
+    what an optimizer step needs for a moment.
     """
 
     parameters: float
@@ -37,7 +38,7 @@ class State(NamedTuple):
         return sum(self[:5])
 
 
-def state_of(sizes: Sequence[int], *, zero: Mapping, data_ranks: int, precision: str, average: bool) -> State:
+def state_of(sizes: Sequence[int], *, zero: Mapping, data_ranks: int, precision: str, average: bool) -> EngineState:
     """Of a network with parameters of so many elements each on a tensor rank.
 
     zero: the section zero_optimization of DeepSpeed's settings.
@@ -47,7 +48,7 @@ def state_of(sizes: Sequence[int], *, zero: Mapping, data_ranks: int, precision:
     part = elements / data_ranks
     own = part if stage >= 1 else elements  # of the optimizer's
     has_masters = stage >= 1 or low == 2
-    return State(
+    return EngineState(
         parameters=low * (part if stage == 3 else elements),
         gradients=low * (part if stage >= 2 else elements),
         master_weights=4 * own if has_masters else 0,

@@ -1,8 +1,8 @@
 """Key/value caches of cached decoding: allocated once, owned by a sampler, never attached to the model.
 
-Both write the new token's key and value in place. They differ in what is attended to: `PrefixCache` slices the past,
-which spares a CPU the empty slots; `FixedCache` closes them, so that every step has the same shapes and addresses and
-one CUDA graph, or one compiled step, serves all positions.
+Both write the new token's key and value in place. They differ in what is attended to: `DynamicKVCache` slices the past,
+which spares a CPU the empty slots; `StaticKVCache` closes them, so that every step has the same shapes and addresses
+and one CUDA graph, or one compiled step, serves all positions.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigatok_ds.sampling.large_pages import large_empty
+from gigatok_ds.cpu.hugepages import large_empty
 
 
-class PrefixCache:
+class DynamicKVCache:
     """Keys and values (B, heads, slots, head_dim) of one layer; slot p holds the token at position p."""
 
     def __init__(self, slots: int):
@@ -55,7 +55,7 @@ class Slots:
         torch.where(self.places <= self.position, self.open, self.closed, out=self.bias[0, 0, 0])
 
 
-class FixedCache:
+class StaticKVCache:
     """The same with fixed addresses: all slots are attended to, with a bias that closes those of the future."""
 
     def __init__(self, slots: Slots, rows: int):

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gigatok_ds.data.code_directory import CodeDirectory
 from gigatok_ds.data.codes import CodeSample, new_metadata
-from gigatok_ds.data.index import ShardIndex
 from gigatok_ds.data.loader import BatchLoader
 from gigatok_ds.data.prefetch import on_device
-from gigatok_ds.data.remote import open_shards, short_name
 from gigatok_ds.data.transforms import decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.packing.code_directory import CodeDirectory
 from gigatok_ds.parallel.launched import LaunchedRank
 from gigatok_ds.precision import float32_arithmetic
+from gigatok_ds.sampling.augmented_views import Views
 from gigatok_ds.sampling.read_later import read_later
-from gigatok_ds.sampling.views import Views
+from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.remote import open_shards, short_name
 
 
 def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, views: Views, provenance: dict,
@@ -35,8 +35,8 @@ def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, 
     images and at least one, counted from the beginning of each shard: what a batch holds may change the last bits of a
     latent and, rarely, a code. So batch size, device and `tf32` (see `precision.float32_arithmetic`) belong to the
     settings that must not change on the way; the number of `workers`, which decode images, may. `provenance` says which
-    tokenizer it is, see `checkpoint.standalone.identify`. Raises InputError for an image that cannot be decoded (leaving
-    it out would renumber the others), one whose latents are not finite, and what `CodeDirectory.fill` raises.
+    tokenizer it is, see `checkpoint.standalone.identify`. Raises InputError for an image that cannot be decoded
+    (leaving it out would renumber the others), one whose latents are not finite, and what `CodeDirectory.fill` raises.
     """
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; it must be at least 1")
@@ -57,7 +57,9 @@ def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, 
         for numbers, codes in read_later(_encoded(tokenizer, on_device(loader, ("pixels",), device))):
             for i, rows in zip(numbers.tolist(), codes.numpy(), strict=True):
                 if rows.min() < 0:
-                    raise InputError(f"latents of sample {index.key(i)!r} hold nan or inf; check the tokenizer's weights")
+                    raise InputError(
+                        f"latents of sample {index.key(i)!r} hold nan or inf; check the tokenizer's weights"
+                    )
                 yield CodeSample(key=index.key(i), codes=rows, label=index.label(i))
 
     if not tokenizer.quantizer.codebook().isfinite().all():

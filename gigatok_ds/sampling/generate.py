@@ -1,8 +1,9 @@
 """The decoding loop.
 
 An image's codes are a function of the model, its class, the settings and (seed, image number): its draws are a stream
-of its own. Its logits must not depend on its company either. On a CPU in float32 they do not (see packed.py); elsewhere
-they may differ in the last bits between numbers of rows, so a sampler fills every batch up to the same number.
+of its own. Its logits must not depend on its company either. On a CPU in float32 they do not (see cpu/packed_gpt.py);
+elsewhere they may differ in the last bits between numbers of rows, so a sampler fills every batch up to the same
+number.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from gigatok_ds.cpu.packed_gpt import FEWEST_ROWS, can_pack, packed
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT, Modulations
-from gigatok_ds.sampling.cache import PrefixCache
-from gigatok_ds.sampling.choose import Choice, as_tokens, choose_codes, refuse_failed, uniform_numbers
+from gigatok_ds.sampling.cache import DynamicKVCache
 from gigatok_ds.sampling.guidance import guidance_scales, guide
-from gigatok_ds.sampling.packed import FEWEST_ROWS, can_pack, packed
+from gigatok_ds.sampling.logits import Choice, as_tokens, choose_codes, refuse_failed, uniform_numbers
 from gigatok_ds.sampling.static import StaticDecoder
 
 
 def without_autocast(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The method with autocast off: weights and caches have one type, and products of a few rows kernels of their own."""
+    """The method with autocast off: weights and caches have one type, and products of a few rows kernels of their own.
+    """
     @functools.wraps(method)
     def plain(self, *arguments, **options):
         with torch.autocast(self.device.type, enabled=False):
@@ -106,7 +108,7 @@ class EagerDecoder:
     def step(self, tokens: Tensor, position: int) -> Tensor:
         """Logits (B, vocab) of the code after `position`. The first position starts anew; later ones may drop rows."""
         if position == 0:
-            self.caches = [PrefixCache(self.gpt.config.sequence_length) for _ in self.gpt.layers]
+            self.caches = [DynamicKVCache(self.gpt.config.sequence_length) for _ in self.gpt.layers]
             self.modulations = self.gpt.modulations(tokens)
         for cache in self.caches:
             cache.position = position
@@ -134,7 +136,8 @@ def _check_batch_size(batch_size: int) -> None:
 
 def _check_classes(gpt: GPT, classes: Tensor) -> None:
     if classes.ndim != 1 or classes.is_floating_point():
-        raise InputError(f"classes must be a one-dimensional integer tensor; got {tuple(classes.shape)} {classes.dtype}")
+        raise InputError(f"classes must be a one-dimensional integer tensor; got {tuple(classes.shape)} "
+                         f"{classes.dtype}")
     gpt.check_classes(classes)
 
 
@@ -156,8 +159,8 @@ def generate(gpt: GPT, classes: Tensor, *, images: Sequence[int] | None = None, 
     conditional and the unconditional sequence in one batch; the first code is fully guided whatever the schedule),
     cfg_schedule "constant" with its cfg_schedule_kwargs, cfg_interval -1 (all; n: no guidance after decoding step n,
     counted from 0 after the first code), temperature 1, top_k 0 (all; 1 is greedy), top_p 1. Whoever draws many batches
-    keeps a `Sampler`. Raises InputError for arguments out of range, and for logits that are not finite. Computes in the type of
-    the GPT's weights, whatever torch.autocast says.
+    keeps a `Sampler`. Raises InputError for arguments out of range, and for logits that are not finite. Computes in the
+    type of the GPT's weights, whatever torch.autocast says.
     """
     classes = torch.as_tensor(classes)
     if classes.shape == (0,):  # of an empty list torch makes fractions

@@ -62,8 +62,8 @@ def guidance_scales(steps: int, cfg_scale: float, schedule: str, kwargs: dict | 
     """The scale of each of `steps` generated codes; the first is always the full `cfg_scale`.
 
     1 is no guidance: for all codes with cfg_scale 1, and from an `interval` of 0 or more on for the codes after number
-    interval + 1 (counted from 0). Raises InputError for a scale below 1 or without end, an unknown schedule, arguments that the
-    schedule does not take or an interval below -1 (which is none).
+    interval + 1 (counted from 0). Raises InputError for a scale below 1 or without end, an unknown schedule, arguments
+    that the schedule does not take or an interval below -1 (which is none).
     """
     if interval < -1:
         raise InputError(f"cfg_interval is {interval}; it must be the last guided step, or -1 for all of them")

@@ -30,7 +30,9 @@ def check_pair(gpt: GPT, tokenizer: Tokenizer) -> None:
     ours = (gpt.config.vocab_size, gpt.config.sequence_length)
     theirs = (tokenizer.config.quantizer.codebook_size, tokenizer.config.latent_tokens)
     if ours != theirs:
-        raise InputError(f"the GPT has (codebook size, latent tokens) {ours}, the tokenizer {theirs}: they do not match")
+        raise InputError(
+            f"the GPT has (codebook size, latent tokens) {ours}, the tokenizer {theirs}: they do not match"
+        )
 
 
 def sample_images(gpt: GPT, tokenizer: Tokenizer, classes: Tensor, *, seed: int = 0, batch_size: int = 32,
@@ -99,8 +101,9 @@ def check_png(path: Path) -> None:
     """InputError when there is something at `path` that `write_png` has not written."""
     if not os.path.lexists(path):
         return
-    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path, formats=["PNG"]) as image:
+    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path,
+                                                                                              formats=["PNG"]) as image:
         if image.info.get("Software") == _SOFTWARE:
             return
-    raise InputError(f"{path} is there and is no PNG that this program has written, so it is left alone; choose another --out "
-                     "or remove it")
+    raise InputError(f"{path} is there and is no PNG that this program has written, so it is left alone; choose "
+                     "another --out or remove it")

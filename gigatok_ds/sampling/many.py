@@ -30,7 +30,7 @@ from gigatok_ds.streams import numpy_stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class SamplingJob:
     """The models and how to draw with them. `settings` goes to `Sampler.codes`; dtype is the GPT's, a name of DTYPES
     (the tokenizer always decodes in float32); batch_size None is that of `default_batch_size`."""
 
@@ -43,7 +43,9 @@ class Job:
     compile: bool = False
 
     def load(self, topology: Topology):
-        """GPT (this tensor rank's part) and tokenizer, on this rank's device. Numbers that make no sense are refused before."""
+        """GPT (this tensor rank's part) and tokenizer, on this rank's device. Numbers that make no sense are refused
+        before.
+        """
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         check_numbers(batch_size=self.batch_size, **self.settings)
@@ -68,7 +70,7 @@ def join_ranks(device: str, tensor_size: int) -> Topology:
     return topology
 
 
-def draw_grid(job: Job, topology: Topology, classes: list[int], out: Path, *, per_class: int) -> None:
+def draw_grid(job: SamplingJob, topology: Topology, classes: list[int], out: Path, *, per_class: int) -> None:
     """One PNG with a row of `per_class` images for each class, by one tensor group."""
     if topology.data_size > 1:
         raise InputError(f"a grid is drawn by one process, or by one group with --tp, not by {topology.world_size} "
@@ -79,7 +81,7 @@ def draw_grid(job: Job, topology: Topology, classes: list[int], out: Path, *, pe
                 batch_size=job.size(gpt, topology), compile=job.compile, **job.settings)
 
 
-def draw_many(job: Job, topology: Topology, out: Path, *, count: int, balanced: bool) -> int:
+def draw_many(job: SamplingJob, topology: Topology, out: Path, *, count: int, balanced: bool) -> int:
     """Images number 0 to count - 1 into `out`; those that are there are kept. Returns how many were missing.
 
     Collective. Raises InputError when `out` holds images of other settings, or another process draws into it.
@@ -96,8 +98,8 @@ def draw_many(job: Job, topology: Topology, out: Path, *, count: int, balanced: 
         return _drawn(job, topology, sampler, tokenizer, collection, labels, count=count, balanced=balanced)
 
 
-def _drawn(job: Job, topology: Topology, sampler: Sampler, tokenizer, collection, labels: np.ndarray, *, count: int,
-           balanced: bool) -> int:
+def _drawn(job: SamplingJob, topology: Topology, sampler: Sampler, tokenizer, collection, labels: np.ndarray, *,
+           count: int, balanced: bool) -> int:
     """Draw what is missing, and return how many that was."""
     missing = _on_first(topology, lambda: _claimed(collection, _record(job, sampler, topology, count, balanced), count))
     batches = list(runs(missing, sampler.batch_size))[topology.data_rank :: topology.data_size]
@@ -106,7 +108,8 @@ def _drawn(job: Job, topology: Topology, sampler: Sampler, tokenizer, collection
             own = torch.from_numpy(labels[numbers.start : numbers.stop])
             codes = sampler.codes(own, numbers, seed=job.seed, **job.settings)
             if topology.tensor_rank == 0:
-                collection.write(numbers.start, _pixels(decode_images(tokenizer, codes, sampler.batch_size)), own.numpy())
+                collection.write(numbers.start, _pixels(decode_images(tokenizer, codes, sampler.batch_size)),
+                                 own.numpy())
             progress.update(len(numbers))
     topology.barrier()
     _on_first(topology, lambda: collection.finish(labels))
@@ -149,13 +152,13 @@ def _on_first(topology: Topology, action):
     return result
 
 
-def _record(job: Job, sampler: Sampler, topology: Topology, count: int, balanced: bool) -> dict:
+def _record(job: SamplingJob, sampler: Sampler, topology: Topology, count: int, balanced: bool) -> dict:
     """What the images depend on."""
     return {
         "count": count,
         "seed": job.seed,
         "classes": "balanced: image i has class i % num_classes" if balanced else "random: drawn by (seed, i)",
-        **{name: value for name, value in sorted(job.settings.items())},
+        **dict(sorted(job.settings.items())),
         "dtype": job.dtype,
         "compile": job.compile,
         "device": topology.device.type,

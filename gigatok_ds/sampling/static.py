@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gigatok_ds.models.gpt import GPT, Modulations
-from gigatok_ds.sampling.cache import FixedCache, Slots
-from gigatok_ds.sampling.choose import Choice, as_tokens, choose_codes
+from gigatok_ds.sampling.cache import Slots, StaticKVCache
 from gigatok_ds.sampling.guidance import guide
+from gigatok_ds.sampling.logits import Choice, as_tokens, choose_codes
 
 
 class StaticDecoder:
@@ -28,7 +28,7 @@ class StaticDecoder:
         length, device = gpt.config.sequence_length, gpt.norm.weight.device
         self.gpt, self.batch = gpt, batch
         self.slots = Slots(length, gpt.norm.weight)
-        self.caches = [FixedCache(self.slots, 2 * batch) for _ in gpt.layers]
+        self.caches = [StaticKVCache(self.slots, 2 * batch) for _ in gpt.layers]
         self.chosen = torch.zeros(batch, dtype=torch.long, device=device)
         self.codes = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.uniform = torch.zeros(batch, length, dtype=torch.float64, device=device)
@@ -62,7 +62,7 @@ class StaticDecoder:
         modulations = self.gpt.modulations(tokens)
         if self.modulations is None:
             self.modulations = modulations
-        for kept, part in zip(self.modulations, modulations):
+        for kept, part in zip(self.modulations, modulations, strict=False):
             if kept is not None:
                 kept.copy_(part)
         self.position.zero_()
@@ -78,6 +78,7 @@ class StaticDecoder:
         if key not in self.captured:
             self.captured[key] = self._capture(guided)
         self.captured[key]()
+        return None
 
     def step(self, guided: bool) -> None:
         """What `advance` does: from tensors to tensors, all of which stay where they are."""

@@ -1,1 +1,3 @@
-"""Experiments of several commands: published rows reproduced, guidance searched, tokenizers judged by the GPTs they feed."""
+"""Experiments of several commands: published rows reproduced, guidance searched, tokenizers judged by the GPTs they
+feed.
+"""

@@ -10,12 +10,12 @@ from pathlib import Path
 from gigatok_ds.checkpoint.standalone import CONFIG_FILE, described_config
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.data.codes import METADATA_FILE
-from gigatok_ds.data.remote import open_shards
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.results import RESULTS, Results, read_figures, write_results
 from gigatok_ds.ownership import owned
+from gigatok_ds.shards.remote import open_shards
 from gigatok_ds.studies.guidance_search import search_guidance
-from gigatok_ds.studies.reproduce import probe_stage
+from gigatok_ds.studies.reproduction import probe_stage
 from gigatok_ds.studies.sampling_stages import GenerationSetup, Trial, generation_stages, remove_samples
 from gigatok_ds.studies.stages import Launcher, Stage
 
@@ -72,8 +72,8 @@ class ARProbing:
         stages = []
         for split, shards, crops in (("train", self.train, self.crops), ("validation", self.val, "center")):
             codes = self.out / "codes" / split
-            arguments = ["extract-codes", self.tokenizer, shards, "--out", codes, "--crops", crops, "--device", self.device,
-                         "--batch-size", self.batch_size, "--workers", self.workers]
+            arguments = ["extract-codes", self.tokenizer, shards, "--out", codes, "--crops", crops, "--device",
+                         self.device, "--batch-size", self.batch_size, "--workers", self.workers]
             stages.append(Stage(name=f"{split} codes", arguments=arguments, done=codes / METADATA_FILE))
         run = self.out / "gpt"
         train = ["train", self.recipe, "--out", run, "--zero", self.zero, *self.overrides()]

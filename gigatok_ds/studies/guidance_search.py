@@ -83,8 +83,8 @@ def search_guidance(setup: GenerationSetup, out: Path, launcher: Launcher, *, sc
         return _search(setup, out, launcher, schedule, start, window_start, keep_samples)
 
 
-def _search(setup: GenerationSetup, out: Path, launcher: Launcher, schedule: str, start: float, window_start: float | None,
-            keep_samples: bool) -> tuple[Trial, dict[str, float]]:
+def _search(setup: GenerationSetup, out: Path, launcher: Launcher, schedule: str, start: float,
+            window_start: float | None, keep_samples: bool) -> tuple[Trial, dict[str, float]]:
     trials: dict[Trial, dict[str, float]] = {}
 
     def measure(trial: Trial) -> float:
@@ -97,7 +97,8 @@ def _search(setup: GenerationSetup, out: Path, launcher: Launcher, schedule: str
         return figure(trials[trial], "gfid")
 
     best = climb(schedule, start, window_start, measure)
-    write_atomically(out / "best.json", (json.dumps({**asdict(best), "figures": trials[best]}, indent=2) + "\n").encode())
+    write_atomically(out / "best.json",
+                     (json.dumps({**asdict(best), "figures": trials[best]}, indent=2) + "\n").encode())
     return best, trials[best]
 
 

@@ -54,7 +54,8 @@ class Trial:
 def generation_stages(setup: GenerationSetup, trial: Trial, folder: Path) -> list[Stage]:
     """Draw samples of random classes into `folder`/samples.npz and judge them; results end up in `folder`."""
     samples, results = folder / "samples.npz", folder / RESULTS
-    sample = ["sample", "--gpt", setup.gpt, "--tokenizer", setup.tokenizer, "--count", setup.count, "--seed", setup.seed,
+    sample = ["sample", "--gpt", setup.gpt, "--tokenizer", setup.tokenizer, "--count", setup.count, "--seed",
+              setup.seed,
               *trial.arguments(), "--dtype", setup.dtype, "--batch-size", setup.batch_size, "--device", setup.device,
               "--out", samples]
     judge = ["evaluate", "generation", samples, "--reference", setup.reference, "--inception", setup.inception,

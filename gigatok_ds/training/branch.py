@@ -38,8 +38,8 @@ def constant_until(schedule: ScheduleConfig, steps: int) -> float:
 def branch_point(recipe: Recipe, source: Path) -> Path:
     """The checkpoint that a run of `recipe` continues from, given a run directory or one checkpoint of it.
 
-    Of a run directory, the newest that is in the constant phase of both recipes. Raises InputError when there is none, or
-    when the recipes differ in more than a branch may.
+    Of a run directory, the newest that is in the constant phase of both recipes. Raises InputError when there is none,
+    or when the recipes differ in more than a branch may.
     """
     is_checkpoint = source.parent.name == "checkpoints"
     run_dir = source.parent.parent if is_checkpoint else source
@@ -66,7 +66,8 @@ def branch_point(recipe: Recipe, source: Path) -> Path:
 
 
 def check_branch(recipe: Recipe, run_dir: Path, source: Path | None) -> Path | None:
-    """Where a run into `run_dir` starts from: a checkpoint of another run, or None when it has its own or starts afresh.
+    """Where a run into `run_dir` starts from: a checkpoint of another run, or None when it has its own or starts
+    afresh.
 
     Raises InputError when the directory belongs to a branch whose origin is not given, or to something else.
     """

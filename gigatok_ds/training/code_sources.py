@@ -17,13 +17,13 @@ from gigatok_ds.checkpoint.standalone import load_tokenizer, read_config
 from gigatok_ds.config.model import tokenizer_config_from_dict
 from gigatok_ds.config.recipe import GPTRecipe
 from gigatok_ds.data.codes import CODE_EXTENSIONS, CodeBatches, CodeDataset
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.prefetch import on_device
-from gigatok_ds.data.remote import check_data, open_shards
-from gigatok_ds.data.shard_cache import ShardCache
-from gigatok_ds.data.transforms import training_transform
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.shards.remote import check_data, open_shards
+from gigatok_ds.shards.shard_cache import ShardCache
 
 VALIDATION_BATCH = 32  # images that a rank encodes at once
 
@@ -59,7 +59,8 @@ def check_sources(recipe: GPTRecipe) -> None:
                {"codebook_size": config.quantizer.codebook_size, "latent_tokens": config.latent_tokens})
 
 
-def open_source(recipe: GPTRecipe, topology: Topology, micro_batch_size: int, classes: ClassNames = ClassNames()) -> CodeSource:
+def open_source(recipe: GPTRecipe, topology: Topology, micro_batch_size: int,
+                classes: ClassNames = ClassNames()) -> CodeSource:
     """What the recipe's data section describes, for micro batches of that many sequences per data rank.
 
     Labels mean the same names in all of it: those of `classes` if there are any, else those of the training data.
@@ -78,7 +79,8 @@ def _check_fit(recipe: GPTRecipe, source: str, found: dict) -> None:
 class ExtractedCodes:
     """Code shards, with one of their augmentations for each access; validation takes the first."""
 
-    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int, classes: ClassNames = ClassNames()):
+    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int,
+                 classes: ClassNames = ClassNames()):
         self.recipe, self.topology, self.micro_batch_size = recipe, topology, micro_batch_size
         data = recipe.data
         self.train = self._open(data.train, classes)
@@ -92,7 +94,8 @@ class ExtractedCodes:
 
     def _open(self, path: str, known: ClassNames) -> CodeDataset:
         """Code shards that fit this GPT, numbered by the names of its classes; InputError naming what differs."""
-        codes = CodeDataset.open(path, ShardCache.of(self.recipe.data.cache, self.recipe.data.cache_gb, self.recipe.data.patience))
+        codes = CodeDataset.open(path, ShardCache.of(self.recipe.data.cache, self.recipe.data.cache_gb,
+                                                     self.recipe.data.patience))
         _check_fit(self.recipe, path, codes.metadata)
         codes = codes.number_as(known.names, known.source)
         codes.check_labels(self.recipe.model.num_classes)
@@ -101,7 +104,8 @@ class ExtractedCodes:
     def identity(self) -> dict[str, str]:
         """What tells the data from any other; see ShardIndex.identity."""
         parts = [self.train] if self.second is None else [self.train, self.second]
-        return {"train": "+".join(part.index.identity() for part in parts), "validation": self.held_out.index.identity()}
+        return {"train": "+".join(part.index.identity() for part in parts),
+                "validation": self.held_out.index.identity()}
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         training, topology = self.recipe.training, self.topology
@@ -127,7 +131,8 @@ class ExtractedCodes:
 class TokenizedImages:
     """Image shards, and a frozen tokenizer in float32. The tensor ranks of a data rank share the images to encode."""
 
-    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int, classes: ClassNames = ClassNames()):
+    def __init__(self, recipe: GPTRecipe, topology: Topology, micro_batch_size: int,
+                 classes: ClassNames = ClassNames()):
         self.recipe, self.topology = recipe, topology
         self.own_images = micro_batch_size // topology.tensor_size
         data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
@@ -188,6 +193,6 @@ class TokenizedImages:
                                          pin_memory=self.topology.device.type == "cuda")
             rounds = [[self.topology.gather_data(part).cpu() for part in self._encode(batch)] for batch in batches]
             # What fills up the last round comes last.
-            codes, labels = (torch.cat(parts)[: len(self.held_out)].numpy() for parts in zip(*rounds))
+            codes, labels = (torch.cat(parts)[: len(self.held_out)].numpy() for parts in zip(*rounds, strict=True))
             self._encoded = codes.astype(np.int32), labels
         return self._encoded

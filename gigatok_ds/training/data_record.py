@@ -1,4 +1,6 @@
-"""Which data a run is about: the order of its samples is a function of their index, so that must stay the same, wherever it lies."""
+"""Which data a run is about: the order of its samples is a function of their index, so that must stay the same,
+wherever it lies.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,22 @@ _CONSEQUENCE = {"train": ", and so would the order of samples", "tokenizer": ", 
 
 
 def check_identity(identity: Mapping[str, str], run_dir: Path, topology: Topology, since: Path | None = None) -> None:
-    """Compare what tells the data from any other (SHA-256 by setting below `data`) with what the run began with. Collective.
+    """Compare what tells the data from any other (SHA-256 by setting below `data`) with what the run began with.
+    Collective.
 
-    Raises InputError, on all ranks, when ranks see different data or the run began with others; so did one that is a branch of
-    the run in the directory `since`.
+    Raises InputError, on all ranks, when ranks see different data or the run began with others; so did one that is a
+    branch of the run in the directory `since`.
     """
     identity = dict(identity)
     differs = topology.from_first(identity) != identity
     if topology.max_over_ranks(float(differs)):
-        raise InputError("data.train is not the same on all hosts, or other data is not: their copies, or their indices, differ"
-                         if not differs else f"data.train is not on host {os.uname().nodename} what it is on the first, or other "
-                                             "data is not: copies, or indices, differ; give all hosts the same")
-    recorded = next((folder / DATA_FILE for folder in (run_dir, since) if folder and (folder / DATA_FILE).is_file()), None)
+        raise InputError("data.train is not the same on all hosts, or other data is not: their copies, or their "
+                         "indices, differ"
+                         if not differs else f"data.train is not on host {os.uname().nodename} what it is on the "
+                                             "first, or other data is not: copies, or indices, differ; give all hosts "
+                                             "the same")
+    recorded = next((folder / DATA_FILE for folder in (run_dir, since) if folder and (folder / DATA_FILE).is_file()),
+                    None)
     problem = _compare(identity, recorded) if topology.is_first and recorded else None
     if problem := topology.from_first(problem):
         raise InputError(problem)
@@ -56,6 +62,6 @@ def _compare(identity: dict[str, str], recorded: Path) -> str | None:
     for name in identity:
         key = f"{name}_sha256"
         if earlier.get(key, now[key]) != now[key]:
-            return (f"data.{name} is not what {recorded.parent} began with: its content has changed{_CONSEQUENCE.get(name, '')}; "
-                    "give it the same, or begin another run (--out)")
+            return (f"data.{name} is not what {recorded.parent} began with: its content has "
+                    f"changed{_CONSEQUENCE.get(name, '')}; give it the same, or begin another run (--out)")
     return None

@@ -24,8 +24,8 @@ _SOURCE = Path(__file__).resolve().parents[1]
 def write_environment(run_dir: str | Path, *, command: list[str]) -> None:
     """Write environment.json: versions (null: not installed), CUDA devices, command, git commit, UTC time.
 
-    In the command, home directories become ~ and user names <user>, secrets of URLs are masked, and the program loses its
-    directory.
+    In the command, home directories become ~ and user names <user>, secrets of URLs are masked, and the program loses
+    its directory.
     """
     import torch
 

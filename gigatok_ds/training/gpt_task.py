@@ -11,15 +11,15 @@ from torch import Tensor
 
 from gigatok_ds.checkpoint.class_names import ClassNames
 from gigatok_ds.config.recipe import GPTRecipe
+from gigatok_ds.engine.compilation import compile_of
+from gigatok_ds.engine.engine import Engine
 from gigatok_ds.models.gpt import GPT
+from gigatok_ds.monitoring.flops import GPTFlops
 from gigatok_ds.parallel.dropout import dropout_at
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, torch_stream
 from gigatok_ds.training.code_sources import CodeSource, open_source
-from gigatok_ds.training.compile import compile_of
-from gigatok_ds.training.engine import Engine
-from gigatok_ds.training.flops import GPTFlops
 from gigatok_ds.transfer import to_device
 
 PROBE_SEQUENCES = 16
@@ -43,7 +43,8 @@ class GPTTask:
         self.flops = GPTFlops(recipe)
 
     @staticmethod
-    def open_data(recipe: GPTRecipe, topology: Topology, settings: dict, classes: ClassNames = ClassNames()) -> CodeSource:
+    def open_data(recipe: GPTRecipe, topology: Topology, settings: dict,
+                  classes: ClassNames = ClassNames()) -> CodeSource:
         """classes: what a model that training goes on with calls them; labels are those of the same names."""
         return open_source(recipe, topology, settings["train_micro_batch_size_per_gpu"], classes)
 

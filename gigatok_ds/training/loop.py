@@ -23,22 +23,22 @@ from gigatok_ds.checkpoint.run_directory import (
 )
 from gigatok_ds.checkpoint.writer import CheckpointWriter
 from gigatok_ds.config.recipe import Recipe
+from gigatok_ds.engine.engine import Engine
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import told_failures, written_aside
+from gigatok_ds.monitoring.history import tell
+from gigatok_ds.monitoring.loss_term_gradients import norms
+from gigatok_ds.monitoring.memory import memory_line, peak_memory
+from gigatok_ds.monitoring.metrics import Monitor
+from gigatok_ds.monitoring.observer import Watch, Watched, wandb_of
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.resilience.health import check_health
+from gigatok_ds.resilience.preemption import REQUEUE, StopRequests
+from gigatok_ds.resilience.rank_monitor import End
+from gigatok_ds.resilience.step_guard import StepGuard, StepVerdict
+from gigatok_ds.resilience.watchdog import Watchdog
 from gigatok_ds.streams import stream_key
-from gigatok_ds.training.engine import Engine
-from gigatok_ds.training.faults import End
-from gigatok_ds.training.health import check_health
-from gigatok_ds.training.history import tell
-from gigatok_ds.training.memory import memory_line, peak_memory
-from gigatok_ds.training.monitor import Monitor
 from gigatok_ds.training.schedules import lr_of_iteration
-from gigatok_ds.training.step_guard import StepGuard, Verdict
-from gigatok_ds.training.stop_requests import REQUEUE, StopRequests
-from gigatok_ds.training.term_gradients import norms
-from gigatok_ds.training.watch import Watch, Watched, wandb_of
-from gigatok_ds.training.watchdog import Watchdog
 
 PROBE_FILE = "probe.npz"
 # Files of the run directory that each checkpoint has a copy of, so that it explains itself.
@@ -71,8 +71,9 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
           branch: Path | None = None, *, scaler_search: int = 0) -> None:
     """Train `task` to recipe.training.steps, from the newest complete checkpoint of `run_dir` or else from `branch`.
 
-    scaler_search is how many steps in a row fp16's loss scaling may leave out. A run that stalls is ended by `end`. One that SIGTERM or SIGUSR1 asks to stop saves and raises SystemExit(REQUEUE).
-    Afterwards `probe.npz` holds the trained model's own outputs on a few inputs.
+    scaler_search is how many steps in a row fp16's loss scaling may leave out. A run that stalls is ended by `end`. One
+    that SIGTERM or SIGUSR1 asks to stop saves and raises SystemExit(REQUEUE). Afterwards `probe.npz` holds the trained
+    model's own outputs on a few inputs.
     """
     guard = StepGuard(recipe.faults, task.engines, topology, fp16=recipe.training.precision == "fp16",
                       scaler_search=scaler_search)
@@ -170,7 +171,7 @@ class _Steps:
             with watch.paused():
                 self._leave_out(verdict, step)
 
-    def _leave_out(self, verdict: Verdict, step: int) -> None:
+    def _leave_out(self, verdict: StepVerdict, step: int) -> None:
         """Say that a step does not count and, if its verdict is more than that, go back or end the run."""
         text, event = f"left out, since {verdict.reason}", "skipped"
         if verdict.kind != "skip":
@@ -179,8 +180,10 @@ class _Steps:
             newest = self.topology.from_first(str(found[-1][1]) if found else None)
             if verdict.kind == "stop" or newest is None:
                 saved = f"the newest checkpoint is {newest}" if newest else "nothing is saved"
-                raise InputError(f"step {step}: {verdict.reason}; {saved}: lower optimizer.lr, or go on from there with "
-                                 "training.precision=fp32 to find the cause")
+                raise InputError(
+                    f"step {step}: {verdict.reason}; {saved}: lower optimizer.lr, or go on from there with "
+                    "training.precision=fp32 to find the cause"
+                )
             self._rewind(Path(newest))
             text, event = f"back to the state of {newest}, since {verdict.reason}", "rewound"
         self.monitor.warn(step, text)
@@ -222,7 +225,8 @@ class _Steps:
         self.writer.finish()
         self._tell("stopped", step=step, reason=signal)
         if self.topology.is_first:
-            print(f"stopped by {signal}: step {step} is saved, and the same command goes on from there (exit code {REQUEUE})",
+            print(f"stopped by {signal}: step {step} is saved, and the same command goes on from there (exit code "
+                  f"{REQUEUE})",
                   file=sys.stderr)
         raise SystemExit(REQUEUE)
 
@@ -260,14 +264,16 @@ class Window:
         self.sums, self.counts = {}, {}
         if not means:
             return {}
-        return dict(zip(means, topology.mean_over_ranks(torch.stack(list(means.values()))).tolist()))
+        return dict(zip(means, topology.mean_over_ranks(torch.stack(list(means.values()))).tolist(), strict=True))
 
 
 def _resume(task: Task, run_dir: Path, topology: Topology, guard: StepGuard, branch: Path | None) -> int:
-    """Load the newest whole checkpoint that the first rank sees, or that of another run, on all ranks; 0 without any."""
+    """Load the newest whole checkpoint that the first rank sees, or that of another run, on all ranks; 0 without any.
+    """
     if topology.is_first:
         remove_leftovers(run_dir)
-    found = topology.from_first([str(path) for _, path in complete_checkpoints(run_dir)] or ([str(branch)] if branch else []))
+    found = topology.from_first([str(path) for _, path in complete_checkpoints(run_dir)]
+                                or ([str(branch)] if branch else []))
     while found:
         newest = Path(found.pop())
         problem = damage(newest, topology)

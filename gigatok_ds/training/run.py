@@ -18,33 +18,35 @@ from gigatok_ds.config.location import is_masked, masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
-from gigatok_ds.parallel.cuda_queues import order_kernels
+from gigatok_ds.monitoring.wandb_log import check_wandb
 from gigatok_ds.ownership import is_ours, owned_by_first
+from gigatok_ds.parallel.cuda_queues import order_kernels
 from gigatok_ds.training.branch import OWN_KEYS, check_branch, record_branch
-from gigatok_ds.training.wandb_log import check_wandb
 
 if TYPE_CHECKING:
     from gigatok_ds.parallel.topology import Topology
-    from gigatok_ds.training.injection import Fault
+    from gigatok_ds.resilience.fault_injection import Fault
     from gigatok_ds.training.loop import Task
 
 DEEPSPEED_FILE = "deepspeed.json"
 
 
 def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) -> Path | None:
-    """Refuse what can be refused before any rank starts: missing data, weights or packages, or another recipe's directory.
+    """Refuse what can be refused before any rank starts: missing data, weights or packages, or another recipe's
+    directory.
 
-    Downloads the weights of frozen networks that the recipe wants downloaded. Returns the checkpoint of another run that
-    this one continues from, if it does.
+    Downloads the weights of frozen networks that the recipe wants downloaded. Returns the checkpoint of another run
+    that this one continues from, if it does.
     """
     from gigatok_ds.training.frozen_weights import check_frozen
 
     check_wandb(recipe.monitor.wandb_project)
     warmup, steps = recipe.schedule.warmup_steps, recipe.training.steps
     if warmup > steps:
-        raise InputError(f"schedule.warmup_steps is {warmup}, but training.steps is {steps}: the learning rate would never be "
-                         "reached; make the warm-up shorter, or the run longer")
-    for name, place in (("--out", run_dir), ("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
+        raise InputError(f"schedule.warmup_steps is {warmup}, but training.steps is {steps}: the learning rate would "
+                         "never be reached; make the warm-up shorter, or the run longer")
+    for name, place in (("--out", run_dir), ("data.train", recipe.data.train),
+                        ("data.validation", recipe.data.validation)):
         _check_text(name, str(place))
     _check_data(recipe)
     if run_dir.exists() and not run_dir.is_dir():
@@ -66,22 +68,22 @@ def _check_text(name: str, place: str) -> None:
     try:
         place.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{name} is {place}, whose bytes are no text as this shell has it ({sys.getfilesystemencoding()}); choose "
-                         "another name, or set LC_ALL=C.UTF-8") from None
+        raise InputError(f"{name} is {place}, whose bytes are no text as this shell has it "
+                         f"({sys.getfilesystemencoding()}); choose another name, or set LC_ALL=C.UTF-8") from None
 
 
 def _check_data(recipe: Recipe) -> None:
     from gigatok_ds.data.codes import CODE_EXTENSIONS
-    from gigatok_ds.data.remote import check_data
-    from gigatok_ds.data.shard_cache import ShardCache
-    from gigatok_ds.data.tar_scan import IMAGE_EXTENSIONS
-    from gigatok_ds.data.transforms import training_transform
+    from gigatok_ds.data.decoding import training_transform
+    from gigatok_ds.shards.remote import check_data
+    from gigatok_ds.shards.shard_cache import ShardCache
+    from gigatok_ds.shards.tar_scan import IMAGE_EXTENSIONS
 
     data = recipe.data
     for name in DATA_LOCATIONS:
         if is_masked(location := getattr(data, name.removeprefix("data."), None)):
-            raise InputError(f"{name} is {location}, as a run writes it down without its secrets; give {name}=... as when the "
-                             "run was begun")
+            raise InputError(f"{name} is {location}, as a run writes it down without its secrets; give {name}=... as "
+                             "when the run was begun")
     training_transform(1, decoding=data.decoding)
     of_codes = isinstance(recipe, GPTRecipe) and data.tokenizer is None
     for split in ("train", "validation"):
@@ -105,13 +107,13 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. `faults` happen on purpose
     (training.injection). Raises InputError for anything the user can mend, and when another job trains into `run_dir`.
     """
+    from gigatok_ds.engine.deepspeed_schema import check_with_deepspeed
+    from gigatok_ds.monitoring.history import tell
     from gigatok_ds.parallel.timeouts import collective_timeout, outlast_watchdog
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
-    from gigatok_ds.training.deepspeed_schema import check_with_deepspeed
-    from gigatok_ds.training.faults import watch_ranks
-    from gigatok_ds.training.history import tell
+    from gigatok_ds.resilience.preemption import leaving_at_once
+    from gigatok_ds.resilience.rank_monitor import watch_ranks
     from gigatok_ds.training.loop import train
-    from gigatok_ds.training.stop_requests import leaving_at_once
 
     begun = threading.Event()
 
@@ -126,7 +128,8 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
         topology = start_process_group(tensor_size=recipe.parallel.tensor, sequence_parallel=recipe.parallel.sequence,
                                        timeout=collective_timeout(recipe.monitor.stall_seconds))
         try:
-            with ExitStack() as held, watch_ranks(topology, lambda text: tell_if_ours("failed", told_reason(text))) as end:
+            with ExitStack() as held, watch_ranks(topology,
+                                                  lambda text: tell_if_ours("failed", told_reason(text))) as end:
                 settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
                 held.enter_context(owned_by_first(run_dir, topology))
                 since = branch.parent.parent if branch else None
@@ -136,7 +139,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                 task = _task(recipe)(recipe, topology, settings, data)
                 outlast_watchdog(recipe.monitor.stall_seconds)
                 if faults:
-                    from gigatok_ds.training.injection import inject
+                    from gigatok_ds.resilience.fault_injection import inject
 
                     task = inject(task, faults, run_dir, topology)
                 record_classes(task.class_names, run_dir, topology)
@@ -151,9 +154,9 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
 def _begin(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], branch: Path | None, topology: Topology,
            identity: dict[str, str]) -> None:
     """Write down what is about to be run, unless it is of other data than before: then nothing. Collective."""
-    from gigatok_ds.training.compile import left_eager
+    from gigatok_ds.engine.compilation import left_eager
+    from gigatok_ds.monitoring.history import tell
     from gigatok_ds.training.data_record import check_identity, write_identity
-    from gigatok_ds.training.history import tell
 
     check_identity(identity, run_dir, topology, since=branch.parent.parent if branch else None)
     if topology.is_first:

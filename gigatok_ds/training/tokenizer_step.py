@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.losses.adaptive import adaptive_weight, kernel_gradient
 from gigatok_ds.losses.composition import TokenizerObjective
+from gigatok_ds.monitoring.loss_term_gradients import TermGradients
+from gigatok_ds.monitoring.metrics import NOT_FINITE
 from gigatok_ds.parallel.dropout import dropout_at
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.streams import SampleDraws, torch_stream
-from gigatok_ds.training.monitor import NOT_FINITE
-from gigatok_ds.training.term_gradients import TermGradients
 from gigatok_ds.transfer import to_device
 
 # Gradients of a mean over many logits would underflow on their way through a discriminator in fp16.
@@ -43,7 +43,8 @@ class TokenizerStep:
         self.term_gradients = TermGradients(generator.network.quantizer, recipe.loss.quantizer, topology, accumulation)
 
     def train(self, images: Tensor, positions: Tensor, step: int) -> dict[str, Tensor]:
-        """Passes over this rank's images (B, 3, S, S) in [-1, 1] in a step (1-based); scalars to log, `loss` among them.
+        """Passes over this rank's images (B, 3, S, S) in [-1, 1] in a step (1-based); scalars to log, `loss` among
+        them.
 
         positions (B,): the images' places in the course of training.
         """
@@ -78,7 +79,7 @@ class TokenizerStep:
         image_terms = self.objective.image_terms(images, leaves[0], leaves[1] if len(leaves) > 1 else None,
                                                  self._frozen_judge(positions, step), step)
         gradients, extra = self._image_gradients(image_terms, leaves)
-        surrogates = [(image.float() * gradient).sum() for image, gradient in zip(outputs, gradients)]
+        surrogates = [(image.float() * gradient).sum() for image, gradient in zip(outputs, gradients, strict=True)]
         target = self.topology.gather_images(self.objective.teacher(images)) if self.objective.teacher else None
         latent_terms = self.objective.latent_terms(self.term_gradients.watch(output), target, step)
         self.generator.backward(sum(surrogates) / self.topology.tensor_size + sum(latent_terms.values())
@@ -103,14 +104,15 @@ class TokenizerStep:
         passes, config = self.last_layer.take_inputs(), self.recipe.loss.adversarial
         weight, extra = 1.0, {}
         if "adversarial" in terms and config.adaptive_weight:
-            of_kernel = [self.topology.mean_over_ranks(kernel_gradient(self.last_layer.layer, zip(passes, gradients)))
+            of_kernel = [self.topology.mean_over_ranks(kernel_gradient(self.last_layer.layer,
+                                                                       zip(passes, gradients, strict=False)))
                          for gradients in (plain, adversarial)]
             # The weight compares the losses themselves, so the fixed weight is taken out of the adversarial side.
             weight = adaptive_weight(of_kernel[0], of_kernel[1] / config.weight)
             extra["adaptive_weight"] = weight
         for name, gradient in by_term.items():
             self.term_gradients.add_images(name, gradient, weight if name.endswith("adversarial") else 1.0)
-        return [ours + weight * theirs for ours, theirs in zip(plain, adversarial)], extra
+        return [ours + weight * theirs for ours, theirs in zip(plain, adversarial, strict=True)], extra
 
     def _gradient(self, term: Tensor, leaf: Tensor) -> Tensor:
         return torch.autograd.grad(self.image_scale * term, leaf)[0] / self.image_scale

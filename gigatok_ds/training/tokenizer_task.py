@@ -12,25 +12,26 @@ from torch import Tensor
 
 from gigatok_ds.checkpoint.class_names import ClassNames
 from gigatok_ds.config.recipe import TokenizerRecipe
-from gigatok_ds.data.index import ShardIndex
+from gigatok_ds.cpu.convolution import use_winograd
+from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.prefetch import on_device
-from gigatok_ds.data.remote import open_shards
-from gigatok_ds.data.shard_cache import ShardCache
-from gigatok_ds.data.transforms import training_transform
+from gigatok_ds.engine.compilation import called_twice, compile_of
+from gigatok_ds.engine.engine import Engine
 from gigatok_ds.evaluation.code_metrics import perplexity
 from gigatok_ds.losses.composition import build_discriminator, build_objective
 from gigatok_ds.models.quantizer import USAGE_WINDOW
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.monitoring.flops import TokenizerFlops
+from gigatok_ds.monitoring.previews import preview_grid
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.remote import open_shards
+from gigatok_ds.shards.shard_cache import ShardCache
 from gigatok_ds.streams import stream_key
-from gigatok_ds.training.compile import called_twice, compile_of
-from gigatok_ds.training.engine import Engine
-from gigatok_ds.training.flops import TokenizerFlops
-from gigatok_ds.training.previews import preview_grid
 from gigatok_ds.training.tokenizer_step import TokenizerStep
-from gigatok_ds.training.validation import TokenizerValidation
+from gigatok_ds.training.validation_pass import TokenizerValidation
 
 PROBE_IMAGES = 16
 
@@ -75,6 +76,8 @@ class TokenizerTask:
             self.engines["discriminator"] = self.discriminator
         self.objective = build_objective(recipe.loss, device=topology.device, grid=recipe.model.grid,
                                          precision=recipe.training.precision)
+        if topology.device.type == "cpu":
+            use_winograd(self.generator.network, self.objective)
         if compile := compile_of(recipe.training.compile, topology.device, settings):
             compile(self.objective)
         self.step = TokenizerStep(recipe, topology, self.generator, self.discriminator, self.objective,
@@ -84,7 +87,8 @@ class TokenizerTask:
         self.flops = TokenizerFlops(recipe, self.objective, self.own_images, topology.device)
 
     @staticmethod
-    def open_data(recipe: TokenizerRecipe, topology: Topology, settings: dict, _classes: ClassNames = ClassNames()) -> Images:
+    def open_data(recipe: TokenizerRecipe, topology: Topology, settings: dict,
+                  _classes: ClassNames = ClassNames()) -> Images:
         data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
         return Images(open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction),
                       open_shards(data.validation, cache=cache))

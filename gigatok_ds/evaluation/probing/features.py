@@ -71,8 +71,10 @@ class TokenizerFeatures:
         if self.place != "decoder":
             raise InputError(f"features are {self.place!r}; choose encoder, cnn or decoder")
         if config.semantic_head is None:
-            raise InputError("this tokenizer has no semantic head, so nothing says which decoder layer to probe; choose "
-                             "encoder or cnn")
+            raise InputError(
+                "this tokenizer has no semantic head, so nothing says which decoder layer to probe; choose "
+                "encoder or cnn"
+            )
         return tokenizer.decoder.transformer[config.semantic_head.depth - 1], config.decoder_size.width
 
     @torch.no_grad()

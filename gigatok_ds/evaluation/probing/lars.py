@@ -11,7 +11,8 @@ from torch import Tensor
 class LARS(torch.optim.Optimizer):
     """v = momentum v + s g; p = p - lr v.
 
-    The trust ratio s is trust |p| / |g| for tensors of two or more dimensions (1 if either norm is 0), and 1 for others.
+    The trust ratio s is trust |p| / |g| for tensors of two or more dimensions (1 if either norm is 0), and 1 for
+    others.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, *, momentum: float = 0.9, trust: float = 0.001):

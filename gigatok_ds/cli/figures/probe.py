@@ -1,0 +1,71 @@
+"""Train a linear classifier on frozen features and test it: the published probe accuracies.
+
+  gigatok-ds probe TOKENIZER --gpt GPT --train shards/train --val shards/val --out results/probe
+  gigatok-ds probe TOKENIZER --features encoder --train shards/train --val shards/val --out results/probe-tokenizer
+
+With --gpt the features are the GPT's residual stream after its middle block, averaged over positions, of images whose
+class it is not told; without, the tokenizer's own. 90 epochs with random crops and flips, LARS, batch normalisation
+without weights. Interrupted, the same command goes on. Several processes share the images:
+torchrun --nproc-per-node 8 -m gigatok_ds probe ... --device cuda.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "linear-probe accuracy of a GPT's or a tokenizer's features"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tokenizer", type=Path, help="standalone tokenizer checkpoint")
+    parser.add_argument("--gpt", type=Path, metavar="DIR", help="standalone GPT; without, the tokenizer is probed")
+    parser.add_argument("--train", required=True, metavar="SHARDS", help="training images with labels")
+    parser.add_argument("--val", required=True, metavar="DATA", help="test images: shards or a directory")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="directory for the probe and the results")
+    parser.add_argument("--features", choices=("encoder", "cnn", "decoder"),
+                        help="without --gpt: which of the tokenizer's features (default: encoder)")
+    parser.add_argument("--depth", type=int, metavar="N",
+                        help="with --gpt: after which block (default: the middle one)")
+    parser.add_argument("--no-dropout", action="store_true",
+                        help="with --gpt: features without dropout in training, too (the original leaves it active)")
+    parser.add_argument("--epochs", type=int, default=90, metavar="N", help="default: 90")
+    parser.add_argument("--warmup-epochs", type=int, default=10, metavar="N", help="default: 10")
+    parser.add_argument("--base-lr", type=float, default=0.1, metavar="LR", help="for a batch of 256 (default: 0.1)")
+    parser.add_argument("--batch-size", type=int, default=1024, metavar="N",
+                        help="of all ranks (default: 1024, 128 for each of 8 GPUs)")
+    parser.add_argument("--no-flip", action="store_true", help="do not mirror images, for classes that it would change")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes of a rank that decode images")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gigatok_ds.cli.measures import probe
+    from gigatok_ds.errors import InputError
+    from gigatok_ds.evaluation.results import check_results, in_words, write_results
+    from gigatok_ds.ownership import owned_by_first
+    from gigatok_ds.parallel.topology import stop_process_group
+    from gigatok_ds.precision import float32_arithmetic
+    from gigatok_ds.sampling.many import join_ranks
+
+    if args.gpt is None and (args.depth is not None or args.no_dropout):
+        raise InputError("--depth and --no-dropout belong to --gpt; a tokenizer's features are named by --features")
+    if args.gpt is not None and args.features is not None:
+        raise InputError("--features are the tokenizer's; with --gpt leave them out")
+    topology = join_ranks(args.device, 1)
+    try:
+        with float32_arithmetic(), owned_by_first(args.out, topology):
+            if topology.is_first:
+                check_results(args.out)
+            results = probe(args, topology)
+            if topology.is_first:
+                write_results(args.out, results)
+    finally:
+        stop_process_group(topology)
+    if topology.is_first:
+        for name, value in results.figures.items():
+            print(f"{name}: {in_words(value)}")
+        print(f"wrote {args.out / 'results.html'}")
+    return 0

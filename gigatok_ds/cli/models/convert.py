@@ -1,0 +1,183 @@
+"""Convert a model: from a training run, a standalone directory or an original .pt, to any of these.
+
+  gigatok-ds convert runs/ss checkpoints/tokenizer-ss --verify        the newest checkpoint of a run, for inference
+  gigatok-ds convert runs/ss checkpoints/ss-390k --step 390000 --weights model --dtype bf16
+  gigatok-ds convert VQ_BL256_e200.pt checkpoints/tokenizer-bl --recipe VQ_BL256
+  gigatok-ds convert 0300000.pt checkpoints/gpt-b-2d --recipe GPT-B model.positions=rope_2d
+  gigatok-ds convert c2i_B_256.pt checkpoints/llamagen-b --recipe GPT-B model.positions=rope_2d     (LlamaGen)
+  gigatok-ds convert checkpoints/tokenizer-ss VQ_SS256.pt --to original
+  gigatok-ds convert checkpoints/gpt-b runs/fine --to training --recipe GPT-B data.train=codes/train ...
+  gigatok-ds train runs/fine/recipe.yaml --out runs/fine
+
+A standalone directory holds config.json and model.safetensors, which gigatok_ds.load_tokenizer and gigatok_ds.load_gpt
+read with PyTorch and safetensors alone. Few tensors are in memory at a time, whatever the model's size. Nothing in a
+file is executed: a .pt that holds anything but tensors and plain data is refused. A failure leaves nothing half-made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from gigatok_ds.cli.dtypes import add_dtype
+
+HELP = "training run, standalone directory, original .pt: from each to each"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="run directory, one of its checkpoints/step-N, "
+                        "standalone directory, or .pt")
+    parser.add_argument("out", type=Path, metavar="OUT", help="what to write")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of --recipe")
+    parser.add_argument("--to", choices=("standalone", "original", "training"), default="standalone",
+                        help="a directory for inference (default), a .pt as GigaTok's own code reads it, or a run "
+                             "directory that training starts from with these weights")
+    parser.add_argument("--recipe", metavar="NAME",
+                        help="of a .pt: what it was trained with; with --to training: what to train")
+    parser.add_argument("--weights", choices=("ema", "model"),
+                        help="the moving average, or the weights themselves (default: a run's average if it kept one; "
+                             "of a .pt as the original does: a tokenizer's ema if present, a GPT's model)")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest)")
+    add_dtype(parser, "of the parameters that are written", short=True)
+    parser.add_argument("--fresh", action="append", default=[], metavar="PREFIX",
+                        help="with --to training: parameters whose names start so get initial values instead, such as "
+                             "cls_embedding for other classes; may be repeated")
+    parser.add_argument("--verify", action="store_true",
+                        help="read it again, and compare every tensor and the outputs of both models")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace OUT if it is of the kind that is written and holds nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gigatok_ds.checkpoint.model_sources import open_model
+    from gigatok_ds.config.load import load_recipe
+
+    _refuse_useless(args)
+    recipe = load_recipe(args.recipe, args.overrides) if args.recipe else None
+    model = open_model(args.source, choice=args.weights, recipe=recipe, step=args.step)
+    if args.to == "training":
+        return _to_training(args, model, recipe)
+    if args.verify:
+        _refuse_damaged(args.source)  # before anything is written
+    said: list[str] = []
+    written = _write(args, model,
+                     lambda aside: said.append(f": {_verified(args, model, aside)}") if args.verify else None)
+    print(f"wrote {written}{''.join(said)}")
+    return 0
+
+
+def _refuse_useless(args: argparse.Namespace) -> None:
+    from gigatok_ds.errors import InputError
+
+    training = args.to == "training"
+    if args.out.resolve() == args.source.resolve():
+        raise InputError(f"{args.out} is what is converted; choose another place for the result")
+    if args.recipe and not (training or args.source.is_file()):
+        raise InputError(
+            f"--recipe says what a .pt is, or what --to training trains; {args.source} says itself what it is"
+        )
+    if args.overrides and not args.recipe:
+        raise InputError(f"{args.overrides[0]} is a setting of a recipe, but there is no --recipe")
+    if training and not args.recipe:
+        raise InputError("--to training needs --recipe, the recipe to train")
+    for option, given in (("--verify", args.verify), ("--dtype", args.dtype != "fp32"),
+                          ("--overwrite", args.overwrite)):
+        if training and given:
+            raise InputError(f"{option} does not apply to --to training, which writes a new run in fp32")
+    if args.fresh and not training:
+        raise InputError("--fresh is for --to training only")
+
+
+def _write(args: argparse.Namespace, model, check) -> Path:
+    from gigatok_ds.checkpoint.original import save_original
+    from gigatok_ds.checkpoint.standalone import save_standalone
+    from gigatok_ds.precision import PRECISIONS
+
+    how = {"dtype": PRECISIONS[args.dtype], "overwrite": args.overwrite, "check": check}
+    with _progress(model.weights) as weights:
+        if args.to == "original":
+            return save_original(args.out, model.config, weights, **how)
+        return save_standalone(args.out, model.config, weights, provenance=model.provenance, classes=model.classes,
+                               **how)
+
+
+def _to_training(args: argparse.Namespace, model, recipe) -> int:
+    from gigatok_ds.errors import InputError
+    from gigatok_ds.training.warm_start import write_start_point
+
+    if model.kind != recipe.kind:
+        raise InputError(f"{args.source} holds a {model.kind}, but recipe {recipe.name} trains a {recipe.kind}")
+    with _progress(model.weights) as weights:
+        write_start_point(recipe, weights, args.out, fresh=args.fresh, classes=model.classes)
+    print(f"wrote {args.out}; train it with: gigatok-ds train {args.out}/recipe.yaml --out {args.out}")
+    return 0
+
+
+def _verified(args: argparse.Namespace, model, aside: Path) -> str:
+    """What was compared of what was written, which has not taken its place yet."""
+    from gigatok_ds.checkpoint.model_sources import open_model, open_original
+    from gigatok_ds.checkpoint.verification import verify
+    from gigatok_ds.errors import InputError
+    from gigatok_ds.precision import PRECISIONS
+
+    try:
+        _refuse_damaged(aside)
+        written = open_original(aside, model.config) if args.to == "original" else open_model(aside)
+        return verify(model, written, dtype=PRECISIONS[args.dtype], probe=_probe(args, model))
+    except InputError as error:
+        raise InputError(str(error).replace(str(aside), str(args.out))) from None
+
+
+def _refuse_damaged(place: Path) -> None:
+    """Standalone weights that are not as they were written; runs are compared when they are opened."""
+    from gigatok_ds.checkpoint.standalone import CONFIG_FILE, damaged_weights
+    from gigatok_ds.errors import InputError
+
+    if (place / CONFIG_FILE).is_file() and (problem := damaged_weights(place)):
+        raise InputError(f"{problem}; copy or convert it again")
+
+
+def _probe(args: argparse.Namespace, model) -> Path | None:
+    """Outputs of the model in training, if the run wrote them for these very weights, in float32."""
+    from gigatok_ds.checkpoint.model_sources import is_run
+    from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
+    from gigatok_ds.config.load import load_recipe
+
+    if args.source.is_file() or not is_run(args.source):
+        return None
+    if model.provenance.get("weights") != "model" or args.dtype != "fp32":
+        return None
+    run_dir = args.source if (args.source / "checkpoints").is_dir() else args.source.parent.parent
+    if not (run_dir / RECIPE_FILE).is_file():
+        return None  # a checkpoint that was copied out of its run
+    training = load_recipe(str(run_dir / RECIPE_FILE)).training
+    last = model.provenance["checkpoint"] == f"step-{training.steps:07d}"
+    return (
+        run_dir / "probe.npz" if last and training.precision == "fp32" and (run_dir / "probe.npz").is_file() else None
+    )
+
+
+@contextmanager
+def _progress(weights):
+    """The weights, showing on a terminal how many of them were read, and telling of those that are not numbers."""
+    import torch
+    from tqdm import tqdm
+
+    from gigatok_ds.checkpoint.tensor_files import LazyTensors, shapes_of
+
+    broken: dict[str, None] = {}
+    with tqdm(total=len(weights), unit="tensor", disable=None) as bar:
+        def read(name):
+            bar.update()
+            value = weights[name]
+            # Both extremes are NaN when any value is.
+            if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+                broken[name] = None
+            return value
+
+        yield LazyTensors(shapes_of(weights), read)
+    if broken:
+        print(f"warning: {len(broken)} tensors hold values that are not finite, the first of them "
+              f"{next(iter(broken))}; what this model computes will not be finite either", file=sys.stderr)

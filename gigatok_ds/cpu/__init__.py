@@ -1,0 +1,1 @@
+"""What is for CPUs alone: convolutions, packed products, memory."""

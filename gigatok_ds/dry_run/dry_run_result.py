@@ -1,0 +1,52 @@
+"""What a rehearsal tells of a rank, in plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gigatok_ds.dry_run.work import Work, from_rows
+
+
+class MicroBatch(NamedTuple):
+    """What one micro batch takes of a rank.
+
+    kept: bytes alive at most beyond weights, gradients and frozen networks; flops: see planning.meter; model: those
+    flops that are the trained networks' (of one tensor rank that computes nothing again, what training.flops counts the
+    model's); sent: bytes to the tensor group; work: what the GPU runs.
+    """
+
+    kept: float
+    flops: float
+    model: float
+    sent: float
+    work: Work
+
+    def of_samples(self, factor: float) -> MicroBatch:
+        """With `factor` times as many samples, in as many kernels."""
+        return MicroBatch(self.kept * factor, self.flops * factor, self.model * factor, self.sent * factor,
+                          self.work.of_samples(factor))
+
+    def as_list(self) -> list:
+        """For a file, without the names of operations."""
+        return [*self[:-1], self.work.rows()]
+
+
+def from_list(values: list) -> MicroBatch:
+    """What `MicroBatch.as_list` gave."""
+    return MicroBatch(*values[:-1], work=from_rows(values[-1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The networks of one tensor rank in numbers: elements of each trained parameter, bytes of buffers and frozen
+    networks.
+    """
+
+    trained: dict[str, list[int]]
+    buffers: int
+    frozen: dict[str, int]
+
+    @property
+    def elements(self) -> int:
+        return sum(map(sum, self.trained.values()))

@@ -1,0 +1,232 @@
+"""The only place that calls DeepSpeed: build an engine, step it, copy its state and put it back (zero_state.py)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+# DeepSpeed reads both while it is imported.
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.utils import set_z3_leaf_module
+from torch import Tensor, nn
+
+from gigatok_ds.checkpoint.fragments import SavedEngine, Snapshot
+from gigatok_ds.config.recipe import OptimizerConfig
+from gigatok_ds.cpu.malloc import keep_freed_memory
+from gigatok_ds.engine.ema import ShardedEMA
+from gigatok_ds.engine.zero_gradients import LiveGradients
+from gigatok_ds.engine.zero_state import LiveState
+from gigatok_ds.models.initialisation import initialise_
+from gigatok_ds.parallel.consistency import check_spread
+from gigatok_ds.parallel.drift import Replicated
+from gigatok_ds.parallel.dropout import name_dropouts
+from gigatok_ds.parallel.partial import sum_partial_gradients
+from gigatok_ds.parallel.topology import Topology
+
+
+class Engine:
+    """One network under DeepSpeed, with an optimizer whose learning rate the caller sets at every step."""
+
+    def __init__(self, build: Callable[[], nn.Module], optimizer: OptimizerConfig, settings: dict, *,
+                 topology: Topology, seed: int | None = None,
+                 compile: Callable[[nn.Module], list[nn.Module]] | None = None,
+                 recompute: Callable[[nn.Module], object] | None = None, ema_decay: float | None = None):
+        """settings are resolved DeepSpeed settings.
+
+        With a seed, `build` leaves the initial weights to us: at stage 3 it runs under `zero.Init`, and no rank ever
+        holds the whole network. Without one, `build` returns an initialised network, which should be small.
+        `compile` compiles parts of the network and returns them; `recompute` switches activation checkpointing on. With
+        `ema_decay` a moving average of the weights is kept and saved, spread over the data ranks.
+        """
+        _prepare()
+        settings = copy.deepcopy(settings)
+        self.stage = settings.get("zero_optimization", {}).get("stage", 0)
+        self.decides_on_device = decides_on_device(settings)
+        self._max_norm = optimizer.max_grad_norm if _clips_by_itself(settings) else None
+        settings["gradient_clipping"] = optimizer.max_grad_norm if self._max_norm is None else 0.0
+        # DeepSpeed's stopwatch waits for the whole device twice a step.
+        settings["timers"] = {"throughput": {"enabled": False}} | settings.get("timers", {})
+        if self._max_norm is not None and self.stage > 0:
+            # DeepSpeed would read the norm on the host before it updates.
+            settings["zero_optimization"]["compute_grad_norm"] = settings["bf16"]["check_grad_overflow"] = False
+        # With tensor ranks, zero.Init needs all of this to partition over the data group; it would not complain.
+        with deepspeed.zero.Init(config_dict_or_path=settings, mpu=topology.mpu,
+                                 data_parallel_group=topology.data_group if topology.mpu else None,
+                                 enabled=self.stage == 3 and seed is not None):
+            network = build()
+        # A rank within the data group, unlike DeepSpeed's other ranks.
+        whole = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
+        if seed is not None:
+            initialise_(network, seed, whole=whole, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size)
+        name_dropouts(network)
+        for part in compile(network) if compile else ():
+            # ZeRO-3 gathers all of its parameters outside: hooks inside would tear the compiled code apart.
+            set_z3_leaf_module(part, True)
+        if recompute:
+            recompute(network)
+        if topology.mpu:
+            sum_partial_gradients(network, topology.tensor_group)
+        self._adam = build_optimizer(network, optimizer)
+        self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._adam, config=settings, mpu=topology.mpu)
+        self._norm: Tensor | float | None = None
+        self._told_left_out = False  # whether DeepSpeed has counted the last update as left out
+        check_spread(network, topology, deepspeed.zero.GatheredParameters)
+        self._state = LiveState(self._engine, self.stage, topology, whole)
+        self._gradients = LiveGradients(self._engine, self.stage, topology)
+        self._remembered: list[Tensor] = []
+        self.ema = None if ema_decay is None else ShardedEMA(ema_decay, self._state.places())
+
+    @property
+    def network(self) -> nn.Module:
+        """The bare network: evaluation, and passes whose gradient is not this engine's business."""
+        return self._engine.module
+
+    def __call__(self, *inputs, **options):
+        return self._engine(*inputs, **options)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, lr: float, left_out: Tensor | None = None) -> None:
+        """Count one micro batch; at the end of an accumulation, clip and update with this learning rate.
+
+        left_out: a float32 scalar on the device, 1 to leave the update out of weights, moments and average, 0 for an
+        update; where `decides_on_device`.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        self._state.before_change()
+        norm = self._gradients.norm() if self._max_norm is not None else None
+        if self._max_norm:
+            self._adam.grad_scale = ((norm + 1e-6) / self._max_norm).clamp(min=1.0)
+        self._adam.found_inf = left_out
+        skipped = self._engine.skipped_steps
+        self._engine.step()
+        self._adam.found_inf = self._adam.grad_scale = None
+        self._told_left_out = self._engine.skipped_steps > skipped
+        if self._engine.was_step_applied():
+            self._note_norm(self._engine.get_global_grad_norm() if norm is None else norm, left_out)
+            if self.ema:
+                self.ema.update(left_out)
+
+    def _note_norm(self, norm: Tensor | float, left_out: Tensor | None) -> None:
+        """Of an update; one that is left out leaves the norm of the last one, or NaN."""
+        if left_out is not None:
+            norm, before = (value if isinstance(value, Tensor)
+                            else torch.full_like(left_out, math.nan if value is None else value) for value
+                            in (norm, self._norm))
+            norm = torch.where(left_out > 0, before, norm)
+        self._norm = norm
+
+    def count_left_out(self) -> None:
+        """The update that was left out on the device counts as such, unless DeepSpeed has found so by itself."""
+        if not self._told_left_out:
+            self._engine.skipped_steps += 1
+
+    def gradients_finite(self) -> Tensor:
+        """Whether this rank's part of the accumulated gradients is finite, as a boolean on the device."""
+        return self._gradients.finite()
+
+    def drop(self) -> None:
+        """Instead of the `step` that would update: leave the update out."""
+        self._gradients.drop()
+
+    @torch.no_grad()
+    def remember_buffers(self) -> None:
+        """Keep the network's buffers as they are now, for `restore_buffers`."""
+        buffers = list(self.network.buffers())
+        if len(self._remembered) != len(buffers):
+            self._remembered = [torch.empty_like(buffer) for buffer in buffers]
+        for kept, buffer in zip(self._remembered, buffers, strict=True):
+            kept.copy_(buffer)
+
+    @torch.no_grad()
+    def restore_buffers(self, where: Tensor | None = None) -> None:
+        """Take the buffers back to what `remember_buffers` kept; if `where`, a boolean on the device, says so."""
+        for kept, buffer in zip(self._remembered, self.network.buffers(), strict=True):
+            buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
+
+    def weights_finite(self) -> bool:
+        """Whether this rank's part of the weights is finite."""
+        found = [torch.isfinite(values).all() for _, values in self._state.fragments().values()]
+        return bool(torch.stack(found).all()) if found else True
+
+    def replicated(self) -> Iterator[Replicated]:
+        """What ranks should hold alike. Collective at stage 3."""
+        return self._state.replicated(self.ema.fragments if self.ema else {})
+
+    def gradient_norm(self) -> float | None:
+        """Global gradient norm of the last update before clipping; None before the first. Waits for the device."""
+        norm = math.nan if self._norm is None else float(self._norm)
+        return None if math.isnan(norm) else norm
+
+    def snapshot(self) -> Snapshot:
+        """This rank's part of everything that training changes, copied to host memory. Collective at stage 3."""
+        return self._state.snapshot(self.ema.fragments if self.ema else None)
+
+    def load(self, folder: Path) -> None:
+        """Restore what the snapshots of any layout wrote. Collective. Raises InputError when it is of another network.
+        """
+        self._state.restore(SavedEngine(folder), self.ema.fragments if self.ema else None)
+
+
+def decides_on_device(settings: dict) -> bool:
+    """Whether an update can be left out without the host: Adam's kernel hears of it where weights and moments are.
+
+    In fp16 DeepSpeed scales losses on the host; what is offloaded is updated there.
+    """
+    zero = settings.get("zero_optimization", {})
+    return not (settings["fp16"]["enabled"] or zero.get("offload_optimizer") or zero.get("zenflow"))
+
+
+def _clips_by_itself(settings: dict) -> bool:
+    """Whether the norm and its clipping are computed here. DeepSpeed's own reads the norm on the host; at stage 3, and
+    at stage 0 in low precision, it does so in any case."""
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    return decides_on_device(settings) and stage < 3 and not (stage == 0 and settings["bf16"]["enabled"])
+
+
+def build_optimizer(network: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay or, as "adam", with the decay added to the gradient.
+
+    One pass over memory for each tensor, without temporaries. Told by `found_inf` on the device, it leaves an update
+    out.
+    """
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer.kind]
+    return kind(parameter_groups(network, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
+                fused=True)
+
+
+def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dict]:
+    """Groups with and without weight decay, as `optimizer.decay` says."""
+    decayed, plain = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 the parameter itself is an empty shell.
+            dims = len(getattr(parameter, "ds_shape", parameter.shape))
+            decays = {"everything": True, "matrices": dims >= 2, "not_norms": "norm" not in name}[optimizer.decay]
+            (decayed if decays else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _prepare() -> None:
+    # DeepSpeed would compile a shared-memory all-reduce that only inference uses, and fail without ninja.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

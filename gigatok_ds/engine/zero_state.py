@@ -1,0 +1,264 @@
+"""What DeepSpeed keeps of a network in training, as plain tensors by parameter name, whatever the ZeRO stage.
+
+The float32 weights and Adam's moments live in the parameters themselves, in float32 copies of them, or in flat
+partitions of one data rank. `Place` says where; `checkpoint.fragments` says how it is written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gigatok_ds.checkpoint.fragments import EMA, MOMENTS, WEIGHTS, Fragment, SavedEngine, SavedLayout, Snapshot
+from gigatok_ds.engine.host_copies import HostCopies
+from gigatok_ds.errors import InputError
+from gigatok_ds.parallel.drift import Replicated
+from gigatok_ds.parallel.sharding import declared_shards
+from gigatok_ds.parallel.topology import Topology
+
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_ENGINE_STATE = ("global_steps", "global_samples", "skipped_steps")
+
+
+class Place(NamedTuple):
+    """Where elements `start` to `start + size` of a flattened parameter are: from `offset` on in the flattened
+    `holder`.
+
+    The holder is float32, what the optimizer updates and what it keeps its state for.
+    """
+
+    holder: Tensor
+    offset: int
+    start: int
+    size: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The elements (size,) within the holder or a tensor like it."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.size)
+
+
+class LiveState:
+    """The state of one DeepSpeed engine: views of it, copies of it, and putting it back."""
+
+    def __init__(self, engine, stage: int, topology: Topology, whole: Callable[..., AbstractContextManager]):
+        """whole: a context in which a parameter that data ranks share out is whole, and may be changed on the first."""
+        self._whole_parameter = whole
+        self._engine, self._stage, self._topology = engine, stage, topology
+        self._network: nn.Module = engine.module
+        self._trained = {name: parameter
+                         for name, parameter in self._network.named_parameters() if parameter.requires_grad}
+        self._places = self._find_places(share=True)
+        self._copies = HostCopies(topology.device)
+
+    def places(self) -> dict[str, Place]:
+        """Where this data rank's part of each trained parameter is, at stage 0 an equal share of it."""
+        return self._places
+
+    def fragments(self) -> dict[str, Fragment]:
+        """This data rank's part of each trained parameter in float32: views of what the optimizer updates."""
+        return {name: Fragment(place.start, place.view(place.holder)) for name, place in self._places.items()}
+
+    def snapshot(self, ema: Mapping[str, Fragment] | None) -> Snapshot:
+        """Copies in host memory of this rank's part of everything; `before_change` has to be called before its next
+        change. Collective at stage 3, where what no rank holds alone is gathered one parameter at a time."""
+        kinds = {WEIGHTS: self.fragments()}
+        for moment in MOMENTS:
+            kinds[moment] = {name: self._moment(place, moment) for name, place in self._places.items()}
+        if ema is not None:
+            kinds[EMA] = dict(ema)
+        buffers, gathered = {}, {}
+        for name, value in self._whole():
+            if hasattr(value, "ds_id"):
+                gathered[name] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                buffers[f"whole/{name}"] = value.detach()
+        parts = {f"{kind}/{name}": part.values for kind, by_name in kinds.items() for name, part in by_name.items()}
+        copies, arrived = self._copies.take(parts, buffers)
+        fragments = {kind: {name: Fragment(part.start, copies[f"{kind}/{name}"]) for name, part in by_name.items()}
+                     for kind, by_name in kinds.items()}
+        whole = {name.partition("/")[2]: copies[name] for name in buffers} | gathered
+        return Snapshot(tensor_rank=self._topology.tensor_rank, data_rank=self._topology.data_rank,
+                        layout=self._layout(list(kinds), whole), fragments=fragments, whole=whole, arrived=arrived)
+
+    def before_change(self) -> None:
+        """Keep the next change of weights, moments and average from overtaking the copies of a snapshot."""
+        self._copies.guard()
+
+    @torch.no_grad()
+    def restore(self, saved: SavedEngine, ema: Mapping[str, Fragment] | None) -> None:
+        """Put back what snapshots of any layout hold. Collective. Raises InputError when the network is another one."""
+        rank = {"tensor_rank": self._topology.tensor_rank, "tensor_size": self._topology.tensor_size}
+        self._check(saved)
+        self.before_change()
+        for name, place in self._find_places(share=False).items():
+            stop = place.start + place.size
+            for kind in (WEIGHTS, *MOMENTS):
+                if saved.has(kind):
+                    target = place.holder if kind == WEIGHTS else self._state(place)[kind]
+                    place.view(target).copy_(saved.read_range(kind, name, place.start, stop, **rank))
+            if saved.has(MOMENTS[0]):
+                self._state(place)["step"].fill_(saved.layout.adam_steps[name])
+        for name, (start, values) in (ema or {}).items():
+            kind = EMA if saved.has(EMA) else WEIGHTS  # a start point has no average: it begins with the weights
+            values.copy_(saved.read_range(kind, name, start, start + len(values), **rank))
+        for name, value in self._whole():
+            value.copy_(saved.read_whole(name, **rank))
+        self._refresh()
+        self._set_counters(saved.layout.counters)
+
+    def replicated(self, ema: Mapping[str, Fragment]) -> Iterator[Replicated]:
+        """What several ranks hold alike: partitions on tensor ranks, unless cut; on data ranks what ZeRO leaves whole.
+        """
+        cuts, everywhere = declared_shards(self._network), self._stage == 0
+        for name, place in self._find_places(share=False).items():
+            whole = name not in cuts
+            yield Replicated(name, place.view(place.holder), everywhere, whole)
+            for moment in MOMENTS:
+                yield Replicated(f"{moment} of {name}", self._moment(place, moment).values, everywhere, whole)
+        for name, (_, values) in ema.items():
+            yield Replicated(f"the average of {name}", values, False, name not in cuts)
+        if self._stage in (1, 2):
+            for name, parameter in self._trained.items():
+                yield Replicated(name, parameter, True, name not in cuts)
+        for name, value in self._whole():
+            yield Replicated(name, value, True, name not in cuts)
+
+    def _find_places(self, *, share: bool) -> dict[str, Place]:
+        """Of every trained parameter of which this rank holds something.
+
+        At stage 0 all data ranks hold everything: of that, an equal share or, without `share`, all.
+        """
+        found, masters = {}, self._masters()
+        for name, parameter in self._trained.items():
+            place = self._place(parameter, masters.get(id(parameter), parameter), share)
+            if place is not None and place.size > 0:
+                found[name] = place
+        return found
+
+    def _place(self, parameter: nn.Parameter, holder: Tensor, share: bool) -> Place | None:
+        """holder: what holds all of the parameter in float32 at stage 0."""
+        optimizer, data_rank, data_size = self._engine.optimizer, self._topology.data_rank, self._topology.data_size
+        if self._stage == 3:
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = data_rank * size
+            size = min(size, parameter.ds_numel - start)  # what is beyond pads the last ranks' partitions
+            return Place(optimizer.fp32_partitioned_groups_flat[group], offset, start, size)
+        if self._stage > 0:
+            mapping = parameter._hp_mapping  # None: no element of it is on this rank
+            if mapping is None:
+                return None
+            here = mapping.hp_fragment_address
+            return Place(optimizer.single_partition_of_fp32_groups[mapping.param_group_index], here.start,
+                         mapping.lp_fragment_address.start, here.numel)
+        if not share:
+            return Place(holder, 0, 0, holder.numel())
+        size = -(-holder.numel() // data_size)
+        start = data_rank * size
+        return Place(holder, start, start, min(size, holder.numel() - start))
+
+    def _masters(self) -> dict[int, Tensor]:
+        """At stage 0 in low precision: the float32 copy of each parameter."""
+        optimizer = self._engine.optimizer
+        return {id(half): full for halves, fulls in zip(getattr(optimizer, "fp16_groups", []),
+                                                        getattr(optimizer, "fp32_groups", []), strict=True)
+                for half, full in zip(halves, fulls, strict=True)}
+
+    def _adam(self) -> torch.optim.Optimizer:
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+    def _moment(self, place: Place, moment: str) -> Fragment:
+        """Zeros before the first update, when Adam has no state yet."""
+        state = self._adam().state.get(place.holder)
+        return Fragment(place.start, place.view(state[moment]) if state else torch.zeros_like(place.view(place.holder)))
+
+    def _state(self, place: Place) -> dict[str, Tensor]:
+        """Adam's state of a holder, which it would make at its first update."""
+        state = self._adam().state[place.holder]
+        if not state:
+            state |= {"step": torch.zeros((), device=place.holder.device)}
+            state |= {moment: torch.zeros_like(place.holder) for moment in MOMENTS}
+        return state
+
+    def _whole(self):
+        """Buffers and frozen parameters, which are alike on all data ranks, by name."""
+        for name, value in self._network.state_dict(keep_vars=True).items():
+            if name in self._trained or not isinstance(value, Tensor):
+                continue
+            with self._whole_parameter(value, enabled=hasattr(value, "ds_id")):
+                yield name, value
+
+    def _layout(self, kinds: list[str], whole: Mapping[str, Tensor]) -> SavedLayout:
+        shapes = {name: list(_shape(parameter)) for name, parameter in self._trained.items()}
+        cuts = declared_shards(self._network)
+        steps = self._adam_steps()
+        return SavedLayout(tensor_size=self._topology.tensor_size, data_size=self._topology.data_size,
+                           parameters=shapes,
+                      cuts={name: cut for name, cut in cuts.items() if name in shapes or name in whole}, kinds=kinds,
+                      adam_steps={name: steps.get(name, max(steps.values(), default=0)) for name in shapes},
+                      counters=self._counters())
+
+    def _adam_steps(self) -> dict[str, int]:
+        states = {name: state
+                  for name, place in self._places.items() if (state := self._adam().state.get(place.holder))}
+        counts = torch.stack([state["step"] for state in states.values()]).tolist() if states else []
+        return dict.fromkeys(self._places, 0) | dict(zip(states, map(int, counts), strict=False))
+
+    def _scaler(self):
+        """What adapts the scale of an fp16 loss; None where nothing does."""
+        optimizer = self._engine.optimizer
+        scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        adapts = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
+        return scaler if adapts else None
+
+    def _counters(self) -> dict[str, float]:
+        scaler = {f"scaler.{name}": getattr(self._scaler(), name) for name in _SCALER_STATE
+                  if hasattr(self._scaler(), name)}
+        return {name: getattr(self._engine, name) for name in _ENGINE_STATE} | scaler
+
+    def _set_counters(self, counters: Mapping[str, float]) -> None:
+        """A scale is for other runs in fp16 only."""
+        for name, value in counters.items():
+            owner, attribute = (self._scaler(), name[7:]) if name.startswith("scaler.") else (self._engine, name)
+            if hasattr(owner, attribute):
+                setattr(owner, attribute, value)
+
+    def _check(self, saved: SavedEngine) -> None:
+        cuts, size = declared_shards(self._network), self._topology.tensor_size
+        ours = {}
+        for name, parameter in self._trained.items():
+            cut, local = cuts.get(name), _shape(parameter)
+            ours[name] = cut.full_shape(local, size) if cut else list(local)
+        theirs = {name: saved.shape(name) for name in saved.layout.parameters}
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise InputError(f"{saved.folder} does not fit this run: {name} is {theirs.get(name, 'missing')} there "
+                                 f"and {ours.get(name, 'missing')} here")
+
+    def _refresh(self) -> None:
+        """Make what the network computes with, of whichever precision, out of the float32 weights again."""
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            optimizer.checkpoint_event_prologue()
+            for full, low, parameters in zip(optimizer.fp32_partitioned_groups_flat,
+                                             optimizer.fp16_partitioned_groups_flat,
+                                             optimizer.fp16_partitioned_groups, strict=True):
+                low.data.copy_(full.data)
+                for parameter, values in zip(parameters, optimizer.unflatten(low, parameters), strict=True):
+                    parameter.data = values.data
+            optimizer.checkpoint_event_epilogue()
+        elif self._stage > 0:
+            optimizer.update_lp_params()
+        else:
+            for half, full in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []),
+                                  strict=True):
+                for low, values in zip(half, full, strict=True):
+                    low.data.copy_(values.data)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """On this tensor rank; at stage 3 the parameter itself is an empty shell."""
+    return getattr(parameter, "ds_shape", parameter.shape)

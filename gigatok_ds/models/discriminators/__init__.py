@@ -1,0 +1,1 @@
+"""Discriminators: PatchGAN, StyleGAN's, and DINO's heads."""

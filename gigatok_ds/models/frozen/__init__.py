@@ -1,0 +1,1 @@
+"""Networks from published weights, which are not trained."""

@@ -1,0 +1,1 @@
+"""Making shards: of images from wherever they lie, and of codes."""

@@ -1,0 +1,1 @@
+"""What a run does when something fails: ranks, steps, signals, silence."""

@@ -1,0 +1,75 @@
+"""SIGTERM, SIGUSR1 and SIGHUP: the machine is wanted back. Training stops after its step, saves, and can be queued
+again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+REQUEUE = 75  # the exit code of a run that was asked to stop and has saved: BSD's "temporary failure", try again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@contextmanager
+def leaving_at_once(told: Callable[[str], None]) -> Iterator[None]:
+    """Within, the signals raise SystemExit(REQUEUE), since there is nothing to save: before training, and after it.
+
+    `told` gets the signal's name. StopRequests, inside of this context, has its own way.
+    """
+
+    def leave(number: int, _frame) -> None:
+        name = signal.Signals(number).name
+        told(name)
+        os.write(sys.__stderr__.fileno(), f"stopped by {name}: the same command goes on (exit code "
+                                          f"{REQUEUE})\n".encode())
+        raise SystemExit(REQUEUE)
+
+    before = _handled_by(leave)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _handled_by(handler: Callable) -> dict[int, object]:
+    """The handlers that were there before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN}  # nohup's choice
+
+
+def _restore(before: dict[int, object]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class StopRequests:
+    """As a context, notes the signals instead of dying of them: `received` is the last one, or 0.
+
+    Any rank's counts for all: ranks tell each other as they decide about a step (`StepGuard`). Processes that a rank
+    forks, data workers above all, ignore the first signal, which schedulers send to all of a job; a second one ends
+    them.
+    """
+
+    def __init__(self):
+        self.pid, self.received = os.getpid(), 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequests:
+        self._before = _handled_by(self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        _restore(self._before)
+
+    def _note(self, number: int, _frame) -> None:
+        if self.received and os.getpid() != self.pid:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number

@@ -1,0 +1,1 @@
+"""WebDataset tars: their index, random access, and copies of remote ones."""

@@ -1,0 +1,100 @@
+"""Tars of this host without an index beside them: read once, by one process, and the index is kept where there is room.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from gigatok_ds.errors import InputError
+from gigatok_ds.shards.freshness import check_fresh
+from gigatok_ds.shards.index import Contents, ShardIndex, load_index, scan_shards, write_index
+from gigatok_ds.shards.patterns import local_tars
+from gigatok_ds.shards.shard_cache import ShardCache, locked
+from gigatok_ds.shards.shard_files import INDEX_FILE, LocalFiles
+from gigatok_ds.shards.tar_members import is_tar
+
+logger = logging.getLogger(__name__)
+
+
+def open_local(location: str | Path, extensions: tuple[str, ...], cache: ShardCache, *, max_bad_fraction: float,
+               compare: bool) -> ShardIndex:
+    """The samples of a directory, a single tar or a pattern of tars of one directory.
+
+    An index in the directory is used. Without one, and of a part of a directory, an index is made by one process of the
+    host while the others wait, and kept in the directory or, if that cannot be written or only a part is read, in the
+    cache. Raises what `ShardIndex.open` raises.
+    """
+    tars = local_tars(location)
+    directory = next(iter(tars.values())).parent if tars else Path(location)
+    if not tars and (not directory.is_dir() or (directory / INDEX_FILE).is_file()):
+        return ShardIndex.open(directory, extensions, max_bad_fraction=max_bad_fraction, compare=compare)
+    try:
+        kept = cache.directory(str(Path(location).resolve()))
+    except OSError as error:
+        if tars:
+            raise InputError(
+                f"{cache.root} cannot be written ({error.strerror}), where the index of {location} would be "
+                "kept; set XDG_CACHE_HOME to a directory that you may write to"
+            ) from None
+        return ShardIndex.open(directory, extensions, max_bad_fraction=max_bad_fraction, compare=compare)
+    with locked(kept / "index.lock"):
+        if not tars and (directory / INDEX_FILE).is_file():  # by another process, while this one waited
+            return ShardIndex.open(directory, extensions, max_bad_fraction=max_bad_fraction, compare=compare)
+        names = list(tars) or sorted(path.name for path in directory.iterdir() if is_tar(path.name))
+        contents = _kept(kept, directory, names, compare) or _of_part(directory, tars)
+        if contents is None:
+            contents = _made(kept, directory, names, extensions, max_bad_fraction, bool(tars))
+    contents.check_problems(max_bad_fraction)
+    return ShardIndex(LocalFiles(directory, kept if (kept / INDEX_FILE).is_file() else directory), contents)
+
+
+def _kept(kept: Path, directory: Path, names: list[str], compare: bool) -> Contents | None:
+    """What the cache has, if it is of these tars."""
+    if not (kept / INDEX_FILE).is_file():
+        return None
+    try:
+        contents = load_index(kept)
+    except InputError as error:
+        logger.warning("the index of %s in %s is damaged (%s); it is made again", directory, kept, error)
+        return None
+    if [(shard.name, shard.size) for shard in contents.shards] != [(name, (directory / name).stat().st_size) for name
+                                                                   in names]:
+        logger.warning("%s: the tars have changed since they were indexed in %s, and are indexed again", directory,
+                       kept)
+        return None
+    if compare:
+        check_fresh(directory, kept / INDEX_FILE, names, contents.table)
+    return contents
+
+
+def _of_part(directory: Path, tars: dict[str, Path]) -> Contents | None:
+    """Of an index in the directory, what is of some of its tars."""
+    if not tars or not (directory / INDEX_FILE).is_file():
+        return None
+    whole = load_index(directory)
+    number = {shard.name: position for position, shard in enumerate(whole.shards)}
+    if not tars.keys() <= number.keys():
+        return None
+    shards = [whole.shards[number[name]] for name in tars]
+    rows = [np.flatnonzero(whole.table["shard"] == number[name]) for name in tars]
+    table = {name: column[np.concatenate(rows)] for name, column in whole.table.items()}
+    table["shard"] = np.repeat(np.arange(len(rows), dtype=np.int32), [len(part) for part in rows])
+    return Contents(shards, whole.classes, table, whole.problems)
+
+
+def _made(kept: Path, directory: Path, names: list[str], extensions: tuple[str, ...], max_bad_fraction: float,
+          part: bool) -> Contents:
+    if not names:
+        raise InputError(f"{directory} holds no shards: looked for uncompressed *.tar files")
+    logger.warning("%s has no index of its %d tars: they are read once, while other processes of this host wait",
+                   directory, len(names))
+    contents = scan_shards(LocalFiles(directory), names, extensions, max_bad_fraction)
+    try:
+        write_index(kept if part else directory, contents)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); the index is kept in %s", directory, error, kept)
+        write_index(kept, contents)
+    return contents
