@@ -49,12 +49,12 @@ class LiveGradients:
         """Without what another tensor rank counts."""
         optimizer = self._engine.optimizer
         if self._stage == 0:
-            pairs = [(parameter.grad, parameter) for parameter in self._engine.module.parameters() if parameter.grad is
-                     not None]
+            pairs = [(parameter.grad, parameter) for parameter in self._engine.module.parameters()
+                     if parameter.grad is not None]
         else:
             pairs = [pair for group, parameters in enumerate(optimizer.params_in_partition)
                      for pair in zip(self._without_padding(optimizer.averaged_gradients[group]), parameters,
-                                     strict=True)]
+                                     strict=False)]
         for gradient, parameter in pairs:
             if self._topology.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
                 yield gradient

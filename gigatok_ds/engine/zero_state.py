@@ -164,8 +164,8 @@ class LiveState:
         """At stage 0 in low precision: the float32 copy of each parameter."""
         optimizer = self._engine.optimizer
         return {id(half): full for halves, fulls in zip(getattr(optimizer, "fp16_groups", []),
-                                                        getattr(optimizer, "fp32_groups", []), strict=True)
-                for half, full in zip(halves, fulls, strict=True)}
+                                                        getattr(optimizer, "fp32_groups", []), strict=False)
+                for half, full in zip(halves, fulls, strict=False)}
 
     def _adam(self) -> torch.optim.Optimizer:
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
@@ -245,17 +245,17 @@ class LiveState:
             optimizer.checkpoint_event_prologue()
             for full, low, parameters in zip(optimizer.fp32_partitioned_groups_flat,
                                              optimizer.fp16_partitioned_groups_flat,
-                                             optimizer.fp16_partitioned_groups, strict=True):
+                                             optimizer.fp16_partitioned_groups, strict=False):
                 low.data.copy_(full.data)
-                for parameter, values in zip(parameters, optimizer.unflatten(low, parameters), strict=True):
+                for parameter, values in zip(parameters, optimizer.unflatten(low, parameters), strict=False):
                     parameter.data = values.data
             optimizer.checkpoint_event_epilogue()
         elif self._stage > 0:
             optimizer.update_lp_params()
         else:
             for half, full in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []),
-                                  strict=True):
-                for low, values in zip(half, full, strict=True):
+                                  strict=False):
+                for low, values in zip(half, full, strict=False):
                     low.data.copy_(values.data)
 
 
