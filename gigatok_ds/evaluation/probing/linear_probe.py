@@ -177,4 +177,4 @@ class ProbeRun:
         with reading(self.file, "remove it to start the probe anew"), safe_open(self.file, "pt") as file:
             metadata = file.metadata() or {}
             int(metadata.get("step", ""))
-            return {name: file.get_tensor(name) for name in file}, metadata
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}, metadata
