@@ -14,7 +14,7 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Of our files those that only carry others' calls.
-_CARRIERS = ("planning/", "monitoring/meta_cache.py", "parallel/recompute.py")
+_CARRIERS = ("dry_run/", "planning/", "monitoring/meta_cache.py", "parallel/recompute.py")
 # Code whose operations are named after it, whatever they are: file, and how the name of the class or function begins.
 _CONTEXTS = (
     ("models/quantizer.py", "VectorQuantizer", "quantizer"),

@@ -42,13 +42,15 @@ class SamplingJob:
     dtype: str = "float32"
     compile: bool = False
 
-    def load(self, topology: Topology):
-        """GPT (this tensor rank's part) and tokenizer, on this rank's device. Numbers that make no sense are refused
-        before.
-        """
+    def check(self) -> None:
+        """InputError for a number that makes no sense, without looking at the models."""
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         check_numbers(batch_size=self.batch_size, **self.settings)
+
+    def load(self, topology: Topology):
+        """GPT (this tensor rank's part) and tokenizer, on this rank's device; after `check`."""
+        self.check()
         gpt = load_gpt_part(self.gpt, topology, DTYPES[self.dtype])
         tokenizer = load_tokenizer(self.tokenizer, device=str(topology.device))
         check_pair(gpt, tokenizer)

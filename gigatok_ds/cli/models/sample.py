@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.errors import InputError
     from gigatok_ds.parallel.topology import stop_process_group
     from gigatok_ds.precision import float32_arithmetic
+    from gigatok_ds.sampling.images import check_per_class
     from gigatok_ds.sampling.many import SamplingJob, draw_grid, draw_many, join_ranks
 
     if args.classes is not None and args.balanced:
@@ -71,14 +72,16 @@ def run(args: argparse.Namespace) -> int:
                 "cfg_schedule_kwargs": windows or None,
                 "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     job = SamplingJob(gpt=args.gpt, tokenizer=args.tokenizer, settings=settings, seed=args.seed,
-                      batch_size=args.batch_size,
-              dtype=args.dtype, compile=args.compile)
+                      batch_size=args.batch_size, dtype=args.dtype, compile=args.compile)
+    per_class = 8 if args.per_class is None else args.per_class
+    job.check()
+    check_per_class(per_class)
     classes = _classes(args)
     topology = join_ranks(args.device, args.tp)
     try:
         with float32_arithmetic():
             if args.classes is not None:
-                draw_grid(job, topology, classes, args.out, per_class=8 if args.per_class is None else args.per_class)
+                draw_grid(job, topology, classes, args.out, per_class=per_class)
                 said = f"wrote {args.out}"
             else:
                 drawn = draw_many(job, topology, args.out, count=args.count, balanced=args.balanced)
