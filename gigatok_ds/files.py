@@ -6,10 +6,9 @@ import ctypes
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.signals import signals_wait, undone_by_signals
 
+_TOKEN = 8  # bytes of a hidden name that make it unlike all others
 _REPLACED = ".replaced"  # ends the name of what is being replaced, where two names cannot be exchanged
 
 
@@ -79,18 +80,23 @@ def _hidden(path: Path, make: Callable[[Path], object], remove: Callable[[Path],
     A signal that arrives while it is made or removed waits. One that arrives as removing begins has removing begin
     again.
     """
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN)}")
     try:
         try:
-            with _ending.waits():
+            with signals_wait():
                 make(scratch)
             yield scratch
         finally:
-            with _ending.waits():
+            with signals_wait():
                 remove(scratch)
     finally:
-        with _ending.waits():
+        with signals_wait():
             remove(scratch)
+
+
+def is_scratch_of(path: Path, name: str) -> bool:
+    """Whether a name beside `path` is one that a process that was killed has left."""
+    return re.fullmatch(re.escape(f".{path.name}.") + f"[0-9a-f]{{{2 * _TOKEN}}}", name) is not None
 
 
 def _take_the_place(new: Path, old: Path) -> None:
@@ -101,7 +107,7 @@ def _take_the_place(new: Path, old: Path) -> None:
     if _exchanged(new, old):
         return
     aside = new.with_name(new.name + _REPLACED)
-    with _ending.waits():
+    with signals_wait():
         os.rename(old, aside)
         try:
             os.rename(new, old)
@@ -125,53 +131,6 @@ def put_back(path: Path) -> None:
     for aside in path.parent.glob(f".{glob.escape(path.name)}.*{_REPLACED}"):
         os.rename(aside, path)
         return
-
-
-class _Ending:
-    """A handler of signals that end a process: it raises an exception, at once or, while it waits, afterwards."""
-
-    def __init__(self):
-        self.waiting, self.arrived = 0, []
-
-    def __call__(self, number: int, _frame=None) -> None:
-        if self.waiting:
-            self.arrived.append(number)
-        else:
-            self.arrived.clear()
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    @contextmanager
-    def waits(self) -> Iterator[None]:
-        """Within, in the main thread, nothing is raised; for what arrived it is afterwards."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.waiting += 1
-        try:
-            yield
-        finally:
-            self.waiting -= 1
-            if self.arrived and not self.waiting:
-                self(self.arrived[0])
-
-
-_ending = _Ending()
-
-
-@contextmanager
-def undone_by_signals() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP raise SystemExit, unless they have a handler already: scratch files are removed."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: handler for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                  if (handler := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler)}
-    try:
-        for number in before:
-            signal.signal(number, _ending)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def write_failure(error: BaseException) -> str | None:

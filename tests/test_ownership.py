@@ -96,7 +96,7 @@ def another(directory, **otherwise):
 
 
 def test_an_owner_on_another_host_is_dead_when_its_number_stands_still(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ownership, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(ownership, "SILENT_SECONDS", 3.0)
     another(tmp_path / "run")
     with owned(tmp_path / "run"):
         pass

@@ -149,7 +149,7 @@ def test_a_stall_in_c_code_that_holds_the_interpreter_ends_too(tmp_path):
     script = """
 import ctypes, sys
 from pathlib import Path
-from gigatok_ds.training import watchdog
+from gigatok_ds.resilience import watchdog
 watchdog.BACKSTOP_SECONDS = 1.0
 with watchdog.Watchdog(1.0, Path(sys.argv[1]), 0, lambda text, code: None) as dog:
     dog.beat(1)

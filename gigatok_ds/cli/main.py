@@ -10,11 +10,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError, MachineError, exit_code
+from gigatok_ds.signals import interrupts_noted
 from gigatok_ds.untrusted import printable
 
 UNREAD = 128 + signal.SIGPIPE  # as the shell has it of other programs
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     may pass, 130 after Ctrl-C, UNREAD when nobody reads any more what it prints."""
     try:
         try:
-            return _run(parse(argv))
+            return _until_interrupted(argv)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever does not want to wait for the end asks again
             print("interrupted; running the same command again continues where it stopped", file=sys.stderr)
@@ -79,11 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNREAD
 
 
-def _run(args: argparse.Namespace) -> int:
+def _until_interrupted(argv: Sequence[str] | None) -> int:
+    with interrupts_noted() as interrupted:
+        try:
+            return _run(parse(argv), interrupted)
+        except Exception as error:
+            if interrupted():
+                raise KeyboardInterrupt from error
+            raise
+
+
+def _run(args: argparse.Namespace, interrupted: Callable[[], bool]) -> int:
     try:
         _check_out(args)
         return args.run(args)
     except (InputError, MachineError, OSError) as error:
+        if interrupted():
+            raise
         if isinstance(error, BrokenPipeError) and _is_unread():
             raise
         if os.environ.get("GIGATOK_TRACEBACK"):

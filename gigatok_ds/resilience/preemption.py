@@ -25,15 +25,17 @@ def leaving_at_once(told: Callable[[str], None]) -> Iterator[None]:
     def leave(number: int, _frame) -> None:
         name = signal.Signals(number).name
         told(name)
-        os.write(sys.__stderr__.fileno(), f"stopped by {name}: the same command goes on (exit code "
+        os.write(errors, f"stopped by {name}: the same command goes on (exit code "
                                           f"{REQUEUE})\n".encode())
         raise SystemExit(REQUEUE)
 
+    errors = os.dup(sys.__stderr__.fileno())  # DeepSpeed lends the descriptor to a compiler's file meanwhile
     before = _handled_by(leave)
     try:
         yield
     finally:
         _restore(before)
+        os.close(errors)
 
 
 def _handled_by(handler: Callable) -> dict[int, object]:

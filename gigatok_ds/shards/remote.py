@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from gigatok_ds.config.location import is_remote, masked
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import write_atomically, written_aside
+from gigatok_ds.files import is_scratch_of, write_atomically, written_aside
 from gigatok_ds.npy_files import ARRAY_BYTES
 from gigatok_ds.shards.http_client import OtherPart
 from gigatok_ds.shards.index import Contents, ShardIndex, load_index, scan_shards, write_index
@@ -207,7 +206,7 @@ class RemoteTars:
     def _fetch(self, path: Path, expected: TarShard | None) -> None:
         """Copy a tar, whose exclusive lock is held, so that making room leaves it."""
         for leftover in os.scandir(self.directory):  # of processes that were killed
-            if re.fullmatch(re.escape(f".{path.name}.") + r"\w{8}", leftover.name):
+            if is_scratch_of(path, leftover.name):
                 os.unlink(leftover)
         url = self.url(path.name)
         with written_aside(path) as file:

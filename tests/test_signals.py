@@ -1,0 +1,59 @@
+"""Ctrl-C ends a command as such, wherever it arrives."""
+
+import signal
+import time
+
+import pytest
+
+from gigatok_ds import InputError
+from gigatok_ds.cli.main import main
+from gigatok_ds.signals import interrupts_noted, signals_wait
+
+
+class Dying:
+    """Is interrupted in its destructor, where Python ignores exceptions."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_what_a_destructor_swallows_is_raised_again(capfd):
+    with pytest.raises(KeyboardInterrupt), interrupts_noted() as interrupted:
+        Dying()
+        time.sleep(10)
+    assert interrupted() and capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("error", [InputError, RuntimeError, OSError])
+def test_what_a_library_makes_of_it_is_an_interrupt_still(error, monkeypatch, capsys):
+    def run(args):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise error("the file is damaged") from None
+
+    monkeypatch.setattr("gigatok_ds.cli.training.recipes.run", run)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["recipes"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted; ") and "damaged" not in said
+
+
+def test_errors_without_an_interrupt_are_what_they_were(monkeypatch, capsys):
+    def run(args):
+        raise InputError("the file is damaged")
+
+    monkeypatch.setattr("gigatok_ds.cli.training.recipes.run", run)
+    assert main(["recipes"]) == 2 and "error: the file is damaged" in capsys.readouterr().err
+
+
+def test_it_waits_where_nothing_may_be_half_done():
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_noted(), signals_wait():
+        signal.raise_signal(signal.SIGINT)
+        done.append("all")
+    assert done
