@@ -106,7 +106,7 @@ class PlainCNNEncoder(nn.Module):
         self.conv_blocks = nn.ModuleList(
             PlainLevel(before, width, config.residual_blocks,
                        **({"downsample": PlainDownsample(width)} if index < len(widths) - 1 else {}))
-            for index, (before, width) in enumerate(zip([config.base_channels, *widths], widths, strict=True)))
+            for index, (before, width) in enumerate(zip([config.base_channels, *widths], widths, strict=False)))
         self.mid = nn.Sequential(*(PlainResidualBlock(widths[-1], widths[-1]) for _ in range(2)))
         self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], z, 3, padding=1)
@@ -141,13 +141,13 @@ class PlainCNNDecoder(nn.Module):
         self.conv_blocks = nn.ModuleList(
             PlainLevel(before, width, config.residual_blocks + 1,
                        **({"upsample": PlainUpsample(width)} if index < len(widths) - 1 else {}))
-            for index, (before, width) in enumerate(zip(befores, widths, strict=True)))
+            for index, (before, width) in enumerate(zip(befores, widths, strict=False)))
         self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
-        for adaptive, level in zip(self.adaptive, self.conv_blocks, strict=True):
+        for adaptive, level in zip(self.adaptive, self.conv_blocks, strict=False):
             x = level(adaptive(x, z))
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -159,7 +159,7 @@ class PlainAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        projected = [project(x) for project, x in zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=True)]
+        projected = [project(x) for project, x in zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=False)]
         q, k, v = (x.unflatten(2, (self.heads, -1)).permute(1, 2, 0, 3) for x in projected)
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2))
 
@@ -302,7 +302,7 @@ class PlainLPIPS(nn.Module):
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            pairs = zip(self.heads, self.stages(images), self.stages(reconstruction), strict=True)
+            pairs = zip(self.heads, self.stages(images), self.stages(reconstruction), strict=False)
             return sum(head((ours - theirs).square()).mean() for head, ours, theirs in pairs)
 
 
