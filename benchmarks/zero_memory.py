@@ -3,7 +3,7 @@
     python benchmarks/zero_memory.py [--ranks 4] [--precision bf16] [--size tiny] [--stages 0 1 2 3]
 
 Starts the ranks on this machine (NCCL where there are GPUs, else gloo) and trains a GPT through
-`training.engine.Engine` for two updates of two micro batches. In the second update each rank adds up the
+`engine.engine.Engine` for two updates of two micro batches. In the second update each rank adds up the
 storages behind its live tensors, by kind:
 
 measured   the most held after a backward; for the last micro batch that is between backward and step

@@ -3,8 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from rank_runs import run_ranks
 from torch import Tensor, nn
+from training_runs import prepare
 
+from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
+from gigatok_ds.config.load import load_recipe
 from gigatok_ds.cpu import winograd
 from gigatok_ds.cpu.convolution import WinogradConv2d, use_winograd
 from gigatok_ds.cpu.winograd import has_winograd
@@ -120,3 +124,21 @@ def test_without_the_kernels_it_is_torchs_own(monkeypatch):
     monkeypatch.setattr(winograd, "has_winograd", lambda like: False)
     conv, x = layer(), draw(1, 64, 32, 32)
     assert torch.equal(conv(x), plain(conv, x))
+
+
+def kinds_of_convolutions(recipe):
+    from gigatok_ds.parallel.topology import start_process_group
+    from gigatok_ds.training import tokenizer_task
+
+    settings, _ = resolve_deepspeed(zero_settings(1), recipe, data_parallel_size=1)
+    topology = start_process_group()
+    images = tokenizer_task.TokenizerTask.open_data(recipe, topology, settings)
+    task = tokenizer_task.TokenizerTask(recipe, topology, settings, images)
+    layers = [module for module in task.generator.network.modules() if isinstance(module, nn.Conv2d)]
+    return {(type(layer).__name__, layer.kernel_size, layer.stride) for layer in layers}
+
+
+def test_a_tokenizer_that_trains_on_a_cpu_has_them(tmp_path):
+    recipe = load_recipe(tmp_path / "tokenizer.yaml", prepare(tmp_path)["tokenizer"])
+    (kinds,) = run_ranks(kinds_of_convolutions, 1, recipe)
+    assert ("WinogradConv2d", (3, 3), (1, 1)) in kinds and ("Conv2d", (3, 3), (1, 1)) not in kinds

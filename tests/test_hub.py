@@ -177,7 +177,7 @@ def test_the_card_says_how_to_use_the_model_and_that_works(kind, tmp_path):
         assert word in card
     code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("path/of/this/directory", str(tmp_path / "m"))
     names = {"images": torch.rand(2, 3, 16, 16) * 2 - 1, "classes": torch.tensor([0, 3])}
-    exec(code, names)  # noqa: S102: our own text
+    exec(code, names)
     assert names["codes"].shape == (2, 8)
 
 

@@ -1,12 +1,16 @@
 """Ctrl-C ends a command as such, wherever it arrives."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from gigatok_ds import InputError
 from gigatok_ds.cli.main import main
+from gigatok_ds.resilience.preemption import REQUEUE
 from gigatok_ds.signals import interrupts_noted, signals_wait
 
 
@@ -57,3 +61,26 @@ def test_it_waits_where_nothing_may_be_half_done():
         signal.raise_signal(signal.SIGINT)
         done.append("all")
     assert done
+
+
+def leave(closed):
+    """A process that is asked to stop while a library has lent its standard error to a file of its own."""
+    script = """
+import os, signal
+from gigatok_ds.resilience.preemption import leaving_at_once
+with leaving_at_once(lambda name: None):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    signal.raise_signal(signal.SIGTERM)
+"""
+    start = (lambda: os.close(2)) if closed else None
+    return subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=False,
+                          preexec_fn=start)
+
+
+def test_a_stop_is_told_although_standard_error_is_lent():
+    ended = leave(closed=False)
+    assert ended.returncode == REQUEUE and ended.stderr.startswith("stopped by SIGTERM")
+
+
+def test_a_stop_without_standard_error_ends_as_any():
+    assert leave(closed=True).returncode == REQUEUE

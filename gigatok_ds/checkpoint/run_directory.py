@@ -48,7 +48,7 @@ class State:
 
     The position in the data and all random streams follow from `step` and the recipe; `samples` were seen so far.
     `metrics` are the validation figures of that step, if it was validated. `guard` is what decisions about the next
-    steps depend on (training.step_guard). `files` maps paths to SHA-256.
+    steps depend on (resilience.step_guard). `files` maps paths to SHA-256.
     """
 
     step: int

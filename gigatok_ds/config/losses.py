@@ -99,7 +99,8 @@ class AuxiliaryConfig:
 class SemanticConfig:
     """Cosine alignment of the decoder's semantic head with a frozen teacher, whose tokens it predicts.
 
-    `teacher` is a name of models.frozen_vit or a VisionTransformer of timm's; `weights` as for the perceptual loss.
+    `teacher` is a name of models.frozen.frozen_vit or a VisionTransformer of timm's; `weights` as for the perceptual
+    loss.
     """
 
     teacher: str = "dinov2-vit-b"

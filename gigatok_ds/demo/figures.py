@@ -105,7 +105,7 @@ def loss_curves(path: str | Path, phases: Mapping[str, Sequence[Mapping[str, flo
     """Those of `keys` that were logged, over steps: a phase's losses in one panel, each other key in its own.
 
     A loss is a key with a part "loss", as in "loss", "loss/reconstruction", "validation/loss". `phases` maps
-    a name to the result of `training.monitor.read_metrics`. What is not finite leaves a gap. Raises
+    a name to the result of `monitoring.metrics.read_metrics`. What is not finite leaves a gap. Raises
     InputError when no phase holds any of the keys.
     """
     import matplotlib

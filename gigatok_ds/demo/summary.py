@@ -61,8 +61,8 @@ def figures_with_targets(values: dict[str, float], *, has_targets: bool) -> list
         figure("Linear probe on the GPT's features", "probe_accuracy", "",
                "of the test images, by a linear layer on the "
                "middle block's mean", "at least 0.9", values["probe_accuracy"] >= 0.9),
-        figure("Unigram entropy", "unigram_entropy", "nats per code", "of the same codes: what counting alone "
-                                                                      "achieves"),
+        figure("Unigram entropy", "unigram_entropy", "nats per code",
+               "of the same codes: what counting alone achieves"),
     ]
 
 

@@ -105,7 +105,7 @@ def _bytes_of(network: nn.Module) -> int:
 class Rehearsal:
     """The networks of a recipe's training, as one tensor rank has them, without storage.
 
-    compiled: what `training.compile` compiles on a GPU counts as it is compiled (planning.compiled). floor: is fed with
+    compiled: what `training.compile` compiles on a GPU counts as it is compiled (dry_run.compiled). floor: is fed with
     what runs.
     """
 

@@ -11,9 +11,9 @@ from gigatok_ds.dry_run.work import Work, from_rows
 class MicroBatch(NamedTuple):
     """What one micro batch takes of a rank.
 
-    kept: bytes alive at most beyond weights, gradients and frozen networks; flops: see planning.meter; model: those
-    flops that are the trained networks' (of one tensor rank that computes nothing again, what training.flops counts the
-    model's); sent: bytes to the tensor group; work: what the GPU runs.
+    kept: bytes alive at most beyond weights, gradients and frozen networks; flops: see dry_run.meter; model: those
+    flops that are the trained networks' (of one tensor rank that computes nothing again, what monitoring.flops counts
+    the model's); sent: bytes to the tensor group; work: what the GPU runs.
     """
 
     kept: float

@@ -198,8 +198,8 @@ class _VocabHead(_Column):
         if targets is None:
             return super().forward(x)
         layers = self.layers[0]
-        entered = _Gather.apply(x, layers.traffic, True) if layers.sequence_parallel else _Enter.apply(x,
-                                                                                                       layers.traffic)
+        traffic = layers.traffic
+        entered = _Gather.apply(x, traffic, True) if layers.sequence_parallel else _Enter.apply(x, traffic)
         return head_cross_entropy(entered, self.weight, targets, join=self._join)
 
     def _join(self, totals: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class _Call:
 class Meter(TorchDispatchMode):
     """As a context: measures what runs within.
 
-    peak: bytes of the storages that are made within and alive at a time, at most. flops: operations as training.flops
+    peak: bytes of the storages that are made within and alive at a time, at most. flops: operations as monitoring.flops
     counts the hardware's. model: those of them while `of_model` is set, without distances that are computed a second
     time. calls: how often each Operation, or BlockPass, runs; calls that only name memory differently are left out.
     floor: see there, None without.

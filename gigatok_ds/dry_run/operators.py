@@ -26,7 +26,7 @@ def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *more, out
 
 def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *more,
                         out_shape=None, **options) -> int:
-    """Four: what a fused kernel computes again does not count, as in training.flops."""
+    """Four: what a fused kernel computes again does not count, as in monitoring.flops."""
     return 2 * _attention(query, key, value)
 
 

@@ -23,8 +23,8 @@ class HostCopies:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._done: torch.cuda.Event | None = None
 
-    def take(self, tensors: Mapping[str, Tensor], changing: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
-                                                                                           Callable[[], None]]:
+    def take(self, tensors: Mapping[str, Tensor],
+             changing: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
         """Copies of both, and what waits until they are there. `changing` is what forward passes change, too: small
         buffers.
         """

@@ -52,8 +52,8 @@ class InceptionFeatures(nn.Module):
     def outputs(self, images: Tensor) -> InceptionOutput:
         """Everything that ADM's evaluator looks at; the network must be torch-fidelity's."""
         maps = []
-        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs,
-                                                                     output: maps.append(output))
+        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(
+            lambda _module, _inputs, output: maps.append(output))
         try:
             pooled, logits = self._run(images)
         finally:

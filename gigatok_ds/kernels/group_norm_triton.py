@@ -1,4 +1,4 @@
-"""Group norm of channels_last maps in Triton: what `kernels.group_norm`'s operators run on a GPU.
+"""Group norm of channels_last maps in Triton: what `kernels.group_norm_ops`'s operators run on a GPU.
 
 A map is (positions, channels) for each sample. A program has a tile of some positions and channels, walks down a chunk
 of positions with it, and keeps what it adds up apart for each place in the tile until the chunk ends. Chunks depend on

@@ -1,7 +1,7 @@
 """Group norm, alone and with SiLU behind it, of maps (B, C, H, W) in whichever memory layout they lie.
 
 On GPUs torch's own returns the default layout, and every convolution after it would turn maps around: those that lie
-channels_last are for `kernels.group_norm`.
+channels_last are for `kernels.group_norm_ops`.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def tell(run_dir: Path, event: str, **fields) -> None:
 
     What a crash has cut short goes. Raises OSError, and leaves the file as it was, where there is no room.
     """
-    path, line = run_dir / HISTORY_FILE, json.dumps({"time": round(time.time(), 3), "event": event,
-                                                     **fields}).encode() + b"\n"
+    path = run_dir / HISTORY_FILE
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}).encode() + b"\n"
     with open(path, "a+b", buffering=0) as file:
         half = _half_line(file)
         if half:

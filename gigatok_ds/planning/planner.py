@@ -84,7 +84,7 @@ class Planner:
 
     @functools.cached_property
     def model_flops(self) -> int:
-        """Of the trained networks in one step, all ranks together, as training.flops counts them."""
+        """Of the trained networks in one step, all ranks together, as monitoring.flops counts them."""
         one = PlannedLayout(tensor=1, sequence=False, stage=1, micro=REHEARSED, recompute=NOTHING)
         per_sample = self._micro_batches(one)[longest(self.phases).step].model / REHEARSED
         return round(per_sample * self.recipe.training.global_batch_size)

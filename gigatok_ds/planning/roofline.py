@@ -32,7 +32,7 @@ class Offender:
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
     """A step of a layout in one phase. model: FLOPs of the trained networks in a micro batch of a rank; floor: seconds,
-    see planning.floor; peak: FLOP/s of the GPU in the recipe's precision."""
+    see dry_run.floor; peak: FLOP/s of the GPU in the recipe's precision."""
 
     recipe: Recipe
     phase: Phase

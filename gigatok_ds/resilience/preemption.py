@@ -25,17 +25,19 @@ def leaving_at_once(told: Callable[[str], None]) -> Iterator[None]:
     def leave(number: int, _frame) -> None:
         name = signal.Signals(number).name
         told(name)
-        os.write(errors, f"stopped by {name}: the same command goes on (exit code "
-                                          f"{REQUEUE})\n".encode())
+        if errors is not None:
+            os.write(errors, f"stopped by {name}: the same command goes on (exit code {REQUEUE})\n".encode())
         raise SystemExit(REQUEUE)
 
-    errors = os.dup(sys.__stderr__.fileno())  # DeepSpeed lends the descriptor to a compiler's file meanwhile
+    # A copy, since DeepSpeed lends the descriptor to a compiler's file meanwhile; none if it was closed from the start.
+    errors = os.dup(sys.__stderr__.fileno()) if sys.__stderr__ else None
     before = _handled_by(leave)
     try:
         yield
     finally:
         _restore(before)
-        os.close(errors)
+        if errors is not None:
+            os.close(errors)
 
 
 def _handled_by(handler: Callable) -> dict[int, object]:

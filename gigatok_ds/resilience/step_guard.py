@@ -133,8 +133,8 @@ class StepGuard:
         """
         # A term's gradient may overflow in fp16, and the step be left out, while training is fine.
         names = sorted(name for name in values if not name.startswith(PREFIX))
-        wrong = [~torch.isfinite(values[name]) for name in names] + [~self.engines[name].gradients_finite() for name
-                                                                     in rates]
+        wrong = [*(~torch.isfinite(values[name]) for name in names),
+                 *(~self.engines[name].gradients_finite() for name in rates)]
         device = values["loss"].device
         signals = [torch.full((), float(received == number), dtype=torch.float64, device=device) for number in SIGNALS]
         box = torch.stack([*(flag.to(device, torch.float64) for flag in wrong), values["loss"].double(), *signals])
@@ -183,8 +183,8 @@ class _Question:
     def send(self) -> None:
         """Start the answer on its way to the host."""
         if self.answer.device.type == "cuda":
-            self.answer = torch.empty_like(self.answer, device="cpu", pin_memory=True).copy_(self.answer,
-                                                                                             non_blocking=True)
+            pinned = torch.empty_like(self.answer, device="cpu", pin_memory=True)
+            self.answer = pinned.copy_(self.answer, non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 

@@ -101,8 +101,8 @@ def check_png(path: Path) -> None:
     """InputError when there is something at `path` that `write_png` has not written."""
     if not os.path.lexists(path):
         return
-    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path,
-                                                                                              formats=["PNG"]) as image:
+    unreadable = suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+    with unreadable, Image.open(path, formats=["PNG"]) as image:
         if image.info.get("Software") == _SOFTWARE:
             return
     raise InputError(f"{path} is there and is no PNG that this program has written, so it is left alone; choose "

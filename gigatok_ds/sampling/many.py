@@ -25,7 +25,7 @@ from gigatok_ds.parallel.topology import Topology, single_process, start_process
 from gigatok_ds.sampling.batch_size import default_batch_size
 from gigatok_ds.sampling.collection import claim, collection_at
 from gigatok_ds.sampling.generate import Sampler, check_numbers
-from gigatok_ds.sampling.images import check_pair, check_per_class, decode_images, sample_grid
+from gigatok_ds.sampling.images import check_pair, decode_images, sample_grid
 from gigatok_ds.streams import numpy_stream
 
 
@@ -77,7 +77,6 @@ def draw_grid(job: SamplingJob, topology: Topology, classes: list[int], out: Pat
     if topology.data_size > 1:
         raise InputError(f"a grid is drawn by one process, or by one group with --tp, not by {topology.world_size} "
                          "ranks; --count shares its images")
-    check_per_class(per_class)
     gpt, tokenizer = job.load(topology)
     sample_grid(gpt, tokenizer, classes, out if topology.is_first else None, per_class=per_class, seed=job.seed,
                 batch_size=job.size(gpt, topology), compile=job.compile, **job.settings)

@@ -60,8 +60,8 @@ def _kept(kept: Path, directory: Path, names: list[str], compare: bool) -> Conte
     except InputError as error:
         logger.warning("the index of %s in %s is damaged (%s); it is made again", directory, kept, error)
         return None
-    if [(shard.name, shard.size) for shard in contents.shards] != [(name, (directory / name).stat().st_size) for name
-                                                                   in names]:
+    there = [(name, (directory / name).stat().st_size) for name in names]
+    if [(shard.name, shard.size) for shard in contents.shards] != there:
         logger.warning("%s: the tars have changed since they were indexed in %s, and are indexed again", directory,
                        kept)
         return None

@@ -1,4 +1,4 @@
-"""How an index comes by its tars: from a directory of this host, or from wherever else (`data.remote`)."""
+"""How an index comes by its tars: from a directory of this host, or from wherever else (`shards.remote`)."""
 
 from __future__ import annotations
 

@@ -101,8 +101,7 @@ class _Scan:
                 f"{self.path}: {member.name!r} is not a plain file, nor a link to one before it; other links "
                 "are not followed"
             )
-        elif key in (self.labels if extension == "cls" else self.payloads) or (extension != "cls" and key
-                                                                               in self.empty):
+        elif key in self.labels if extension == "cls" else key in self.payloads or key in self.empty:
             raise InputError(f"{self.path}: sample {key!r} occurs twice; keys must be unique")
         elif extension == "cls":
             self.labels[key] = self.parse_label(key, _read(file, member))

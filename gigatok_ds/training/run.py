@@ -105,7 +105,8 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
 
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
     holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. `faults` happen on purpose
-    (training.injection). Raises InputError for anything the user can mend, and when another job trains into `run_dir`.
+    (resilience.fault_injection). Raises InputError for anything the user can mend, and when another job trains into
+    `run_dir`.
     """
     from gigatok_ds.engine.deepspeed_schema import check_with_deepspeed
     from gigatok_ds.monitoring.history import tell
@@ -132,11 +133,12 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                                                   lambda text: tell_if_ours("failed", told_reason(text))) as end:
                 settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
                 held.enter_context(owned_by_first(run_dir, topology))
-                since = branch.parent.parent if branch else None
-                data = _task(recipe).open_data(recipe, topology, settings, classes_of_run(run_dir, topology, since))
+                kind = _task(recipe)
+                classes = classes_of_run(run_dir, topology, _run_of(branch))
+                data = kind.open_data(recipe, topology, settings, classes)
                 _begin(recipe, run_dir, settings, warnings, branch, topology, data.identity())
                 begun.set()
-                task = _task(recipe)(recipe, topology, settings, data)
+                task = kind(recipe, topology, settings, data)
                 outlast_watchdog(recipe.monitor.stall_seconds)
                 if faults:
                     from gigatok_ds.resilience.fault_injection import inject
@@ -158,7 +160,7 @@ def _begin(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], b
     from gigatok_ds.monitoring.history import tell
     from gigatok_ds.training.data_record import check_identity, write_identity
 
-    check_identity(identity, run_dir, topology, since=branch.parent.parent if branch else None)
+    check_identity(identity, run_dir, topology, since=_run_of(branch))
     if topology.is_first:
         _prepare(recipe, run_dir, settings, warnings + left_eager(recipe, topology.device, settings), branch)
         write_identity(identity, run_dir)
@@ -188,12 +190,17 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     if note := precision_note(recipe.training.precision, device_has_bf16()):
         print(f"note: {note}", file=sys.stderr)
     run_dir.mkdir(parents=True, exist_ok=True)
-    record_frozen(recipe, run_dir, since=branch.parent.parent if branch else run_dir)
+    record_frozen(recipe, run_dir, since=_run_of(branch) or run_dir)
     if branch:
         record_branch(run_dir, branch)
     save_resolved(recipe, run_dir / RECIPE_FILE)
     write_atomically(run_dir / DEEPSPEED_FILE, (json.dumps(settings, indent=2) + "\n").encode())
     write_environment(run_dir, command=sys.argv)
+
+
+def _run_of(branch: Path | None) -> Path | None:
+    """The run whose checkpoint a branch starts from."""
+    return branch.parent.parent if branch else None
 
 
 def _task(recipe: Recipe) -> type[Task]:

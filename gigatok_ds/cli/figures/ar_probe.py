@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpt", action="append", default=[], metavar="key=value",
                         help="setting of that recipe; may be repeated")
     parser.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage of training (default: 1)")
-    parser.add_argument("--crops", default="ten-crop", metavar="KIND", help="views of training images (default: "
-                                                                            "ten-crop)")
+    parser.add_argument("--crops", default="ten-crop", metavar="KIND",
+                        help="views of training images (default: ten-crop)")
     parser.add_argument("--cfg", type=float, metavar="SCALE", help="guidance scale; without it, it is searched")
     parser.add_argument("--count", type=int, default=50_000, metavar="N", help="samples (default: 50000)")
     parser.add_argument("--probe", action="append", default=[], metavar="ARGUMENT",

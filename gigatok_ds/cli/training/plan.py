@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", required=True, metavar="HOSTSxGPUSxDEVICE",
                         help=f"such as 8x8xH100; devices: {', '.join(DEVICES)}, and that of --gpu-spec")
     parser.add_argument("--gpu-spec", metavar="SPEC", help=SPEC_HELP)
-    parser.add_argument("--memory-gb", type=float, metavar="N", help="memory of a GPU, 10^9 bytes (default: its data "
-                                                                     "sheet's)")
+    parser.add_argument("--memory-gb", type=float, metavar="N",
+                        help="memory of a GPU, 10^9 bytes (default: its data sheet's)")
     parser.add_argument("--network-gbps", type=float, metavar="N",
                         help="bits per second between hosts, 10^9 for each GPU (default: its reference system's)")
     parser.add_argument("--calibrate", type=Path, action="append", default=[], metavar="RUN",
