@@ -6,10 +6,33 @@ import _thread
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
 _AGAIN_SECONDS = 0.01
+
+DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
+
+
+@contextmanager
+def handled(handler: Callable, *numbers: int, instead_of: Container | None = None) -> Iterator[None]:
+    """Within, in the main thread, signals have this handler; afterwards, whatever happens, the one that they had.
+
+    instead_of: only those that have one of these now. Without it all but the ignored ones, which is nohup's choice.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in numbers}
+        before = {number: old for number, old in found.items()
+                  if (old is not signal.SIG_IGN if instead_of is None else old in instead_of)}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            if signal.getsignal(number) is handler:
+                signal.signal(number, old)
 
 
 class _Ending:
@@ -48,7 +71,7 @@ def signals_wait() -> Iterator[None]:
 @contextmanager
 def undone_by_signals() -> Iterator[None]:
     """Within, SIGTERM and SIGHUP raise SystemExit, unless they have a handler already: scratch files are removed."""
-    with _handled(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    with handled(_ending, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, instead_of=DEFAULT):
         yield
 
 
@@ -69,24 +92,7 @@ def interrupts_noted() -> Iterator[Callable[[], bool]]:
 
     sys.unraisablehook = again
     try:
-        with _handled(signal.SIGINT):
+        with handled(_ending, signal.SIGINT, instead_of=DEFAULT):
             yield lambda: _ending.interrupted
     finally:
         sys.unraisablehook = hook
-
-
-@contextmanager
-def _handled(*numbers: int) -> Iterator[None]:
-    """Within, signals that have no handler of their own have ours, in the main thread."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: handler for number in numbers
-                  if (handler := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler)}
-    try:
-        for number in before:
-            signal.signal(number, _ending)
-        yield
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is _ending:
-                signal.signal(number, handler)

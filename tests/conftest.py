@@ -2,7 +2,9 @@
 
 import multiprocessing.util
 import os
+import re
 import shutil
+import signal
 import tempfile
 import time
 import uuid
@@ -17,8 +19,9 @@ if workers > 1:  # before torch is imported
 
 SESSION = "GIGATOK_TEST_SESSION"  # in the environment of whatever a session starts
 LEFT_SECONDS = 20.0  # for what ends by itself when a session does
-# Of temporary files: pytest's own, what torch compiled, logs that torchrun never removes, and a file of onnxruntime's.
-EXPECTED = ("pytest-of-", "torchinductor_", "torchelastic_", ".ses")
+# Of temporary files: pytest's own, what torch compiled, logs that torchrun never removes, a file of onnxruntime's, and
+# those of a compiler that was killed with the rank whose DeepSpeed asks it what it can do.
+EXPECTED = re.compile(r"pytest-of-|torchinductor_|torchelastic_|\.ses|cc\w{6}\.(s|o|res|c|ld|le)$")
 
 
 def pytest_configure(config):
@@ -54,6 +57,18 @@ def pytest_runtest_setup(item):
             pytest.skip("needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def handlers_are_left_as_they_were():
+    """Tests that leave a handler of signals behind fail, not those that come after them in the same process."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    left = {number.name: handler for number in numbers if (handler := signal.getsignal(number)) != before[number]}
+    for name in left:
+        signal.signal(signal.Signals[name], before[signal.Signals[name]])
+    assert not left, f"handlers left behind: {left}"
+
+
 @pytest.hookimpl(trylast=True)  # after xdist has ended its workers
 def pytest_sessionfinish(session):
     """Tests that leave a process, shared memory or a temporary file behind fail as a whole."""
@@ -79,7 +94,7 @@ def _left(config):
     used = b"".join(_read(pid, "maps") for pid in filter(str.isdigit, os.listdir("/proc"))
                     if int(pid) != os.getpid()) if new else b""
     own = multiprocessing.current_process()._config.get("tempdir")  # goes with this process
-    files = [path for path in Path(config.temporary).iterdir() if not path.name.startswith(EXPECTED)
+    files = [path for path in Path(config.temporary).iterdir() if not EXPECTED.match(path.name)
              and str(path) != own]
     return [*processes, *(f"/dev/shm/{name}" for name in sorted(new) if f"/dev/shm/{name}".encode() not in used),
             *map(str, sorted(files))]

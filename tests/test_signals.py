@@ -11,7 +11,7 @@ import pytest
 from gigatok_ds import InputError
 from gigatok_ds.cli.main import main
 from gigatok_ds.resilience.preemption import REQUEUE
-from gigatok_ds.signals import interrupts_noted, signals_wait
+from gigatok_ds.signals import handled, interrupts_noted, signals_wait
 
 
 class Dying:
@@ -61,6 +61,18 @@ def test_it_waits_where_nothing_may_be_half_done():
         signal.raise_signal(signal.SIGINT)
         done.append("all")
     assert done
+
+
+def test_handlers_go_with_what_they_are_for():
+    """Also where it does not begin, as a page whose port is taken; what is ignored stays so."""
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="in use"), handled(print, signal.SIGTERM, signal.SIGHUP):
+            assert signal.getsignal(signal.SIGTERM) is print and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            raise OSError("in use")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
 
 
 def leave(closed):

@@ -17,6 +17,7 @@ from gigatok_ds.app.models import Models
 from gigatok_ds.app.page import build_page
 from gigatok_ds.app.uploads import Limits
 from gigatok_ds.errors import InputError
+from gigatok_ds.signals import handled
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SESSIONS = 64  # whose images' codes are kept
@@ -54,9 +55,8 @@ def served(models: Models, limits: Limits, *, host: str = "127.0.0.1", port: int
 def serve(models: Models, limits: Limits, *, host: str, port: int) -> None:
     """Serve the page until Ctrl-C or SIGTERM. Raises what `served` raises."""
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    with served(models, limits, host=host, port=port) as address:
+    with (handled(lambda *_: ended.set(), signal.SIGINT, signal.SIGTERM),
+          served(models, limits, host=host, port=port) as address):
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
         if host not in LOOPBACK:
             print(f"warning: whoever reaches {host} can use it: there is no password and no encryption",

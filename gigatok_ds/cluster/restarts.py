@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from gigatok_ds.signals import handled
+
 # Done; an error that the user has to mend; interrupted; asked to stop (resilience.preemption).
 FINAL = (0, 2, 130, 75)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -32,10 +34,8 @@ def run_with_restarts(launch: Callable[[int], subprocess.Popen | None], most: in
         for process in running:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED
-              if signal.getsignal(number) is not signal.SIG_IGN}
     tries, wait, restarts = 0, FIRST_WAIT, 0
-    try:
+    with handled(forward, *FORWARDED):
         while True:
             reached = progress()
             running[:] = filter(None, [launch(restarts)])
@@ -55,9 +55,6 @@ def run_with_restarts(launch: Callable[[int], subprocess.Popen | None], most: in
             wait = min(2 * wait, LONGEST_WAIT)
             if asked:
                 return 128 + asked[0]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def newest_checkpoint(run_dir: Path) -> str | None:

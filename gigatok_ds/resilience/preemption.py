@@ -7,9 +7,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from gigatok_ds.signals import handled
 
 REQUEUE = 75  # the exit code of a run that was asked to stop and has saved: BSD's "temporary failure", try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -31,26 +32,12 @@ def leaving_at_once(told: Callable[[str], None]) -> Iterator[None]:
 
     # A copy, since DeepSpeed lends the descriptor to a compiler's file meanwhile; none if it was closed from the start.
     errors = os.dup(sys.__stderr__.fileno()) if sys.__stderr__ else None
-    before = _handled_by(leave)
     try:
-        yield
+        with handled(leave, *SIGNALS):
+            yield
     finally:
-        _restore(before)
         if errors is not None:
             os.close(errors)
-
-
-def _handled_by(handler: Callable) -> dict[int, object]:
-    """The handlers that were there before."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.signal(number, handler) for number in SIGNALS
-            if signal.getsignal(number) is not signal.SIG_IGN}  # nohup's choice
-
-
-def _restore(before: dict[int, object]) -> None:
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 class StopRequests:
@@ -63,14 +50,14 @@ class StopRequests:
 
     def __init__(self):
         self.pid, self.received = os.getpid(), 0
-        self._before: dict[int, object] = {}
+        self._handled = handled(self._note, *SIGNALS)
 
     def __enter__(self) -> StopRequests:
-        self._before = _handled_by(self._note)
+        self._handled.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
-        _restore(self._before)
+    def __exit__(self, *error) -> None:
+        self._handled.__exit__(*error)
 
     def _note(self, number: int, _frame) -> None:
         if self.received and os.getpid() != self.pid:
