@@ -11,7 +11,7 @@ def update_bytes(*, half: bool, partitioned: bool, average: bool) -> dict[str, i
     """
     low = 2 if half else 4
     return {
-        "are gradients finite": low,  # one look: engine.zero_gradients
+        "are gradients finite": low,  # one look: engine/zero_gradients.py
         "gradient norm": low + (4 + 4 if half else 0),  # in float32, of a copy
         # Laid flat, and made float32.
         "gradients to the optimizer": (low + low if partitioned else 0) + (low + 4 if half else 0),

@@ -7,15 +7,12 @@ the whole average.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gigatok_ds.checkpoint.fragments import Fragment
-
-if TYPE_CHECKING:
-    from gigatok_ds.engine.zero_state import Place
+from gigatok_ds.engine.zero_stages import Place
 
 
 class ShardedEMA:

@@ -1,4 +1,4 @@
-"""The only place that calls DeepSpeed: build an engine, step it, copy its state and put it back (zero_state.py)."""
+"""The only place that calls DeepSpeed: build an engine and step it; `zero_stages.py` knows where it keeps what."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from gigatok_ds.config.recipe import OptimizerConfig
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.engine.ema import ShardedEMA
 from gigatok_ds.engine.zero_gradients import LiveGradients
+from gigatok_ds.engine.zero_stages import shape_on_this_rank, zero_stage
 from gigatok_ds.engine.zero_state import LiveState
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.parallel.consistency import check_spread
@@ -81,8 +82,8 @@ class Engine:
         self._norm: Tensor | float | None = None
         self._told_left_out = False  # whether DeepSpeed has counted the last update as left out
         check_spread(network, topology, deepspeed.zero.GatheredParameters)
-        self._state = LiveState(self._engine, self.stage, topology, whole)
-        self._gradients = LiveGradients(self._engine, self.stage, topology)
+        zero = zero_stage(self._engine, self.stage, topology)
+        self._state, self._gradients = LiveState(zero, whole), LiveGradients(zero)
         self._remembered: list[Tensor] = []
         self.ema = None if ema_decay is None else ShardedEMA(ema_decay, self._state.places())
 
@@ -215,8 +216,7 @@ def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dic
     decayed, plain = [], []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            # Under ZeRO-3 the parameter itself is an empty shell.
-            dims = len(getattr(parameter, "ds_shape", parameter.shape))
+            dims = len(shape_on_this_rank(parameter))
             decays = {"everything": True, "matrices": dims >= 2, "not_norms": "norm" not in name}[optimizer.decay]
             (decayed if decays else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -1,58 +1,37 @@
 """What DeepSpeed keeps of a network in training, as plain tensors by parameter name, whatever the ZeRO stage.
 
 The float32 weights and Adam's moments live in the parameters themselves, in float32 copies of them, or in flat
-partitions of one data rank. `Place` says where; `checkpoint.fragments` says how it is written down.
+partitions of one data rank. `zero_stages` says where; `checkpoint.fragments` says how it is written down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gigatok_ds.checkpoint.fragments import EMA, MOMENTS, WEIGHTS, Fragment, SavedEngine, SavedLayout, Snapshot
 from gigatok_ds.engine.host_copies import HostCopies
+from gigatok_ds.engine.zero_stages import Place, ZeroStage, shape_on_this_rank
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.drift import Replicated
 from gigatok_ds.parallel.sharding import declared_shards
-from gigatok_ds.parallel.topology import Topology
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _ENGINE_STATE = ("global_steps", "global_samples", "skipped_steps")
 
 
-class Place(NamedTuple):
-    """Where elements `start` to `start + size` of a flattened parameter are: from `offset` on in the flattened
-    `holder`.
-
-    The holder is float32, what the optimizer updates and what it keeps its state for.
-    """
-
-    holder: Tensor
-    offset: int
-    start: int
-    size: int
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """The elements (size,) within the holder or a tensor like it."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.size)
-
-
 class LiveState:
     """The state of one DeepSpeed engine: views of it, copies of it, and putting it back."""
 
-    def __init__(self, engine, stage: int, topology: Topology, whole: Callable[..., AbstractContextManager]):
+    def __init__(self, zero: ZeroStage, whole: Callable[..., AbstractContextManager]):
         """whole: a context in which a parameter that data ranks share out is whole, and may be changed on the first."""
-        self._whole_parameter = whole
-        self._engine, self._stage, self._topology = engine, stage, topology
-        self._network: nn.Module = engine.module
-        self._trained = {name: parameter
-                         for name, parameter in self._network.named_parameters() if parameter.requires_grad}
-        self._places = self._find_places(share=True)
-        self._copies = HostCopies(topology.device)
+        self._zero, self._whole_parameter = zero, whole
+        self._engine, self._network, self._topology = zero.engine, zero.network, zero.topology
+        self._places = zero.places(share=True)
+        self._copies = HostCopies(zero.topology.device)
 
     def places(self) -> dict[str, Place]:
         """Where this data rank's part of each trained parameter is, at stage 0 an equal share of it."""
@@ -94,7 +73,7 @@ class LiveState:
         rank = {"tensor_rank": self._topology.tensor_rank, "tensor_size": self._topology.tensor_size}
         self._check(saved)
         self.before_change()
-        for name, place in self._find_places(share=False).items():
+        for name, place in self._zero.places(share=False).items():
             stop = place.start + place.size
             for kind in (WEIGHTS, *MOMENTS):
                 if saved.has(kind):
@@ -107,65 +86,25 @@ class LiveState:
             values.copy_(saved.read_range(kind, name, start, start + len(values), **rank))
         for name, value in self._whole():
             value.copy_(saved.read_whole(name, **rank))
-        self._refresh()
+        self._zero.refresh()
         self._set_counters(saved.layout.counters)
 
     def replicated(self, ema: Mapping[str, Fragment]) -> Iterator[Replicated]:
         """What several ranks hold alike: partitions on tensor ranks, unless cut; on data ranks what ZeRO leaves whole.
         """
-        cuts, everywhere = declared_shards(self._network), self._stage == 0
-        for name, place in self._find_places(share=False).items():
+        cuts, everywhere = declared_shards(self._network), self._zero.holders_replicated
+        for name, place in self._zero.places(share=False).items():
             whole = name not in cuts
             yield Replicated(name, place.view(place.holder), everywhere, whole)
             for moment in MOMENTS:
                 yield Replicated(f"{moment} of {name}", self._moment(place, moment).values, everywhere, whole)
         for name, (_, values) in ema.items():
             yield Replicated(f"the average of {name}", values, False, name not in cuts)
-        if self._stage in (1, 2):
-            for name, parameter in self._trained.items():
+        if self._zero.parameters_replicated:
+            for name, parameter in self._zero.trained.items():
                 yield Replicated(name, parameter, True, name not in cuts)
         for name, value in self._whole():
             yield Replicated(name, value, True, name not in cuts)
-
-    def _find_places(self, *, share: bool) -> dict[str, Place]:
-        """Of every trained parameter of which this rank holds something.
-
-        At stage 0 all data ranks hold everything: of that, an equal share or, without `share`, all.
-        """
-        found, masters = {}, self._masters()
-        for name, parameter in self._trained.items():
-            place = self._place(parameter, masters.get(id(parameter), parameter), share)
-            if place is not None and place.size > 0:
-                found[name] = place
-        return found
-
-    def _place(self, parameter: nn.Parameter, holder: Tensor, share: bool) -> Place | None:
-        """holder: what holds all of the parameter in float32 at stage 0."""
-        optimizer, data_rank, data_size = self._engine.optimizer, self._topology.data_rank, self._topology.data_size
-        if self._stage == 3:
-            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = data_rank * size
-            size = min(size, parameter.ds_numel - start)  # what is beyond pads the last ranks' partitions
-            return Place(optimizer.fp32_partitioned_groups_flat[group], offset, start, size)
-        if self._stage > 0:
-            mapping = parameter._hp_mapping  # None: no element of it is on this rank
-            if mapping is None:
-                return None
-            here = mapping.hp_fragment_address
-            return Place(optimizer.single_partition_of_fp32_groups[mapping.param_group_index], here.start,
-                         mapping.lp_fragment_address.start, here.numel)
-        if not share:
-            return Place(holder, 0, 0, holder.numel())
-        size = -(-holder.numel() // data_size)
-        start = data_rank * size
-        return Place(holder, start, start, min(size, holder.numel() - start))
-
-    def _masters(self) -> dict[int, Tensor]:
-        """At stage 0 in low precision: the float32 copy of each parameter."""
-        optimizer = self._engine.optimizer
-        return {id(half): full for halves, fulls in zip(getattr(optimizer, "fp16_groups", []),
-                                                        getattr(optimizer, "fp32_groups", []), strict=False)
-                for half, full in zip(halves, fulls, strict=False)}
 
     def _adam(self) -> torch.optim.Optimizer:
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
@@ -186,13 +125,13 @@ class LiveState:
     def _whole(self):
         """Buffers and frozen parameters, which are alike on all data ranks, by name."""
         for name, value in self._network.state_dict(keep_vars=True).items():
-            if name in self._trained or not isinstance(value, Tensor):
+            if name in self._zero.trained or not isinstance(value, Tensor):
                 continue
             with self._whole_parameter(value, enabled=hasattr(value, "ds_id")):
                 yield name, value
 
     def _layout(self, kinds: list[str], whole: Mapping[str, Tensor]) -> SavedLayout:
-        shapes = {name: list(_shape(parameter)) for name, parameter in self._trained.items()}
+        shapes = {name: shape_on_this_rank(parameter) for name, parameter in self._zero.trained.items()}
         cuts = declared_shards(self._network)
         steps = self._adam_steps()
         return SavedLayout(tensor_size=self._topology.tensor_size, data_size=self._topology.data_size,
@@ -229,36 +168,11 @@ class LiveState:
     def _check(self, saved: SavedEngine) -> None:
         cuts, size = declared_shards(self._network), self._topology.tensor_size
         ours = {}
-        for name, parameter in self._trained.items():
-            cut, local = cuts.get(name), _shape(parameter)
-            ours[name] = cut.full_shape(local, size) if cut else list(local)
+        for name, parameter in self._zero.trained.items():
+            cut, local = cuts.get(name), shape_on_this_rank(parameter)
+            ours[name] = cut.full_shape(local, size) if cut else local
         theirs = {name: saved.shape(name) for name in saved.layout.parameters}
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise InputError(f"{saved.folder} does not fit this run: {name} is {theirs.get(name, 'missing')} there "
                                  f"and {ours.get(name, 'missing')} here")
-
-    def _refresh(self) -> None:
-        """Make what the network computes with, of whichever precision, out of the float32 weights again."""
-        optimizer = self._engine.optimizer
-        if self._stage == 3:
-            optimizer.checkpoint_event_prologue()
-            for full, low, parameters in zip(optimizer.fp32_partitioned_groups_flat,
-                                             optimizer.fp16_partitioned_groups_flat,
-                                             optimizer.fp16_partitioned_groups, strict=False):
-                low.data.copy_(full.data)
-                for parameter, values in zip(parameters, optimizer.unflatten(low, parameters), strict=False):
-                    parameter.data = values.data
-            optimizer.checkpoint_event_epilogue()
-        elif self._stage > 0:
-            optimizer.update_lp_params()
-        else:
-            for half, full in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []),
-                                  strict=False):
-                for low, values in zip(half, full, strict=False):
-                    low.data.copy_(values.data)
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """On this tensor rank; at stage 3 the parameter itself is an empty shell."""
-    return getattr(parameter, "ds_shape", parameter.shape)
