@@ -29,7 +29,7 @@ from datetime import date
 from pathlib import Path
 
 from gigatok_ds.checkpoint.run_directory import newest_checkpoint, read_state
-from gigatok_ds.demo.pipeline import free_port
+from gigatok_ds.cluster.local_job import free_port
 from gigatok_ds.demo.source import digits_source
 from gigatok_ds.monitoring.history import read_history
 from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics

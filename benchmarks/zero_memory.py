@@ -327,7 +327,7 @@ def measure(stage: int, size: str, precision: str, ranks: int) -> Measurement:
 
 def run_together(command: list[str], ranks: int, folder: Path) -> int | None:
     """Run one process per rank, its output in `folder`; the first rank found to have failed, if any."""
-    from gigatok_ds.demo.pipeline import free_port
+    from gigatok_ds.cluster.local_job import free_port
 
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),

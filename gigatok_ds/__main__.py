@@ -7,6 +7,7 @@ import sys
 
 try:
     from gigatok_ds.cli.main import main
+    from gigatok_ds.cluster.launched import launched_rank_or_alone
 except KeyboardInterrupt:  # later ones are main's
     raise SystemExit(130) from None
 
@@ -17,7 +18,7 @@ def end(code: int) -> None:
     Ranks were seen to abort at their exit with their work done, probably in a library's thread that met an interpreter
     half gone; the launcher then calls the run failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_rank_or_alone().is_alone:
         raise SystemExit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

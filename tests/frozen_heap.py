@@ -3,7 +3,7 @@ takes each of them a tenth of its time and a copy of that memory."""
 
 import gc
 
-from gigatok_ds.optional_imports import timm_library
+from gigatok_ds.compat import timm_library
 
 timm_library()  # without wandb, whose directories would lie in TMPDIR as long as the server lives
 gc.collect()

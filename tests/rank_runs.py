@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-from gigatok_ds.demo.pipeline import free_port
+from gigatok_ds.cluster.local_job import free_port
 
 OTHERS_SECONDS = 30  # for the other ranks, once one has failed
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

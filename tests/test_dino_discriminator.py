@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from golden_models import arrays, manifest
 from golden_weights import image, stream, tensor
 
+from gigatok_ds.compat import timm_library
 from gigatok_ds.errors import InputError
 from gigatok_ds.losses.diffaug import diff_augment
 from gigatok_ds.models.discriminators.dino import (
@@ -18,7 +19,6 @@ from gigatok_ds.models.discriminators.dino import (
     dino_backbone,
     fit_to_backbone,
 )
-from gigatok_ds.optional_imports import timm_library
 from gigatok_ds.streams import SampleDraws
 
 

@@ -30,8 +30,8 @@ from rank_runs import run_main
 from stage_runs import forked_stages  # noqa: F401 (a fixture)
 
 from gigatok_ds.cli.main import COMMANDS, main, parse
+from gigatok_ds.cluster.local_job import free_port
 from gigatok_ds.config.load import load_recipe, recipe_names
-from gigatok_ds.demo.pipeline import free_port
 from gigatok_ds.kernels.build import cache_directory
 
 FOUND = commands()

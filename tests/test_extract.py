@@ -21,6 +21,7 @@ from rank_runs import run_ranks
 from small_models import small_tokenizer
 
 from gigatok_ds.checkpoint.standalone import identify, load_tokenizer, save_standalone
+from gigatok_ds.cluster.launched import ALONE, LaunchedRank, launched_rank
 from gigatok_ds.data.codes import CodeDataset
 from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of, scale_pixels, to_tensor
 from gigatok_ds.errors import InputError
@@ -28,7 +29,7 @@ from gigatok_ds.models.quantizer import VectorQuantizer
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.packing import code_directory
 from gigatok_ds.packing.shard_writer import Sample, write_shards
-from gigatok_ds.parallel.launched import LaunchedRank, launched_rank
+from gigatok_ds.parallel.rank_device import rank_device
 from gigatok_ds.sampling.augmented_views import views_of
 from gigatok_ds.sampling.extract import extract_codes
 from gigatok_ds.sampling.read_later import read_later
@@ -74,7 +75,7 @@ def source(tmp_path_factory):
     return folder
 
 
-def extract(source, out, rank=LaunchedRank(), **changes):
+def extract(source, out, rank=ALONE, **changes):
     """What the command does, with two crops of each image."""
     arguments = dict(batch_size=BATCH, samples_per_shard=PER_SHARD, tokenizer="tokenizer", images="images",
                      crops="flip")
@@ -427,25 +428,15 @@ def test_unknown_crops_are_refused(kind):
         views_of(kind, 16)
 
 
-def test_a_rank_is_what_the_launcher_says():
-    assert launched_rank({}) == LaunchedRank(rank=0, world_size=1, local_rank=0)
-    fifth = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-    assert launched_rank(fifth) == LaunchedRank(rank=5, world_size=8, local_rank=1)
-    for environment in ({"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
-                        {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}):
-        with pytest.raises(InputError, match="RANK"):
-            launched_rank(environment)
-
-
 def test_each_rank_has_a_device_of_its_own(monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     rank = LaunchedRank(rank=5, world_size=8, local_rank=1)
-    assert [str(rank.device(name)) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    assert [str(rank_device(rank, name)) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
     assert taken == [torch.device("cuda", 1), torch.device("cuda", 0)]
     with pytest.raises(InputError, match="rank 6 would use GPU 2 of its host and sees 2"):
-        LaunchedRank(rank=6, world_size=8, local_rank=2).device("cuda")
+        rank_device(LaunchedRank(rank=6, world_size=8, local_rank=2), "cuda")
     for name in ("gpu", "mps"):
         with pytest.raises(InputError, match=f"device '{name}' is not known"):
-            rank.device(name)
+            rank_device(rank, name)

@@ -7,7 +7,7 @@ import time
 import pytest
 from rank_runs import start_rank
 
-from gigatok_ds.demo.pipeline import free_port
+from gigatok_ds.cluster.local_job import free_port
 
 RANKS = 4
 

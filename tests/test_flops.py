@@ -8,11 +8,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import GPT, TOKENIZER
 
+from gigatok_ds.compat import timm_library
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.losses import composition
 from gigatok_ds.models.quantizer import VectorQuantizer
 from gigatok_ds.monitoring.flops import GPTFlops, TokenizerFlops, counted, own_formulas
-from gigatok_ds.optional_imports import timm_library
 
 BATCH, IMAGES, CODES, TOKENS, DIM = 8, 4, 64, 8, 4
 

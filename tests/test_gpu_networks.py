@@ -6,6 +6,7 @@ from dispatch_modes import Counter, Layouts
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gigatok_ds.compat import timm_library
 from gigatok_ds.config.model import CNNConfig
 from gigatok_ds.kernels import group_norm_ops
 from gigatok_ds.losses.feature_distance import ResNetLogits, resnet_file
@@ -17,7 +18,6 @@ from gigatok_ds.models.discriminators.stylegan import StyleGANDiscriminator
 from gigatok_ds.models.frozen.pretrained_files import RANDOM
 from gigatok_ds.models.gpt import RMSNorm
 from gigatok_ds.models.rotary import rotary_table, rotate
-from gigatok_ds.optional_imports import timm_library
 
 CNN = CNNConfig(base_channels=32, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), residual_blocks=1,
                 attention=True)

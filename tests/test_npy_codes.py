@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from gigatok_ds.cli.main import main
+from gigatok_ds.cluster.launched import LaunchedRank
 from gigatok_ds.data.codes import CodeDataset
 from gigatok_ds.errors import InputError
 from gigatok_ds.packing.npy_codes import convert_npy_codes
-from gigatok_ds.parallel.launched import LaunchedRank
 
 COUNT = 13
 

@@ -124,7 +124,7 @@ def test_clusters():
     assert device_named("NVIDIA H100 80GB HBM3", 85_000_000_000) == DEVICES["H100"]
     with pytest.raises(InputError, match="--auto does not know Tesla T4"):
         device_named("Tesla T4", 16 << 30)
-    here = cluster_here({"WORLD_SIZE": "8", "LOCAL_SIZE": "4"})
+    here = cluster_here({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"})
     assert (here.hosts, here.per_host) == (2, 4)
 
 

@@ -21,7 +21,8 @@ runpy.run_module("gigatok_ds", run_name="__main__")
 
 
 def run(monkeypatch, ranks: str, *arguments: str) -> subprocess.CompletedProcess:
-    monkeypatch.setenv("WORLD_SIZE", ranks)
+    for name, value in {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True)
 
 

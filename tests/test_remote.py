@@ -580,14 +580,14 @@ def test_tars_of_the_user_beside_the_copies_are_left_alone(shards, serve, tmp_pa
 
 def test_ranks_of_a_job_rely_on_one_of_them(bare, serve, cache, monkeypatch):
     server = serve(bare)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_PORT", "1234")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1234"}.items():
+        monkeypatch.setenv(name, value)
     for port, asks in (("1234", True), ("1234", False), ("1235", True), ("1235", False)):
         monkeypatch.setenv("MASTER_PORT", port)
         before = len(server.requests)
         assert len(open_shards(server.url, cache=cache)) == 23
         assert (len(server.requests) > before) == asks
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("RANK")
     before = len(server.requests)
     open_shards(server.url, cache=cache)
     assert len(server.requests) > before  # a process by itself always looks

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from gigatok_ds.compat import timm_library
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.losses import SemanticConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.losses.semantic import Teacher, alignment_loss, check_teacher, teacher_file
-from gigatok_ds.optional_imports import timm_library
 
 
 def seeded(seed=0):

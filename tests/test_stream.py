@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from stream_ranks import GLOBAL_BATCH, image_batches, lines
 from test_reader import take, with_bad_images
 
+from gigatok_ds.cluster.local_job import free_port
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, epoch_order
-from gigatok_ds.demo.pipeline import free_port
 from gigatok_ds.shards.index import ShardIndex
 
 RANKS = Path(__file__).parent / "stream_ranks.py"

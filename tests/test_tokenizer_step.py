@@ -14,6 +14,7 @@ from saved_runs import read_weights
 from torch import nn
 from training_runs import prepare
 
+from gigatok_ds.compat import timm_library
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.data.decoding import training_transform
@@ -23,7 +24,6 @@ from gigatok_ds.models.discriminators import dino
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.monitoring.metrics import read_metrics
-from gigatok_ds.optional_imports import timm_library
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import SampleDraws, stream_key, torch_stream
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from saved_runs import read_weights
-from training_runs import LAUNCHER, free_port, partitioning, prepare
+from training_runs import LAUNCHER, partitioning, prepare
 
 from gigatok_ds.checkpoint.original import build_on_meta
+from gigatok_ds.cluster.local_job import free_port
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
 

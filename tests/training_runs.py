@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 from rank_runs import run_main
 
+from gigatok_ds.cluster.local_job import free_port
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.data.codes import CodeSample, write_code_shards
-from gigatok_ds.demo.pipeline import free_port
 from gigatok_ds.packing.shard_writer import Sample, write_shards
 from gigatok_ds.resilience.fault_injection import parse_fault
 from gigatok_ds.training.run import run_training

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gigatok_ds.cluster.launched import launched_rank_or_alone
 from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError, MachineError, exit_code
 from gigatok_ds.signals import interrupts_noted
@@ -136,11 +137,11 @@ def one_rank_first() -> str:
     A launcher ends the others as soon as one has ended, which is before their turn; the first of each host has its own,
     in case only its host is at fault. Returns what tells a later rank's message from that of the first.
     """
-    rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    if rank == "0" or not rank.isdecimal():
+    rank = launched_rank_or_alone()
+    if rank.is_first:
         return ""
-    time.sleep(TURN_SECONDS if local == "0" else 2 * TURN_SECONDS)
-    return f"rank {rank} on host {socket.gethostname()}: "
+    time.sleep(TURN_SECONDS if rank.is_first_of_host else 2 * TURN_SECONDS)
+    return f"rank {rank.rank} on host {socket.gethostname()}: "
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,1 +1,1 @@
-"""Several hosts: the hostfile, what ranks are given over ssh, and the checks before a job can hang."""
+"""Hosts and ranks: the hostfile, what a launcher says, what goes over ssh, the checks before a job can hang."""

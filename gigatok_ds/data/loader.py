@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from multiprocessing import connection
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from gigatok_ds.compat import sockets_without_files
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.data.bad_samples import BadSample, BadSamples
 from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, SampleAddress
@@ -27,7 +26,6 @@ MAX_REPLACEMENTS = 16  # undecodable images in a row before the data as a whole 
 
 _PICKLED = 4096  # bytes
 _SHARED = "/dev/shm"
-_sockets = itertools.count()  # of this process
 _HANDED_OVER = (InputError, MachineError)
 _BAD = "bad"  # a batch's BadSamples, on their way from a worker
 
@@ -60,8 +58,7 @@ def _collate(items: list) -> Batch | Exception:
 
 def _prepare_worker(worker: int) -> None:
     keep_freed_memory()
-    # Workers hand tensors over by a socket, of which multiprocessing makes a file: a killed worker would leave it.
-    connection.arbitrary_address = lambda family: f"\0gigatok-ds-{os.getpid()}-{next(_sockets)}"
+    sockets_without_files()
 
 
 def _told(error: RuntimeError | OSError) -> Exception | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 
 from gigatok_ds.checkpoint.export_run import export_run
 from gigatok_ds.checkpoint.standalone import identify, load_tokenizer
+from gigatok_ds.cluster.local_job import free_port, rank_environment
 from gigatok_ds.config.load import recipe_to_dict
 from gigatok_ds.data.codes import METADATA_FILE
 from gigatok_ds.demo.demo_evaluation import evaluate
@@ -26,7 +26,6 @@ from gigatok_ds.ownership import is_unused, owned
 from gigatok_ds.packing.shard_writer import write_shards
 from gigatok_ds.sampling.augmented_views import views_of
 from gigatok_ds.sampling.extract import extract_codes
-from gigatok_ds.studies.stages import rank_environment
 
 CODE_VIEWS = 8  # encoded crops per training image
 CODE_BATCH = 512  # crops encoded at a time
@@ -119,10 +118,3 @@ class Demo(Workspace):
 
 def announce(text: str) -> None:
     print(f"== {text}", file=sys.stderr, flush=True)
-
-
-def free_port() -> int:
-    """A TCP port on the loopback interface that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from gigatok_ds.compat import compiled_versions
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.kernels import build
 
-# Blocks of different shapes count as versions of one function; torch would give up compiling it after eight.
-VERSIONS = 128
+VERSIONS = 128  # of a function: blocks of different shapes
 
 
 def compile_of(mode: str, device: torch.device, settings: dict, *,
@@ -85,8 +85,7 @@ def compile_(network: nn.Module, mode: str, device: torch.device, *, stage: int,
     if lacking := missing(device):
         raise InputError(f"training.compile is {mode}, for which {lacking} is needed and there is none; install "
                          f"{'g++, set CXX' if 'C++' in lacking else 'it'}, or use training.compile=none")
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, VERSIONS)
+    compiled_versions(VERSIONS)
     eager = set(network.get_submodule(twice).modules()) if twice and stage == 3 else set()
     blocks = [module for module in parts_of(network) if module not in eager]
     for block in blocks:

@@ -21,6 +21,7 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.fragments import SavedEngine, Snapshot
+from gigatok_ds.compat import no_shared_memory_op, search_at_lowest_scale
 from gigatok_ds.config.recipe import OptimizerConfig
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.engine.ema import ShardedEMA
@@ -82,6 +83,7 @@ class Engine:
         self._norm: Tensor | float | None = None
         self._told_left_out = False  # whether DeepSpeed has counted the last update as left out
         check_spread(network, topology, deepspeed.zero.GatheredParameters)
+        search_at_lowest_scale(self._engine.optimizer)
         zero = zero_stage(self._engine, self.stage, topology)
         self._state, self._gradients = LiveState(zero, whole), LiveGradients(zero)
         self._remembered: list[Tensor] = []
@@ -224,8 +226,7 @@ def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dic
 
 
 def _prepare() -> None:
-    # DeepSpeed would compile a shared-memory all-reduce that only inference uses, and fail without ninja.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    no_shared_memory_op(deepspeed)
     if not torch.cuda.is_available():
         keep_freed_memory()
     if not deepspeed.comm.is_initialized():

@@ -17,9 +17,6 @@ class LiveGradients:
 
     def __init__(self, zero: ZeroStage):
         self._zero, self._engine = zero, zero.engine
-        if getattr(getattr(zero.optimizer, "loss_scaler", None), "raise_error_at_min_scale", False):
-            # How many steps in a row may be left out is the step guard's to say, in one line.
-            zero.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def finite(self) -> Tensor:
         """Whether all of them are, as a boolean on the device."""

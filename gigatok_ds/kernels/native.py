@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gigatok_ds.cluster.launched import launched_rank_or_alone
 from gigatok_ds.errors import InputError
 from gigatok_ds.kernels import build
 
@@ -84,7 +85,7 @@ def load() -> Library:
     except build.Unavailable as error:
         return Library(reason=str(error))
     except (build.Failed, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if launched_rank_or_alone().is_first_of_host:
             _tell("the quantizer runs in plain PyTorch, without its native kernels; gigatok-ds doctor says why")
         return Library(reason=str(error))
     devices = tuple(device for device, key in _KEYS.items()

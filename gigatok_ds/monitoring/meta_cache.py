@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+MOST = 100_000  # results, more than any network here has; some 50 MB
+
 # By operator and arguments: (shape, strides, type) of each tensor that it returns, and whether they come as a tuple.
 _KNOWN: dict[Hashable, tuple[list[tuple], bool]] = {}
 
@@ -29,6 +31,8 @@ def called(function: OpOverload, args: Sequence, kwargs: Mapping) -> object:
     result = function(*args, **kwargs)
     outputs = result if isinstance(result, tuple) else (result,)
     if all(map(_is_plain, outputs)):
+        if len(_KNOWN) == MOST:
+            _KNOWN.clear()
         _KNOWN[key] = [(output.shape, output.stride(), output.dtype) for output in outputs], isinstance(result, tuple)
     return result
 

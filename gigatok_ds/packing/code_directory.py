@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from gigatok_ds.cluster.launched import LaunchedRank
 from gigatok_ds.data.codes import (
     CODE_EXTENSIONS,
     METADATA_FILE,
@@ -32,7 +33,6 @@ from gigatok_ds.data.codes import (
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
 from gigatok_ds.ownership import OWNER_FILE, owned
-from gigatok_ds.parallel.launched import LaunchedRank
 from gigatok_ds.shards.index import INDEX_FILE, TABLE_FILE, Contents, build_table, write_index
 from gigatok_ds.shards.tar_scan import Entry, scan_tar
 from gigatok_ds.shards.tar_shard import describe_shard

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from gigatok_ds.cluster.launched import ALONE, LaunchedRank
 from gigatok_ds.data.codes import CodeSample, new_metadata
 from gigatok_ds.errors import InputError
 from gigatok_ds.npy_files import parse_npy
 from gigatok_ds.packing.code_directory import CodeDirectory
-from gigatok_ds.parallel.launched import LaunchedRank
 from gigatok_ds.untrusted import brief
 
 _CODES, _LABELS = "_codes", "_labels"
@@ -64,7 +64,7 @@ class NpyCodes:
 
 
 def convert_npy_codes(directory: str | Path, out: str | Path, *, codebook_size: int, samples_per_shard: int = 10_000,
-                      rank: LaunchedRank = LaunchedRank()) -> None:
+                      rank: LaunchedRank = ALONE) -> None:
     """Write the original's codes as code shards to `out`; interrupted, it goes on where it was.
 
     Keys are the file numbers with eight digits. Raises InputError for a code outside 0 ... codebook_size - 1, samples

@@ -1,7 +1,6 @@
 """Megatron-core: its process groups, and its tensor-parallel layers behind `Layers`.
 
-The only file that imports Megatron. Its layers ask torch for the current CUDA device even where there is none; on a
-machine without GPUs that question is answered with the CPU.
+The only file that imports Megatron.
 """
 
 from __future__ import annotations
@@ -9,10 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gigatok_ds.optional_imports import without_wandb
-
-if not torch.cuda.is_available():
-    torch.cuda.current_device = lambda: torch.device("cpu")
+from gigatok_ds.compat import current_device_without_gpus, without_wandb
 
 with without_wandb():
     from megatron.core import parallel_state, tensor_parallel
@@ -24,6 +20,8 @@ from gigatok_ds.parallel.layers import REPLICATED_REGION, TensorParallelLayers
 from gigatok_ds.parallel.partial import mark_partial_parameter
 from gigatok_ds.parallel.reduce import RankMean
 from gigatok_ds.parallel.sharding import TensorShard, column_shards, row_shards, vocab_shards
+
+current_device_without_gpus()
 
 
 def start_groups(tensor_size: int) -> None:

@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gigatok_ds.cluster.launched import launched_rank
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel import flight_recorder
 from gigatok_ds.parallel.cuda_queues import order_kernels
 from gigatok_ds.parallel.layers import PLAIN, Layers, PlainLayers
 from gigatok_ds.parallel.reduce import RankMean
-
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,29 +131,43 @@ def start_process_group(*, tensor_size: int = 1, sequence_parallel: bool = False
     NCCL on GPUs, gloo on CPUs; collectives may take `timeout` (None: torch's default). Raises InputError when
     `tensor_size` does not fit the ranks.
     """
-    launched = all(name in os.environ for name in _LAUNCHED)
-    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
-    # DeepSpeed's launcher and torchrun call it differently.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    check_layout(world_size, local_size, tensor_size)
+    here = launched_rank()
+    if not here.is_alone and not here.rendezvous:
+        raise InputError(f"this is rank {here.rank} of {here.world_size}, but MASTER_ADDR and MASTER_PORT do not say "
+                         "where ranks meet; set them, or unset RANK")
+    check_layout(here.world_size, here.local_size, tensor_size)
     order_kernels(tensor_size)
-    device = _device(int(os.environ["LOCAL_RANK"]) if launched else 0)
+    device = _device(here.local_rank)
     if not dist.is_initialized():
         flight_recorder.switch_on()
         backend = "nccl" if device.type == "cuda" else "gloo"
         # With its device NCCL connects at once, and not in the middle of the first step.
         options = {"timeout": timeout, "device_id": device if device.type == "cuda" else None}
-        if launched:
+        if here.rendezvous:
             dist.init_process_group(backend, **options)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it even in a single process
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
-    rank = dist.get_rank()
+    rank, world_size = dist.get_rank(), here.world_size
     if tensor_size > 1:
         return _tensor_parallel(rank, world_size, device, sequence_parallel, tensor_size)
     layers = PlainLayers(RankMean(dist.group.WORLD, world_size)) if world_size > 1 else PLAIN
     return Topology(rank=rank, world_size=world_size, device=device, data_rank=rank, data_size=world_size,
                     data_group=dist.group.WORLD, layers=layers)
+
+
+def join_ranks(device: str, tensor_size: int = 1) -> Topology:
+    """This process among those that the launcher started, as in training, or alone, without a process group.
+
+    Raises InputError when several ranks would run on another kind of device.
+    """
+    if launched_rank().is_alone and tensor_size == 1:
+        return single_process(device)
+    topology = start_process_group(tensor_size=tensor_size)
+    if topology.device.type != torch.device(device).type:
+        raise InputError(f"--device is {device}, but several ranks run on {topology.device.type} here; choose that, or "
+                         "hide the GPUs with CUDA_VISIBLE_DEVICES=")
+    return topology
 
 
 def _device(local_rank: int) -> torch.device:

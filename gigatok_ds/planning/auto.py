@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from gigatok_ds.cluster.launched import launched_rank
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.planning.cluster import Cluster
 from gigatok_ds.planning.devices import device_named, this_cpu
@@ -19,14 +20,13 @@ def cluster_here(environment: Mapping[str, str]) -> Cluster:
 
     Raises InputError for a GPU that is not known.
     """
-    ranks = int(environment.get("WORLD_SIZE", 1))
-    per_host = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or ranks)
+    rank = launched_rank(environment)
     if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(int(environment.get("LOCAL_RANK", 0)))
+        found = torch.cuda.get_device_properties(rank.local_rank)
         device = device_named(found.name, found.total_memory)
     else:
-        device = this_cpu(per_host)
-    return Cluster(hosts=ranks // per_host, per_host=per_host, device=device)
+        device = this_cpu(rank.local_size)
+    return Cluster(hosts=rank.world_size // rank.local_size, per_host=rank.local_size, device=device)
 
 
 def plan_here(recipe: Recipe) -> Plan:

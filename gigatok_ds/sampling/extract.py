@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gigatok_ds.cluster.launched import ALONE, LaunchedRank
 from gigatok_ds.data.codes import CodeSample, new_metadata
 from gigatok_ds.data.loader import BatchLoader
 from gigatok_ds.data.prefetch import on_device
@@ -16,7 +17,6 @@ from gigatok_ds.data.transforms import decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.packing.code_directory import CodeDirectory
-from gigatok_ds.parallel.launched import LaunchedRank
 from gigatok_ds.precision import float32_arithmetic
 from gigatok_ds.sampling.augmented_views import Views
 from gigatok_ds.sampling.read_later import read_later
@@ -26,7 +26,7 @@ from gigatok_ds.shards.remote import open_shards, short_name
 
 def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, views: Views, provenance: dict,
                   batch_size: int = 32, samples_per_shard: int = 10_000, workers: int = 0, tf32: bool = False,
-                  rank: LaunchedRank = LaunchedRank()) -> None:
+                  rank: LaunchedRank = ALONE) -> None:
     """Encode every view of every image of `shards`, a directory or a URL, once into code shards (views, T).
 
     They have the images' keys and labels.

@@ -7,7 +7,6 @@ generate.py). So the work is the list of numbers that are not there yet, cut int
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import to_uint8
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.ownership import owned_by_first
-from gigatok_ds.parallel.topology import Topology, single_process, start_process_group
+from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.sampling.batch_size import default_batch_size
 from gigatok_ds.sampling.collection import claim, collection_at
 from gigatok_ds.sampling.generate import Sampler, check_numbers
@@ -59,17 +58,6 @@ class SamplingJob:
     def size(self, gpt: GPT, topology: Topology) -> int:
         """Images at a time, the same on all ranks."""
         return topology.from_first(default_batch_size(gpt)) if self.batch_size is None else self.batch_size
-
-
-def join_ranks(device: str, tensor_size: int) -> Topology:
-    """This process among those that the launcher started (RANK, WORLD_SIZE, ... as in training), or alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and tensor_size == 1:
-        return single_process(device)
-    topology = start_process_group(tensor_size=tensor_size)
-    if topology.device.type != torch.device(device).type:
-        raise InputError(f"--device is {device}, but several ranks run on {topology.device.type} here; choose that, or "
-                         "hide the GPUs with CUDA_VISIBLE_DEVICES=")
-    return topology
 
 
 def draw_grid(job: SamplingJob, topology: Topology, classes: list[int], out: Path, *, per_class: int) -> None:

@@ -19,6 +19,7 @@ from fcntl import LOCK_EX, LOCK_SH, flock
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from gigatok_ds.cluster.launched import launched_rank_or_alone
 from gigatok_ds.config.location import is_remote, masked
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import is_scratch_of, write_atomically, written_aside
@@ -299,7 +300,7 @@ def _job() -> str:
 def _checked_by_this_job(tars: RemoteTars) -> bool:
     """Whether another rank of this host has just compared the copies with the remote side, or could not reach it."""
     path = tars.directory / _CHECKED
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not path.is_file():
+    if launched_rank_or_alone().is_alone or not path.is_file():
         return False
     return path.read_text() == _job() and time.time() - path.stat().st_mtime < _TRUSTED
 

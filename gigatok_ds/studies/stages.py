@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gigatok_ds.cluster.local_job import rank_environment
 from gigatok_ds.errors import InputError
 
 STDERR = 2  # stages tell their progress; what we print is the result
@@ -65,9 +65,3 @@ class Launcher:
 
 def _ended(stage: Stage) -> bool:
     return stage.done is not None and stage.done.exists()
-
-
-def rank_environment(ranks: int) -> dict[str, str]:
-    """The environment for `ranks` processes on this machine: they share its cores unless the user decided."""
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    return {"OMP_NUM_THREADS": threads} | os.environ

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from gigatok_ds.cluster.launched import launched_rank
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.inception import inception_file, load_inception
@@ -31,7 +31,7 @@ def check_frozen(recipe: Recipe) -> None:
     weights = recipe.validation.inception
     inception = None if weights is None else inception_file(weights, _INCEPTION)
     for file in [*weight_files(recipe.loss), *([inception] if inception else [])]:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if launched_rank().is_first_of_host:
             file.fetch()
         if not (file.is_random or file.wants_download):
             file.find()

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gigatok_ds.parallel.launched import launched_rank
+    from gigatok_ds.cluster.launched import launched_rank
 
     _check(args)
     rank = launched_rank()
@@ -48,16 +48,17 @@ def run(args: argparse.Namespace) -> int:
                           samples_per_shard=args.samples_per_shard)
     else:
         _extract(args, rank)
-    print(f"wrote {args.out}" if rank.rank == 0 else f"rank {rank.rank} wrote its share of {args.out}")
+    print(f"wrote {args.out}" if rank.is_first else f"rank {rank.rank} wrote its share of {args.out}")
     return 0
 
 
 def _extract(args: argparse.Namespace, rank) -> None:
     from gigatok_ds.checkpoint.standalone import identify, load_tokenizer
+    from gigatok_ds.parallel.rank_device import rank_device
     from gigatok_ds.sampling.augmented_views import views_of
     from gigatok_ds.sampling.extract import extract_codes
 
-    tokenizer = load_tokenizer(args.tokenizer, device=str(rank.device(args.device or "cpu")))
+    tokenizer = load_tokenizer(args.tokenizer, device=str(rank_device(rank, args.device or "cpu")))
     extract_codes(
         tokenizer, args.shards, args.out, rank=rank, samples_per_shard=args.samples_per_shard,
         views=views_of("ten-crop" if args.crops is None else args.crops, tokenizer.config.image_size),

@@ -54,12 +54,11 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.cli.measures import MEASURES
     from gigatok_ds.evaluation.results import check_results, in_words, write_results
     from gigatok_ds.ownership import owned_by_first
-    from gigatok_ds.parallel.topology import stop_process_group
+    from gigatok_ds.parallel.topology import join_ranks, stop_process_group
     from gigatok_ds.precision import float32_arithmetic
-    from gigatok_ds.sampling.many import join_ranks
 
     _check(args)
-    topology = join_ranks(args.device, 1)
+    topology = join_ranks(args.device)
     try:
         with float32_arithmetic(), owned_by_first(args.out, topology):
             if topology.is_first:

@@ -46,15 +46,14 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.errors import InputError
     from gigatok_ds.evaluation.results import check_results, in_words, write_results
     from gigatok_ds.ownership import owned_by_first
-    from gigatok_ds.parallel.topology import stop_process_group
+    from gigatok_ds.parallel.topology import join_ranks, stop_process_group
     from gigatok_ds.precision import float32_arithmetic
-    from gigatok_ds.sampling.many import join_ranks
 
     if args.gpt is None and (args.depth is not None or args.no_dropout):
         raise InputError("--depth and --no-dropout belong to --gpt; a tokenizer's features are named by --features")
     if args.gpt is not None and args.features is not None:
         raise InputError("--features are the tokenizer's; with --gpt leave them out")
-    topology = join_ranks(args.device, 1)
+    topology = join_ranks(args.device)
     try:
         with float32_arithmetic(), owned_by_first(args.out, topology):
             if topology.is_first:

@@ -53,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.errors import InputError
-    from gigatok_ds.parallel.topology import stop_process_group
+    from gigatok_ds.parallel.topology import join_ranks, stop_process_group
     from gigatok_ds.precision import float32_arithmetic
     from gigatok_ds.sampling.images import check_per_class
-    from gigatok_ds.sampling.many import SamplingJob, draw_grid, draw_many, join_ranks
+    from gigatok_ds.sampling.many import SamplingJob, draw_grid, draw_many
 
     if args.classes is not None and args.balanced:
         raise InputError("--balanced belongs to --count; a grid has the classes that --classes names")

@@ -14,11 +14,11 @@ serves several cool-downs, each a run of its own:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gigatok_ds.cluster.launched import launched_rank
 from gigatok_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _recommended(recipe: Recipe, overrides: list[str]) -> tuple[Recipe, int]:
     if decided:
         raise InputError(f"{decided[0]} and --auto both say how to train; leave one of them out")
     plan = plan_here(recipe)
-    if os.environ.get("RANK", "0") == "0":
+    if launched_rank().is_first:
         print(f"--auto: {' '.join(plan.layout.arguments(recipe))} ({plan.memory.peak / 1e9:.1f} of "
               f"{plan.usable / 1e9:.1f} GB at most, by estimate)", file=sys.stderr)
     return plan.layout.applied_to(recipe), plan.layout.stage

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigatok_ds.compat import timm_library
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.frozen.pretrained import autocast, build_frozen
 from gigatok_ds.models.frozen.pretrained_files import WeightFile
-from gigatok_ds.optional_imports import timm_library
 from gigatok_ds.precision import NAMES
 from gigatok_ds.streams import SampleDraws
 

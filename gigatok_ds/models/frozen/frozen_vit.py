@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigatok_ds.compat import timm_library
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.frozen.pretrained import autocast, build_frozen
 from gigatok_ds.models.frozen.pretrained_files import WeightFile
-from gigatok_ds.optional_imports import timm_library
 
 # DINOv2 (Oquab et al. 2023, arXiv:2304.07193), plain and with registers; SigLIP's shape-optimised ViT (Zhai et al.
 # 2023, arXiv:2303.15343) and CLIP trained on DFN-2B (Fang et al. 2023, arXiv:2309.17425): timm's names.
