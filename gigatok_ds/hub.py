@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import nn
@@ -51,6 +52,7 @@ class _OnHub(ModelHubMixin):
         self.origin = origin or getattr(network, "origin", {})
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        assert isinstance(self, (Tokenizer, GPT))
         with tempfile.TemporaryDirectory(prefix=".gigatok-ds.", dir=save_directory.parent) as scratch:
             written = save_standalone(Path(scratch) / "model", self.config, self.state_dict(), provenance=self.origin,
                                       classes=getattr(self, "class_names", ()))
@@ -65,9 +67,10 @@ class _OnHub(ModelHubMixin):
         return super().push_to_hub(repo_id, **{"delete_patterns": WEIGHTS} | settings)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None,
-                         force_download: bool, local_files_only: bool, token: str | bool | None, device: str = "cpu",
-                         dtype: torch.dtype = torch.float32):
+    def _from_pretrained(  # type: ignore[override]  # of the mixin's "any settings", these models have two
+        cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None, force_download: bool,
+        local_files_only: bool, token: str | bool | None, device: str = "cpu", dtype: torch.dtype = torch.float32,
+    ) -> Self:
         folder = Path(model_id)
         if not folder.is_dir():
             folder = Path(snapshot_download(model_id, revision=revision, cache_dir=cache_dir,

@@ -19,9 +19,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from gigatok_ds.errors import InputError
+
+Value = TypeVar("Value")
 
 OWNER_FILE = ".owner.json"
 BEAT_SECONDS = 5.0
@@ -35,9 +37,10 @@ _held: dict[Path, int] = {}  # descriptors, by the directory
 class Ranks(Protocol):
     """What is needed of `parallel.topology.Topology`."""
 
-    is_first: bool
+    @property
+    def is_first(self) -> bool: ...
 
-    def from_first(self, value): ...
+    def from_first(self, value: Value) -> Value: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,7 @@ class _Lock:
             if free is False and runs is False and time.monotonic() < patience:
                 time.sleep(0.2)  # another one that just started, or what a dead owner leaves behind
                 continue
-            if free is False or runs or (runs is None and self._beats(other)):
+            if free is False or runs or (other and runs is None and self._beats(other)):
                 raise InputError(
                     f"{self.directory} is being written by {other or 'another process'}; wait until that has "
                     "ended, end it, or choose another directory"

@@ -19,7 +19,7 @@ def from_plain(hint: Any, value: Any, where: str) -> Any:
     Raises InputError, naming the place below `where`, for an unknown or missing name, for another type (true is no
     number, and a float is no int), and for a number beyond 64 bits.
     """
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _instance(hint, value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ def float32_arithmetic(*, tf32: bool = False) -> Iterator[None]:
 
     torch's own default is to round in convolutions only.
     """
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    # Both make up what they have when they are asked for it.
+    settings: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [setting.allow_tf32 for setting in settings]
     try:
         for setting in settings:

@@ -26,7 +26,7 @@ class CheckpointConfig:
     best: Literal["lowest", "highest"] = "lowest"
     asynchronous: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "checkpoint", every=self.every, keep=self.keep, keep_every=self.keep_every)
         at_least(0, "checkpoint", keep_best=self.keep_best)
         if (self.keep_best > 0) != (self.best_metric is not None):

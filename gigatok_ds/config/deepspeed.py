@@ -19,7 +19,7 @@ from gigatok_ds.config.deepspeed_keys import (
     nearest,
     refuse_unsupported,
 )
-from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 
 AUTO = "auto"
@@ -41,7 +41,7 @@ _RECIPE_KEYS = {
 _PER_RANK = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def zero_settings(stage: int, *, offload: bool = False) -> dict:
+def zero_settings(stage: int, *, offload: bool = False) -> dict[str, Any]:
     """The settings of ds_configs/zero{stage}[_offload].json: what `--zero STAGE` stands for.
 
     offload (stage 3 only) keeps parameters and optimizer state in host memory.
@@ -49,7 +49,7 @@ def zero_settings(stage: int, *, offload: bool = False) -> dict:
     if (stage, offload) not in BUNDLED.values():
         wanted = f"ZeRO stage {stage}{' with offload' if offload else ''}"
         raise InputError(f"{wanted} is not available; allowed are stages 0 to 3, and offload with stage 3")
-    zero: dict = {"stage": stage}
+    zero: dict[str, Any] = {"stage": stage}
     if stage >= 1:
         # At stages 1 and 2 DeepSpeed lets the host wait for the whole device before it reduces a bucket beside the
         # backward pass, and at its end; in order with it, nothing waits. Its default of 5e8 elements a bucket would
@@ -76,7 +76,7 @@ def zero_settings(stage: int, *, offload: bool = False) -> dict:
     return settings | ({"zero_force_ds_cpu_optimizer": False} if offload else {})
 
 
-def read_settings(path_or_name: str | Path) -> dict:
+def read_settings(path_or_name: str | Path) -> dict[str, Any]:
     """A DeepSpeed JSON file, or the bundled settings of that name (zero0 ... zero3_offload).
 
     Raises InputError when it is missing, not a JSON object, or says something twice.
@@ -97,8 +97,8 @@ def read_settings(path_or_name: str | Path) -> dict:
     return settings
 
 
-def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *, data_parallel_size: int,
-                      source: str | None = None) -> tuple[dict, list[str]]:
+def resolve_deepspeed(settings: str | Path | dict[str, Any], recipe: Recipe, *, data_parallel_size: int,
+                      source: str | None = None) -> tuple[dict[str, Any], list[str]]:
     """Settings for DeepSpeed with every `auto` filled in, and warnings about those without effect.
 
     settings is a path, a bundled name or a dictionary; errors call it `source`. What it states must agree with the
@@ -135,7 +135,7 @@ def resolve_deepspeed(settings: str | Path | dict, recipe: Recipe, *, data_paral
     return given, _warnings(given, source)
 
 
-def check_settings(settings: str | Path | dict, recipe: Recipe) -> tuple[dict, str]:
+def check_settings(settings: str | Path | dict[str, Any], recipe: Recipe) -> tuple[dict[str, Any], str]:
     """Settings of which nothing is refused, with `auto` resolved as far as no number of ranks is needed, and what they
     are called.
 
@@ -148,18 +148,19 @@ def check_settings(settings: str | Path | dict, recipe: Recipe) -> tuple[dict, s
     return resolve_deepspeed(given, recipe, data_parallel_size=1, source=source)[0], source
 
 
-def _source(settings: str | Path | dict) -> str:
+def _source(settings: str | Path | dict[str, Any]) -> str:
     return "the DeepSpeed settings" if isinstance(settings, dict) else str(settings)
 
 
-def scaler_search(settings: dict) -> int:
+def scaler_search(settings: dict[str, Any]) -> int:
     """How many steps in a row fp16's loss scaling may leave out on its way from its initial scale to its lowest, by
     resolved settings; 0 without a scale that is searched for."""
     fp16 = settings["fp16"]
     if not fp16["enabled"] or fp16.get("loss_scale", 0):
         return 0
     halvings = fp16.get("initial_scale_power", 16) - math.log2(fp16.get("min_loss_scale", 1))
-    return math.ceil(halvings) + fp16.get("hysteresis", 2) - 1
+    steps: int = math.ceil(halvings) + fp16.get("hysteresis", 2) - 1
+    return steps
 
 
 def zero3_worth_it(parameters: int) -> str | None:
@@ -170,7 +171,7 @@ def zero3_worth_it(parameters: int) -> str | None:
             "ZeRO-1 or 2 is faster")
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
@@ -178,7 +179,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
     return dict(pairs)
 
 
-def _check_keys(settings: dict, source: str, recipe: Recipe) -> None:
+def _check_keys(settings: dict[str, Any], source: str, recipe: Recipe) -> None:
     for key, value in settings.items():
         if key in SECTIONS:
             _section(settings, key, source)
@@ -226,10 +227,10 @@ def _from_recipe(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
 
 def _check_shared_batch(recipe: Recipe, micro: int) -> None:
     """The tensor ranks of a data rank share the images of its micro batch."""
-    tensor, trains_tokenizer = recipe.parallel.tensor, isinstance(recipe, TokenizerRecipe)
-    if tensor == 1 or not (trains_tokenizer or recipe.data.tokenizer):
+    tensor = recipe.parallel.tensor
+    if tensor == 1 or (isinstance(recipe, GPTRecipe) and not recipe.data.tokenizer):
         return
-    adversarial = recipe.loss.adversarial if trains_tokenizer else None
+    adversarial = recipe.loss.adversarial if isinstance(recipe, TokenizerRecipe) else None
     # The DINO discriminator's batch norm is over that many images, on whichever rank they are.
     unit = 8 * tensor if adversarial and adversarial.discriminator == "dino" else tensor
     if micro % unit:
@@ -238,27 +239,27 @@ def _check_shared_batch(recipe: Recipe, micro: int) -> None:
                          f"choose training.micro_batch_size as a multiple of {unit}")
 
 
-def _section(settings: dict, name: str, source: str, *, create: bool = False) -> dict:
+def _section(settings: dict[str, Any], name: str, source: str, *, create: bool = False) -> dict[str, Any]:
     section = settings.setdefault(name, {}) if create else settings.get(name, {})
     if not isinstance(section, dict):
         raise InputError(f"{source}: {name} is {section!r}; it must be a JSON object")
     return section
 
 
-def _fill(settings: dict, key: str, value: Any) -> None:
+def _fill(settings: dict[str, Any], key: str, value: Any) -> None:
     if settings.get(key, AUTO) == AUTO:
         settings[key] = value
 
 
-def _auto_keys(settings: dict, prefix: str = "") -> list[str]:
-    found = []
+def _auto_keys(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
     for key, value in settings.items():
         found += _auto_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else (
             [prefix + key] if value == AUTO else [])
     return found
 
 
-def _refuse_harmful(settings: dict, source: str, recipe: Recipe) -> None:
+def _refuse_harmful(settings: dict[str, Any], source: str, recipe: Recipe) -> None:
     zero, tensor_ranks = settings["zero_optimization"], recipe.parallel.tensor
     if type(zero["stage"]) is not int or zero["stage"] not in range(4):
         raise InputError(f"{source}: zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3")
@@ -276,7 +277,7 @@ def _refuse_harmful(settings: dict, source: str, recipe: Recipe) -> None:
         raise InputError(f"{source}: zero_force_ds_cpu_optimizer must be false: AdamW is torch's here")
 
 
-def _warnings(settings: dict, source: str) -> list[str]:
+def _warnings(settings: dict[str, Any], source: str) -> list[str]:
     zero = settings["zero_optimization"]
     warnings = []
     if zero["stage"] < 3 and "offload_param" in zero:

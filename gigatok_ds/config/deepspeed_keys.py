@@ -55,7 +55,7 @@ _FLOAT32 = "weights and moments that are trained, and checkpoints, are float32 h
 OFF = (False, None)
 
 # What is refused unless it has one of these values, with which it changes nothing. `*` stands for any key.
-_REFUSED: dict[str, tuple[tuple, str]] = {
+_REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "wall_clock_breakdown": (OFF, "its timers allow one backward pass for each forward pass; throughput/ is logged"),
     "flops_profiler.enabled": (
         OFF,
@@ -155,7 +155,7 @@ def nearest(name: str, known: Iterable[str], *, allowed: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(allowed))}"
 
 
-def refuse_unsupported(settings: dict, source: str, recipe: Recipe) -> None:
+def refuse_unsupported(settings: dict[str, Any], source: str, recipe: Recipe) -> None:
     """Raise InputError for what would do nothing here, would break, or contradicts the recipe's precision."""
     for path, value in _leaves(settings):
         if value == "auto":  # of zero_optimization, where it stands for DeepSpeed's default
@@ -174,7 +174,7 @@ def refuse_unsupported(settings: dict, source: str, recipe: Recipe) -> None:
     _check_types(settings, source, recipe)
 
 
-def _rules(path: str) -> Iterator[tuple[tuple, str]]:
+def _rules(path: str) -> Iterator[tuple[tuple[object, ...], str]]:
     """Of a key and of the sections around it."""
     while path:
         above, _, _ = path.rpartition(".")
@@ -182,7 +182,7 @@ def _rules(path: str) -> Iterator[tuple[tuple, str]]:
         path = above
 
 
-def _leaves(settings: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Values by dotted names; an empty section is a value."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
@@ -202,7 +202,7 @@ def _check_number(path: str, value: Any, least: int, greatest: int | None, sourc
         raise InputError(f"{source}: {path} is {value!r}; an even number is expected")
 
 
-def _check_scalars(settings: dict, source: str) -> None:
+def _check_scalars(settings: dict[str, Any], source: str) -> None:
     for key in _FLAGS:
         if not isinstance(settings.get(key, False), bool):
             raise InputError(f"{source}: {key} is {settings[key]!r}; it must be true or false")
@@ -225,7 +225,7 @@ def _check_scalars(settings: dict, source: str) -> None:
                          f"begin with, 2 to the power of fp16.initial_scale_power")
 
 
-def _check_types(settings: dict, source: str, recipe: Recipe) -> None:
+def _check_types(settings: dict[str, Any], source: str, recipe: Recipe) -> None:
     """Types of numbers: those that the recipe's precision stands for, or float32 for sums over ranks."""
     precision, types = recipe.training.precision, settings.get("data_types", {})
     for key in types:

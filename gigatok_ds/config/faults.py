@@ -26,7 +26,7 @@ class FaultConfig:
     on_spike: Literal["skip", "rewind", "stop"] = "skip"
     compare_every: int = 1000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "faults", in_a_row=self.in_a_row, compare_every=self.compare_every)
         if self.spike_deviations is not None and self.spike_deviations <= 0:
             raise InputError(f"faults.spike_deviations is {self.spike_deviations}; it must be above 0, or null")

@@ -12,13 +12,13 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from gigatok_ds.config import losses, model, recipe
 from gigatok_ds.config.location import is_remote, masked
@@ -41,17 +41,17 @@ MOST_CHARACTERS, MOST_NODES = 250_000, 100_000  # of a recipe
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.
 for _schema in (*vars(model).values(), *vars(losses).values(), *vars(recipe).values()):
     if dataclasses.is_dataclass(_schema) and isinstance(_schema, type):
-        _schema.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+        with_config(ConfigDict(extra="forbid", allow_inf_nan=False))(_schema)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML with the numbers of YAML 1.2 (1e-4 is one; 010, 1:30 and dates are text), and no repeated keys."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers
-                if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -65,7 +65,7 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     seen = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
@@ -136,13 +136,16 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def without_secrets(recipe: Recipe) -> Recipe:
     """The same, with the secrets in the locations of its data masked: what may be kept and shown."""
     given = {name: getattr(recipe.data, name.removeprefix("data."), None) for name in DATA_LOCATIONS}
-    shown = {name.removeprefix("data."): masked(location) for name, location in given.items() if is_remote(location)}
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **shown))
+    shown: dict[str, Any] = {name.removeprefix("data."): masked(location) for name, location in given.items()
+                             if is_remote(location)}
+    data: Any = dataclasses.replace(recipe.data, **shown)  # of the same kind as the recipe's own
+    return dataclasses.replace(recipe, data=data)
 
 
-def recipe_to_dict(recipe: Recipe) -> dict:
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain dictionaries, lists, numbers and strings."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return plain
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
@@ -152,8 +155,8 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
             and not key.startswith(_CHANGEABLE_SECTIONS) and key.split(".")[-1] not in _CHANGEABLE]
 
 
-def _flat(data: dict, prefix: str = "") -> dict:
-    flat = {}
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{prefix}{key}"
         flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
@@ -170,7 +173,7 @@ def save_resolved(recipe: Recipe, path: str | Path) -> None:
     write_atomically(Path(path), recipe_to_yaml(without_secrets(recipe)).encode())
 
 
-def _inherited(name: str, folder: Path, seen: tuple[str, ...]) -> dict:
+def _inherited(name: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     """The mapping of a recipe, merged into that of its base. A path is relative to `folder`."""
     packaged = name in recipe_names()
     source = name if packaged else str(folder / name)
@@ -222,13 +225,13 @@ def _parse(text: str, source: str) -> Any:
         raise InputError(f"{source}: {error}") from None
 
 
-def _merged(base: dict, over: dict) -> dict:
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     both = {key: _merged(base[key], value) for key, value in over.items()
             if isinstance(value, dict) and isinstance(base.get(key), dict)}
     return base | over | both
 
 
-def _override(data: dict, schema: type, override: str) -> None:
+def _override(data: dict[str, Any], schema: type, override: str) -> None:
     """Set one `key.sub=value` in `data`. A section that is null or absent is created."""
     key, separator, text = override.partition("=")
     *sections, last = key.split(".")
@@ -244,7 +247,7 @@ def _override(data: dict, schema: type, override: str) -> None:
     data[last] = _parse(text, f"override {_show(override)}: not valid YAML, quote the value if it is text")
 
 
-def _validated(data: dict, schema: type, name: str) -> Recipe:
+def _validated(data: dict[str, Any], schema: type, name: str) -> Recipe:
     try:
         # As JSON, strictly: lists may become tuples, but "8" is not 8 and true is not 1.
         return TypeAdapter(schema).validate_json(json.dumps(data), strict=True)
@@ -273,9 +276,11 @@ def _problems(error: ValidationError, schema: type) -> Iterator[str]:
             yield f"{key} is {_show(detail['input'])}: {detail['msg'][0].lower()}{detail['msg'][1:]}{also}"
 
 
-def _located(schema: type, location: tuple) -> tuple[list[str], type | None]:
+def _located(schema: type, location: tuple[Any, ...]) -> tuple[list[str], type | None]:
     """The dotted key of a pydantic location, and the member of a union that it ends in, if it does."""
-    path, hint, member = [], schema, None
+    path: list[str] = []
+    hint: Any = schema
+    member: type | None = None
     for part in location:
         members = {getattr(option, "__name__", ""): option for option in _options(hint)}
         if len(members) > 1:
@@ -286,7 +291,7 @@ def _located(schema: type, location: tuple) -> tuple[list[str], type | None]:
     return path, member
 
 
-def _options(hint: Any) -> list:
+def _options(hint: Any) -> list[Any]:
     """The types that `hint` allows, null aside."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [option for option in typing.get_args(hint) if option is not types.NoneType]

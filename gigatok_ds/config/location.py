@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TypeGuard
 
 from gigatok_ds.errors import InputError
 
@@ -14,7 +15,7 @@ _OPTION = re.compile(r"((?:\s-u|--(?:proxy-)?user)[\s=]*['\"]?[^\s:'\"]+:)[^\s'\
 _NAMED = re.compile(r"(?i)((?:passw(?:or)?d|token|secret(?:[\w-]*key)?)=['\"]?)[^\s'\"]+")
 
 
-def is_remote(location: object) -> bool:
+def is_remote(location: object) -> TypeGuard[str]:
     """Whether a location is a URL or a command, and not a directory of this host. A Path never is."""
     return isinstance(location, str) and (location.startswith("pipe:") or "://" in location)
 

@@ -28,7 +28,7 @@ class PerceptualConfig:
     weights: str | None = None
     dropout: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dropout and self.model != "vgg":
             raise InputError("loss.perceptual.dropout is true, a setting of vgg only, not of "
                              f"{self.model}; leave it at false")
@@ -73,7 +73,7 @@ class AdversarialConfig:
     blur_downsampling: bool = False
     backbone_weights: str | None = None  # dino only: its ViT-S/16, as for the perceptual loss
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "loss.adversarial", base_channels=self.base_channels, layers=self.layers,
                  kernel_size=self.kernel_size)
         at_least(0, "loss.adversarial", start_step=self.start_step, lecam_weight=self.lecam_weight)
@@ -123,7 +123,7 @@ class TokenizerLossConfig:
         return self.auxiliary is not None and step < self.auxiliary.end_step
 
     def wants_direct_reconstruction(self, step: int) -> bool:
-        return self.wants_feature_loss(step) and self.auxiliary.direct_reconstruction
+        return self.auxiliary is not None and self.auxiliary.direct_reconstruction and self.wants_feature_loss(step)
 
     def wants_entropy(self, step: int) -> Literal["global", "data_rank"] | None:
         """Whose mean assignment the entropy term is to be of at this step, None if there is no such term."""

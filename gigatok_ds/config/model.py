@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.plain import from_plain
@@ -36,7 +36,7 @@ class TransformerSize:
     layers: int
     heads: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "transformer", width=self.width, layers=self.layers, heads=self.heads)
         if self.width % self.heads:
             raise InputError(f"transformer width {self.width} is not a multiple of its {self.heads} heads")
@@ -66,7 +66,8 @@ GPT_SIZES = {
 }
 
 
-def resolve_size(size: str | TransformerSize | dict, table: dict[str, TransformerSize], what: str) -> TransformerSize:
+def resolve_size(size: str | TransformerSize | dict[str, Any], table: dict[str, TransformerSize],
+                 what: str) -> TransformerSize:
     """The size named `size` in `table`, or `size` itself when it is spelled out."""
     if isinstance(size, TransformerSize):
         return size
@@ -91,7 +92,7 @@ class CNNConfig:
     adaptive_group_norm: bool = True
     upsample: Literal["depth_to_space", "nearest"] = "depth_to_space"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.encoder_multipliers) != len(self.decoder_multipliers):
             raise InputError("cnn.encoder_multipliers and cnn.decoder_multipliers must have the same number of levels")
         multipliers = (*self.encoder_multipliers, *self.decoder_multipliers)
@@ -107,7 +108,8 @@ class CNNConfig:
     @property
     def downscale(self) -> int:
         """Image side divided by feature-map side."""
-        return 2 ** (len(self.encoder_multipliers) - 1)
+        sides: int = 2 ** (len(self.encoder_multipliers) - 1)
+        return sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ class QuantizerConfig:
     l2_normalized: bool = True
     gradient: Literal["straight_through", "rotation"] = "rotation"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "quantizer", codebook_size=self.codebook_size, codebook_dim=self.codebook_dim)
 
 
@@ -130,7 +132,7 @@ class SemanticHeadConfig:
     depth: int = 3
     teacher_width: int = 768
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "semantic_head", teacher_width=self.teacher_width)
 
 
@@ -155,7 +157,7 @@ class TokenizerConfig:
     # 2-D layout: plain self-attention, the 1-D model's layer attending to its own input, or two self-attentions.
     layer_2d: Literal["self", "decoder", "double_self"] = "decoder"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "model", latent_tokens=self.latent_tokens, z_channels=self.z_channels)
         probability("model", dropout=self.dropout)
         for name in ("encoder", "decoder"):
@@ -215,7 +217,7 @@ class GPTConfig:
     positions: Literal["learned", "rope_2d"] = "learned"
     conditioning: Literal["prefix", "adaln", "simple_adaln"] = "prefix"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         size = resolve_size(self.size, GPT_SIZES, "size")
         at_least(1, "model", vocab_size=self.vocab_size, sequence_length=self.sequence_length,
                  num_classes=self.num_classes)
@@ -251,14 +253,16 @@ class GPTConfig:
         return -(-int(2 * (4 * self.transformer.width) / 3) // 256) * 256
 
 
-def tokenizer_config_from_dict(data: dict) -> TokenizerConfig:
+def tokenizer_config_from_dict(data: dict[str, Any]) -> TokenizerConfig:
     """Rebuild a TokenizerConfig from the plain dictionary that a standalone checkpoint stores.
 
     Raises InputError for an unknown or missing name, another type, or a value that is not allowed.
     """
-    return from_plain(TokenizerConfig, data, "model")
+    config: TokenizerConfig = from_plain(TokenizerConfig, data, "model")
+    return config
 
 
-def gpt_config_from_dict(data: dict) -> GPTConfig:
+def gpt_config_from_dict(data: dict[str, Any]) -> GPTConfig:
     """Rebuild a GPTConfig from the plain dictionary that a standalone checkpoint stores; as above."""
-    return from_plain(GPTConfig, data, "model")
+    config: GPTConfig = from_plain(GPTConfig, data, "model")
+    return config

@@ -18,7 +18,7 @@ class MonitorConfig:
     wandb_project: str | None = None
     stall_seconds: float | None = 3600.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise InputError(f"monitor.peak_tflops is {self.peak_tflops}; it must be above 0, or null")
         if self.stall_seconds is not None and self.stall_seconds <= 0:
@@ -37,7 +37,7 @@ class TokenizerMonitorConfig(MonitorConfig):
     collapse_usage: float = 0.05
     preview_images: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, "monitor", dead_term_steps=self.dead_term_steps)
         at_least(0, "monitor", preview_images=self.preview_images)

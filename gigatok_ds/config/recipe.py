@@ -31,7 +31,7 @@ class OptimizerConfig:
     decay: Literal["everything", "matrices", "not_norms"] = "everything"
     max_grad_norm: float = 10.0  # 0: no clipping
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(0, "optimizer", lr=self.lr, eps=self.eps, weight_decay=self.weight_decay,
                  max_grad_norm=self.max_grad_norm)
         probability("optimizer", **{f"betas.{index}": beta for index, beta in enumerate(self.betas)})
@@ -47,7 +47,7 @@ class ScheduleConfig:
     decay_fraction: float = 0.2
     decay_shape: Literal["sqrt", "linear", "cosine", "square"] = "sqrt"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(0, "schedule", warmup_steps=self.warmup_steps, end_lr=self.end_lr)
         if not 0 <= self.decay_fraction <= 1:
             raise InputError(f"schedule.decay_fraction is {self.decay_fraction}; it must be between 0 and 1")
@@ -74,7 +74,7 @@ class TrainingConfig:
     log_every: int = 100
     validate_every: int = 5000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "training", steps=self.steps, global_batch_size=self.global_batch_size,
                  micro_batch_size=self.micro_batch_size, log_every=self.log_every, validate_every=self.validate_every)
         if self.ema_decay is not None:
@@ -95,7 +95,7 @@ class ImageReadingConfig:
     shuffle_shards: int | None = None
     max_bad_fraction: float = 0.001
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "data", shuffle_shards=self.shuffle_shards)
         if not 0 <= self.max_bad_fraction <= 1:
             raise InputError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must be between 0 and 1")
@@ -119,7 +119,7 @@ class ImageDataConfig(ImageReadingConfig):
     crop_scale: tuple[float, float] = (0.8, 1.0)
     flip: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, "data", workers=self.workers, patience=self.patience)
         check_cache(self.cache, self.cache_gb, train=self.train, validation=self.validation)
@@ -148,7 +148,7 @@ class CodeDataConfig(ImageReadingConfig):
     patience: float = 10.0
     workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, "data", workers=self.workers, patience=self.patience)
         for setting in fields(ImageReadingConfig):
@@ -178,7 +178,7 @@ class ParallelConfig:
     sequence: bool = False
     recompute_every: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, "parallel", tensor=self.tensor)
         at_least(0, "parallel", recompute_every=self.recompute_every)
         if self.sequence and self.tensor == 1:
@@ -208,11 +208,11 @@ class TokenizerRecipe:
     monitor: TokenizerMonitorConfig = TokenizerMonitorConfig()
     faults: FaultConfig = FaultConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         model, tensor = self.model, self.parallel.tensor
         _validates_what_it_judges(self.training, self.checkpoint)
-        for side, size in (("encoder", model.encoder_size), ("decoder", model.decoder_size)):
-            _divides(tensor, f"the {side}'s attention heads", size.heads)
+        for network, size in (("encoder", model.encoder_size), ("decoder", model.decoder_size)):
+            _divides(tensor, f"the {network}'s attention heads", size.heads)
         if self.parallel.sequence:
             _divides(tensor, "model.latent_tokens", model.latent_tokens)
             _divides(tensor, "the cells of the feature map", model.grid**2)
@@ -222,10 +222,10 @@ class TokenizerRecipe:
         if fid_every is not None and fid_every % every:
             raise InputError(f"validation.fid_every is {fid_every}; it must be a multiple of training.validate_every, "
                              f"which is {every}")
-        judge, size = self.loss.adversarial and self.loss.adversarial.discriminator, model.image_size
-        if judge == "stylegan" and (size < 32 or size & (size - 1)):
+        judge, side = self.loss.adversarial and self.loss.adversarial.discriminator, model.image_size
+        if judge == "stylegan" and (side < 32 or side & (side - 1)):
             raise InputError("loss.adversarial.discriminator stylegan judges images whose side is a power of two from "
-                             f"32 on, but model.image_size is {size}; change it, or use patchgan")
+                             f"32 on, but model.image_size is {side}; change it, or use patchgan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ class GPTRecipe:
     monitor: MonitorConfig = MonitorConfig()
     faults: FaultConfig = FaultConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         model, tensor = self.model, self.parallel.tensor
         _validates_what_it_judges(self.training, self.checkpoint)
         _divides(tensor, "the attention heads", model.transformer.heads)

@@ -23,7 +23,7 @@ class ValidationConfig:
     images: int | None = None
     fid_every: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(2, "validation", images=self.images)
         at_least(1, "validation", fid_every=self.fid_every)
         if self.fid_every is not None and self.inception is None:
