@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.parallel.topology import Topology
 
 # A context in which a parameter that is spread over data ranks is whole.
-Whole = Callable[[nn.Parameter], AbstractContextManager]
+Whole = Callable[[nn.Parameter], AbstractContextManager[Any]]
 
 
 class LayoutError(RuntimeError):

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ def head_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, join: Join
     The products are of the inputs' type, everything after them is float32. With `join`, weight (V, width) is this
     rank's part of the vocabulary, targets count from its first row, and those outside of [0, V) belong to other ranks.
     """
-    losses = _HeadCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), join)
+    losses: Tensor = _HeadCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), join)
     return losses.view(targets.shape)
 
 
@@ -48,7 +49,7 @@ def _join(totals: Tensor, picked: Tensor, *, group: dist.ProcessGroup) -> tuple[
 
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, join: Join | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, join: Join | None) -> Tensor:
         totals, picked = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
         for rows in _chunks(x, weight):
             totals[rows], picked[rows] = totals_and_picked(x[rows] @ weight.t(), targets[rows])
@@ -59,7 +60,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, targets, totals = ctx.saved_tensors
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -98,7 +99,8 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def totals_and_picked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row its log-sum-exp and the logit of its target, or 0 for one outside of [0, V): float32 (R,)."""
     if logits.is_cuda and (kernels := _kernels()):
-        return kernels.totals_and_picked(logits, targets)
+        found: tuple[Tensor, Tensor] = kernels.totals_and_picked(logits, targets)
+        return found
     wide = logits.float()
     columns, owned = _columns(targets, wide)
     picked = wide.gather(1, columns[:, None])[:, 0].where(owned, 0.0)
@@ -108,14 +110,16 @@ def totals_and_picked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @totals_and_picked.register_fake
 def _(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    totals, picked = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    return totals, picked
 
 
 @torch.library.custom_op("gigatok::become_gradient_", mutates_args={"logits"})
 def become_gradient_(logits: Tensor, targets: Tensor, totals: Tensor, gradient: Tensor) -> None:
     """Turn logits into (softmax minus one at the target) x gradient (R,), given the totals of `totals_and_picked`."""
     if logits.is_cuda and (kernels := _kernels()):
-        return kernels.become_gradient_(logits, targets, totals, gradient)
+        kernels.become_gradient_(logits, targets, totals, gradient)
+        return
     wide = logits.float()  # the same memory if they are float32
     columns, owned = _columns(targets, wide)
     wide.sub_(totals[:, None]).exp_()
@@ -123,7 +127,6 @@ def become_gradient_(logits: Tensor, targets: Tensor, totals: Tensor, gradient: 
     wide.mul_(gradient[:, None])
     if wide.dtype != logits.dtype:
         logits.copy_(wide)
-    return None
 
 
 @become_gradient_.register_fake

@@ -108,7 +108,7 @@ class DropPath(Dropout):
 
 
 _named: weakref.WeakSet[Dropout] = weakref.WeakSet()
-_rules: dict[tuple, Tensor] = {}
+_rules: dict[tuple[int, int, float, torch.device], Tensor] = {}
 
 
 def name_dropouts(network: nn.Module) -> None:
@@ -124,7 +124,8 @@ def _give_rules(seed: int, samples: Tensor) -> None:
     """Each numbered dropout gets its rule where the samples are. It is made once: a copy to a GPU makes the host wait.
     """
     real = type(samples) is Tensor  # no stand-in of a tensor is kept
-    addresses = {module: (seed, module.layer, module.probability, samples.device) for module in _named}
+    addresses = {module: (seed, module.layer, module.probability, samples.device)
+                 for module in _named if module.layer is not None}
     missing = sorted({address for address in addresses.values() if not real or address not in _rules}, key=str)
     rules = _rules if real else {}
     if missing:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 _SIZE = "TORCH_FR_BUFFER_SIZE"  # PyTorch reads it when the first process group is made
 _DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")  # of gloo, of NCCL
@@ -24,7 +25,7 @@ def last_collectives(count: int = 3) -> list[str]:
     return [_line(entry) for entry in entries[-count:]]
 
 
-def _entries() -> Iterator[dict]:
+def _entries() -> Iterator[dict[str, Any]]:
     from torch._C import _distributed_c10d
 
     for dump in _DUMPS:
@@ -33,7 +34,7 @@ def _entries() -> Iterator[dict]:
             yield from json.loads(getattr(_distributed_c10d, dump)()).get("entries", [])
 
 
-def _line(entry: dict) -> str:
+def _line(entry: dict[str, Any]) -> str:
     sizes = ", ".join("x".join(map(str, size)) for size in entry.get("input_sizes", [])) or "no tensor"
     state = "finished" if entry.get("retired") or entry.get("state") == "completed" else "not finished"
     return (f"{entry['profiling_name']} of {sizes}, number {entry['collective_seq_id']} in group "

@@ -15,7 +15,7 @@ from gigatok_ds.parallel.cross_entropy import head_cross_entropy
 from gigatok_ds.parallel.dropout import WHOLE, Dropout, Part
 from gigatok_ds.parallel.partial import mark_partial
 from gigatok_ds.parallel.reduce import RankMean
-from gigatok_ds.parallel.sharding import column_shards, row_shards, vocab_shards
+from gigatok_ds.parallel.sharding import SHARDS, TensorShard, column_shards, row_shards, vocab_shards
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,10 +34,16 @@ class Region(Protocol):
 class Layers(Protocol):
     """What a model may ask for. Projections map (..., in_features) to (..., out_features)."""
 
-    tensor_parallel_size: int
-    # The batch is cut around convolutions; tokens are cut between attention and MLP under sequence parallelism.
-    images: Region
-    tokens: Region
+    @property
+    def tensor_parallel_size(self) -> int: ...
+
+    @property
+    def images(self) -> Region:
+        """The batch is cut around convolutions."""
+
+    @property
+    def tokens(self) -> Region:
+        """Tokens are cut between attention and MLP under sequence parallelism."""
 
     def column(self, in_features: int, out_features: int, *, bias: bool, groups: int = 1) -> nn.Module:
         """A projection cut by output features; `groups` packed equal projections (q, k, v) are each cut alike."""
@@ -164,9 +170,9 @@ class TensorParallelLayers:
         return mark_partial(module)
 
 
-def declared(module: Module, shards: dict) -> Module:
+def declared(module: Module, shards: dict[str, TensorShard]) -> Module:
     """`module`, saying how its parameters would be cut."""
-    module.shards = shards
+    setattr(module, SHARDS, shards)
     return module
 
 

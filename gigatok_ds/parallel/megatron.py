@@ -5,6 +5,9 @@ The only file that imports Megatron.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +64,8 @@ class _Declared:
     # Nothing for compilers: products whose gradients are sent while others are computed, from within autograd's
     # functions.
     outside_graphs = True
+
+    _load_state_dict_pre_hooks: dict[int, Callable[..., Any]]  # of nn.Module
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
@@ -182,5 +187,6 @@ class MegatronLayers(TensorParallelLayers):
         return self._mean(group)
 
     @staticmethod
-    def _mean(group) -> RankMean:
+    def _mean(group: torch.distributed.ProcessGroup | None) -> RankMean:
+        assert group is not None, "no process group"
         return RankMean(group, torch.distributed.get_world_size(group))

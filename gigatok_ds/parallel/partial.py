@@ -6,13 +6,17 @@ where the module is built; the sum is hooked into the backward pass before DeepS
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _MARK = "partial_over_tensor_ranks"
 
 
-def mark_partial(module: nn.Module) -> nn.Module:
+def mark_partial(module: Network) -> Network:
     """Mark every parameter of `module` as applied to this tensor rank's part of the data only."""
     for parameter in module.parameters():
         mark_partial_parameter(parameter)
@@ -24,7 +28,7 @@ def mark_partial_parameter(parameter: nn.Parameter) -> None:
 
 
 def is_partial(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, _MARK, False)
+    return bool(getattr(parameter, _MARK, False))
 
 
 def sum_partial_gradients(network: nn.Module, group: dist.ProcessGroup) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,17 +20,18 @@ class RankMean:
         self.group, self.size = group, size
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _Sum.apply(x, self.group) / self.size
+        total: Tensor = _Sum.apply(x, self.group)
+        return total / self.size
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _summed(x, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _summed(gradient, ctx.group), None
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+SHARDS = "shards"  # the attribute
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorShard:
@@ -54,5 +56,5 @@ def declared_shards(network: nn.Module) -> dict[str, TensorShard]:
     return {
         f"{prefix}.{name}" if prefix else name: shard
         for prefix, module in network.named_modules()
-        for name, shard in getattr(module, "shards", {}).items()
+        for name, shard in getattr(module, SHARDS, {}).items()
     }

@@ -92,7 +92,7 @@ class Topology:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather_objects(self, value) -> list:
+    def gather_objects(self, value) -> list[Any]:
         """Every rank's `value` (any plain Python object), in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
