@@ -18,7 +18,7 @@ from gigatok_ds.cpu.hugepages import large_empty
 from gigatok_ds.models.gpt import GPT
 
 # The oneDNN of torch 2.11 adds up in another order for other numbers of rows; that of 2.14 does not.
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and TorchVersion(torch.__version__) >= (2, 14)
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and TorchVersion(torch.__version__) >= "2.14"
 FEWEST_ROWS = 2  # oneDNN's product with one row runs another kernel, which adds up in another order
 _ROWS = 16  # what oneDNN packs weights for; any number works
 
@@ -48,7 +48,7 @@ class OneDNNLinear(nn.Module):
 
 def can_pack(gpt: GPT) -> bool:
     """On a CPU, in float32, with whole layers none of which has a bias, and something to multiply packed layers."""
-    weight = gpt.output.weight
+    weight = gpt.output.get_parameter("weight")
     return (gpt.config.conditioning == "prefix" and isinstance(gpt.output, nn.Linear) and weight.device.type == "cpu"
             and weight.dtype == torch.float32 and (HAS_ONEDNN or has_few_row_product(weight)))
 
@@ -56,7 +56,7 @@ def can_pack(gpt: GPT) -> bool:
 def packed(gpt: GPT) -> GPT:
     """A copy of `gpt` in evaluation mode with packed projections; it shares all other parameters."""
     shared = {id(tensor): tensor for tensor in [*gpt.parameters(), *gpt.buffers()]}
-    kind = PanelLinear if has_few_row_product(gpt.output.weight) else OneDNNLinear
+    kind = PanelLinear if has_few_row_product(gpt.output.get_parameter("weight")) else OneDNNLinear
     result = copy.deepcopy(gpt, shared).eval()
     for module in list(result.modules()):
         for name, layer in module.named_children():

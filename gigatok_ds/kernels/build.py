@@ -174,9 +174,10 @@ def toolkit() -> Path | None:
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda",
                   Path(nvcc).resolve().parent.parent if nvcc else None]
-    for candidate in filter(None, candidates):
-        if (Path(candidate) / "bin" / "nvcc").exists() and (Path(candidate) / "include" / "cuda_runtime.h").exists():
-            return Path(candidate)
+    for candidate in candidates:
+        home = Path(candidate) if candidate else None
+        if home and (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
     return None
 
 

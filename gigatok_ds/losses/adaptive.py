@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 EPSILON, LIMIT = 1e-4, 1e4
 
@@ -18,10 +18,12 @@ EPSILON, LIMIT = 1e-4, 1e4
 def kernel_gradient(layer: nn.Conv2d, passes: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Gradient of the layer's weight, float32, over (input, gradient at the output) of each of its calls."""
     shape = (layer.out_channels, layer.in_channels, *layer.kernel_size)
-    return sum(
-        torch.nn.grad.conv2d_weight(x.detach().float(), shape, gradient.float(), layer.stride, layer.padding)
+    total = sum(
+        conv2d_weight(x.detach().float(), shape, gradient.float(), layer.stride, layer.padding)
         for x, gradient in passes
     )
+    assert isinstance(total, Tensor), "the layer was not called"
+    return total
 
 
 def adaptive_weight(image_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:

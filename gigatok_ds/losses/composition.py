@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # Logits of images in [-1, 1], with whatever augmentation the discriminator has.
 Discriminate = Callable[[Tensor], Tensor]
+Discriminator = PatchGAN | DinoDiscriminator | StyleGANDiscriminator
 
 
 class TokenizerObjective(nn.Module):
@@ -69,8 +70,10 @@ class TokenizerObjective(nn.Module):
         pixel_loss = RECONSTRUCTION_LOSSES[config.reconstruction.kind](reconstruction.float(), images.float())
         terms = {"reconstruction": config.reconstruction.weight * pixel_loss}
         if config.perceptual:
+            assert self.perceptual is not None and seen is not None
             terms["perceptual"] = config.perceptual.weight * self.perceptual.distance(seen, reconstruction).mean()
         if self.config.discriminator_active(step):
+            assert config.adversarial is not None
             assert discriminate is not None, "the discriminator is active but was not given"
             adversarial_loss = GENERATOR_LOSSES[config.adversarial.generator_loss]
             terms["adversarial"] = config.adversarial.weight * adversarial_loss(discriminate(reconstruction))
@@ -89,9 +92,11 @@ class TokenizerObjective(nn.Module):
         if self.config.wants_entropy(step):
             terms["entropy"] = config.quantizer.entropy * quantizer.entropy
         if self.config.wants_feature_loss(step):
+            assert config.auxiliary is not None
             loss = feature_loss(output.decoded_feature, output.cnn_feature, config.auxiliary.feature)
             terms["feature"] = config.auxiliary.feature_weight * loss
         if config.semantic:
+            assert output.semantic_feature is not None and semantic_target is not None
             loss = alignment_loss(output.semantic_feature, semantic_target)
             terms["semantic"] = config.semantic.weight * loss
         return terms
@@ -99,8 +104,9 @@ class TokenizerObjective(nn.Module):
     def discriminator_terms(self, real_logits: Tensor, fake_logits: Tensor, direct_fake_logits: Tensor | None,
                             step: int, lecam: LeCam | None = None) -> dict[str, Tensor]:
         """The discriminator's terms; like the generator's they carry the adversarial weight, except for LeCam's."""
-        assert self.config.discriminator_active(step), f"the discriminator is not active at step {step}"
         config = self.config.adversarial
+        assert config is not None and self.config.discriminator_active(step), \
+            f"the discriminator is not active at step {step}"
         loss = DISCRIMINATOR_LOSSES[config.discriminator_loss]
         terms = {"discriminator": config.weight * loss(real_logits, fake_logits)}
         if direct_fake_logits is not None and self.config.wants_direct_reconstruction(step):
@@ -133,7 +139,7 @@ def build_perceptual(config: PerceptualConfig, *, precision: str = "fp32") -> Pe
 
 
 def build_discriminator(config: AdversarialConfig, layers: Layers = PLAIN, *,
-                        image_size: int) -> PatchGAN | DinoDiscriminator | StyleGANDiscriminator:
+                        image_size: int) -> Discriminator:
     """The discriminator, freshly initialised from torch's own generator: seed it first.
 
     It is called with this rank's images (B, 3, H, W) in [-1, 1] and, for what it draws, SampleDraws. Its attribute
@@ -145,7 +151,14 @@ def build_discriminator(config: AdversarialConfig, layers: Layers = PLAIN, *,
     return network
 
 
-def _bare_discriminator(config: AdversarialConfig, layers: Layers, image_size: int) -> nn.Module:
+def lecam_of(discriminator: nn.Module) -> LeCam | None:
+    """The running means of LeCam regularization that a discriminator of `build_discriminator` has, if it has any."""
+    lecam = discriminator.lecam
+    assert lecam is None or isinstance(lecam, LeCam)
+    return lecam
+
+
+def _bare_discriminator(config: AdversarialConfig, layers: Layers, image_size: int) -> Discriminator:
     if config.discriminator == "dino":
         return DinoDiscriminator(dino_backbone(config.backbone_weights), augment=diff_augment)
     if config.discriminator == "stylegan":

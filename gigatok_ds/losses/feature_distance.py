@@ -49,6 +49,9 @@ class ResNetLogits(nn.Module):
     Always in evaluation mode; GigaTok leaves it in training mode, where each batch changes its batch norm's statistics.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, file: WeightFile):
         super().__init__()
         from torchvision.models import resnet50
@@ -79,6 +82,7 @@ def resnet_file(weights: str | Path | None) -> WeightFile:
 
 def load_feature_distance(model: str, weights: str | Path | None = None, *, precision: str = "fp32") -> FeatureDistance:
     """The distance for a `loss.perceptual.model` other than vgg. Raises InputError when the weights are missing."""
+    network: nn.Module
     if model == "resnet50":
         network = ResNetLogits(resnet_file(weights))
     else:

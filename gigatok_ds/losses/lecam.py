@@ -22,6 +22,8 @@ class LeCam(nn.Module):
     A step counts once however many micro batches it has, and `average` makes the means those of all ranks.
     """
 
+    mean_logits: Tensor
+
     def __init__(self, start_step: int, average: RankMean | None = None):
         """start_step: the discriminator's first step. The means are set there, and have no initial value to forget."""
         super().__init__()
@@ -37,7 +39,7 @@ class LeCam(nn.Module):
         means = torch.stack([real.float().mean(), fake.float().mean()])
         if self.average:
             means = self.average(means)
-        if step != self._step:
+        if step != self._step or self._before is None:
             self._step, self._before, self._of_step = step, self.mean_logits.clone(), []
         self._of_step.append(means)
         decay = DECAY if step >= self.start_step + SETTLING_STEPS else 0.0

@@ -85,6 +85,9 @@ class LPIPS(PerceptualDistance):
 class _Scaling(nn.Module):
     """From [-1, 1] to roughly ImageNet's normalisation, with LPIPS's own constants."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -139,7 +142,7 @@ def heads_file() -> WeightFile:
     """The heads in the lpips package, a file of 7 kB. Raises InputError when that is not installed."""
     # Found without importing the package, which would load much more.
     spec = importlib.util.find_spec("lpips")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise InputError("LPIPS needs the package lpips for its weights; pip install lpips")
     path = Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth"
     return WeightFile(setting="the lpips package", value=path, names=(path.name,), what="its weights; reinstall it")

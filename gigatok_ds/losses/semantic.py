@@ -47,6 +47,7 @@ def check_teacher(config: SemanticConfig, model: TokenizerConfig) -> None:
 
     Their number always fits, since the teacher's input is as large as the tokenizer's grid needs.
     """
+    assert model.semantic_head is not None, "a teacher without a head"
     width, ours = vit_width(config.teacher, SETTING), model.semantic_head.teacher_width
     if width != ours:
         raise InputError(f"model.semantic_head.teacher_width is {ours}, but the tokens of {config.teacher} "

@@ -65,14 +65,13 @@ class TransformerLayer(nn.Module):
     def __init__(self, width: int, heads: int, layers: Layers, *, second: str | None,
                  dropout: float = 0.0, qk_norm: bool = False):
         super().__init__()
-        options = {"dropout": dropout, "qk_norm": qk_norm}
         self.second = second
-        self.self_attn = MultiHeadAttention(width, heads, layers, **options)
+        self.self_attn = MultiHeadAttention(width, heads, layers, dropout=dropout, qk_norm=qk_norm)
         self.norm1 = layers.per_token(nn.LayerNorm(width))
         self.norm2 = layers.per_token(nn.LayerNorm(width))
         self.drop1, self.drop2 = layers.dropout(dropout), layers.dropout(dropout)
         if second:
-            self.multihead_attn = MultiHeadAttention(width, heads, layers, **options)
+            self.multihead_attn = MultiHeadAttention(width, heads, layers, dropout=dropout, qk_norm=qk_norm)
             self.norm3 = layers.per_token(nn.LayerNorm(width))
             self.drop3 = layers.dropout(dropout)
         self.linear1 = layers.column(width, 4 * width, bias=True)
@@ -84,6 +83,7 @@ class TransformerLayer(nn.Module):
         x = x + self.drop1(self._attend_to_self(self.self_attn, self.norm1(x), position))
         mlp_norm = self.norm2
         if self.second == "cross":
+            assert memory is not None, "cross attention needs a memory"
             query = _add(self.norm2(x), position)
             x = x + self.drop3(self.multihead_attn(query, _add(memory, memory_position), memory))
             mlp_norm = self.norm3

@@ -42,7 +42,7 @@ class Level(nn.Module):
 
 
 def middle(channels: int, *, attention: bool, dropout: float) -> nn.Sequential:
-    blocks = [ResidualBlock(channels, channels, dropout), ResidualBlock(channels, channels, dropout)]
+    blocks: list[nn.Module] = [ResidualBlock(channels, channels, dropout), ResidualBlock(channels, channels, dropout)]
     if attention:
         blocks.insert(1, AttentionBlock(channels))
     return nn.Sequential(*blocks)

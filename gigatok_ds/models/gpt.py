@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -192,11 +192,12 @@ class GPT(nn.Module):
         if self.config.conditioning == "prefix":
             return [None] * (len(self.layers) + 1)
         condition = self._place(self.cls_embedding(classes)[None], 0)[0]
+        blocks = cast("Iterable[Block]", self.layers)
         if self.config.conditioning == "adaln":
-            found = [project(block.adaLN_modulation, condition) for block in self.layers]
+            found = [project(block.adaLN_modulation, condition) for block in blocks]
         else:
             shared = project(self.adaLN, condition)
-            found = [shared + block.ada_gss[0] for block in self.layers]
+            found = [shared + block.ada_gss[0] for block in blocks]
         # Each rank may hold a part of the tokens only, and knows their part of the gradient.
         return [self.cut.copy(part) for part in (*found, project(self.final_adaLN, condition))]
 
@@ -228,7 +229,7 @@ class GPT(nn.Module):
         x, modulation = self.norm(x), modulations[-1]
         return x if modulation is None else modulate(x, *modulation.unbind(1))
 
-    def decode_step(self, tokens: Tensor, position: int | Tensor, caches: list[KeyValueCache],
+    def decode_step(self, tokens: Tensor, position: int | Tensor, caches: Sequence[KeyValueCache],
                     modulations: Modulations | None = None) -> Tensor:
         """One cached step: logits (B, vocab) float32 of the code after `position`.
 

@@ -42,7 +42,7 @@ class _NormSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        y, mean, rstd = _norm(*_arithmetic(x, weight, bias), groups, eps)
+        y, mean, rstd = _norm(_arithmetic(x, weight, bias), groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.groups, ctx.eps = groups, eps
         return F.silu(y, inplace=True).to(x.dtype).contiguous(memory_format=layout_of(x))
@@ -54,7 +54,7 @@ class _NormSiLU(torch.autograd.Function):
         b, c, h, w = gradient.shape
         layout = layout_of(inputs[0])
         x, weight, bias, gradient = _arithmetic(*inputs, gradient.contiguous(memory_format=layout))
-        gradient = aten.silu_backward(gradient, _norm(x, weight, bias, ctx.groups, ctx.eps)[0])
+        gradient = aten.silu_backward(gradient, _norm((x, weight, bias), ctx.groups, ctx.eps)[0])
         gradients = aten.native_group_norm_backward(gradient, x, mean, rstd, weight, b, c, h * w, ctx.groups,
                                                     [True, True, True])
         of_x, *others = (own.to(given.dtype) for own, given in zip(gradients, inputs, strict=True))
@@ -69,7 +69,8 @@ def _arithmetic(x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.promote_types(x.dtype, torch.float32)) for tensor in (x, *more))
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and 1 / standard deviation (B, groups)."""
+def _norm(inputs: tuple[Tensor, ...], groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and 1 / standard deviation (B, groups), of x, weight and bias."""
+    x, weight, bias = inputs
     b, c, h, w = x.shape
     return aten.native_group_norm(x, weight, bias, b, c, h * w, groups, eps)

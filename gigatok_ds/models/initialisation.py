@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,8 @@ from torch import Tensor, nn
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.streams import torch_stream
 
-# Fills a full (not sharded) tensor in place, drawing from the generator.
-Fill = Callable[[Tensor, torch.Generator], None]
+# Fills a full (not sharded) tensor in place, drawing from the generator; what it returns is nothing to anybody.
+Fill = Callable[[Tensor, torch.Generator], object]
 
 
 def normal(std: float) -> Fill:
@@ -62,8 +64,8 @@ def initial_fills(network: nn.Module) -> Iterator[tuple[str, nn.Parameter, Fill]
 
 
 @torch.no_grad()
-def initialise_(network: nn.Module, seed: int, *, whole: Callable[[nn.Parameter], object] | None = None,
-                tensor_rank: int = 0, tensor_size: int = 1) -> nn.Module:
+def initialise_(network: nn.Module, seed: int, *, tensor_rank: int = 0, tensor_size: int = 1,
+                whole: Callable[[nn.Parameter], AbstractContextManager[Any]] | None = None) -> nn.Module:
     """Give every parameter its initial value and return the network.
 
     `whole(parameter)` is a context in which the parameter has its full shape, for parameters spread over data ranks.

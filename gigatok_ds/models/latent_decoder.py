@@ -10,9 +10,8 @@ from gigatok_ds.models.latent_encoder import GridTransformer, PositionTables, ma
 from gigatok_ds.parallel.layers import Layers
 
 
-def semantic_head(config: TokenizerConfig) -> nn.Sequential:
+def semantic_head(width: int, out: int) -> nn.Sequential:
     """The three-layer MLP whose output is aligned with a teacher's patch features."""
-    width, out = config.decoder_size.width, config.semantic_head.teacher_width
     return nn.Sequential(
         nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width), nn.SiLU(), nn.Linear(4 * width, out)
     )
@@ -20,6 +19,8 @@ def semantic_head(config: TokenizerConfig) -> nn.Sequential:
 
 class _Decoder(PositionTables):
     """What both decoders share: embedding, output, and the optional semantic head after one of the layers."""
+
+    positional_embedding: nn.Parameter
 
     def __init__(self, config: TokenizerConfig, layers: Layers, **tables: int):
         width = config.decoder_size.width
@@ -32,7 +33,7 @@ class _Decoder(PositionTables):
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
         self.semantic_depth = config.semantic_head.depth if config.semantic_head else None
         if config.semantic_head:
-            self.distill_mlp = semantic_head(config)
+            self.distill_mlp = semantic_head(width, config.semantic_head.teacher_width)
 
     def embed(self, latent: Tensor) -> Tensor:
         """Latents (B, z, H, W), any shape with the right number of positions, to tokens (H * W, B, width)."""
@@ -52,6 +53,9 @@ class LatentDecoder(_Decoder):
     Latents (B, z, 1, T) to features (B, z, G, G). The queries start as copies of the first latent token's embedding
     unless they are learned.
     """
+
+    latent_token_positional_embedding: nn.Parameter
+    q_2d: nn.Parameter  # if they are learned
 
     def __init__(self, config: TokenizerConfig, layers: Layers):
         learned = {"q_2d": config.grid**2} if config.grid_query == "learned" else {}

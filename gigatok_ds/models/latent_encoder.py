@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigatok_ds.config.model import TokenizerConfig
+from gigatok_ds.config.model import TokenizerConfig, TransformerSize
 from gigatok_ds.models.attention import TransformerLayer
 from gigatok_ds.models.initialisation import Fill, normal
 from gigatok_ds.parallel.layers import Layers
@@ -58,6 +58,10 @@ class LatentEncoder(PositionTables):
     Features (B, z, G, G) to latents (B, z, 1, T).
     """
 
+    positional_embedding: nn.Parameter
+    latent_token_positional_embedding: nn.Parameter
+    query_1d: nn.Parameter  # if they are learned
+
     def __init__(self, config: TokenizerConfig, layers: Layers):
         size, tokens = config.encoder_size, config.latent_tokens
         tables = {"positional_embedding": config.grid**2, "latent_token_positional_embedding": tokens}
@@ -99,6 +103,8 @@ class LatentEncoder(PositionTables):
 class GridEncoder(PositionTables):
     """2-D encoder: the tokens are the grid's cells throughout. Features (B, z, G, G) to (B, z, G, G)."""
 
+    positional_embedding: nn.Parameter
+
     def __init__(self, config: TokenizerConfig, layers: Layers):
         size = config.encoder_size
         super().__init__(size.width, positional_embedding=config.grid**2)
@@ -127,7 +133,7 @@ class GridTransformer(nn.ModuleList):
 
     SECOND: ClassVar = {"self": None, "decoder": "cross", "double_self": "self"}
 
-    def __init__(self, config: TokenizerConfig, size, layers: Layers):
+    def __init__(self, config: TokenizerConfig, size: TransformerSize, layers: Layers):
         super().__init__(
             TransformerLayer(size.width, size.heads, layers, second=self.SECOND[config.layer_2d],
                              dropout=config.dropout, qk_norm=config.qk_norm)
@@ -138,7 +144,7 @@ class GridTransformer(nn.ModuleList):
     def start(self, x: Tensor, position: Tensor) -> Tensor:
         return x + position.to(x.dtype) if self.kind == "self" else x
 
-    def step(self, layer: TransformerLayer, x: Tensor, position: Tensor) -> Tensor:
+    def step(self, layer: nn.Module, x: Tensor, position: Tensor) -> Tensor:
         if self.kind == "self":
             return layer(x, None)
         if self.kind == "decoder":

@@ -37,6 +37,8 @@ class QuantizerOutput(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Codebook (K, D); with `l2_normalized`, latents and codes are compared on the unit sphere."""
 
+    codebook_used: Tensor
+
     def __init__(self, config: QuantizerConfig, layers: Layers = PLAIN):
         super().__init__()
         self.config = config

@@ -17,6 +17,8 @@ class BinomialBlur(nn.Module):
     Gives (B, C, H/stride, W/stride), rounded up. Borders are reflected, so H and W must exceed taps // 2.
     """
 
+    kernel: Tensor
+
     def __init__(self, taps: int, stride: int = 1):
         super().__init__()
         self.stride = stride

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from gigatok_ds.models.frozen.pretrained import autocast, build_frozen
 from gigatok_ds.models.frozen.pretrained_files import WeightFile
 from gigatok_ds.precision import NAMES
 from gigatok_ds.streams import SampleDraws
+
+if TYPE_CHECKING:
+    from timm.models import VisionTransformer
 
 BACKBONE_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
 INPUT_SIZE = 224
@@ -40,8 +44,10 @@ class DinoDiscriminator(nn.Module):
     autocast, as in the original. Heads start from torch's own generator: seed it before.
     """
 
-    def __init__(self, backbone: nn.Module, *, augment: Augment | None = None):
-        """backbone: a timm VisionTransformer for 224 x 224 images; augment: applied in every forward pass."""
+    lecam: nn.Module | None  # given by losses.composition.build_discriminator
+
+    def __init__(self, backbone: VisionTransformer, *, augment: Augment | None = None):
+        """backbone: one for 224 x 224 images; augment: applied in every forward pass."""
         super().__init__()
         # A tuple, because torch registers only modules.
         self._backbone = (_Backbone(backbone),)
@@ -78,7 +84,10 @@ class DinoDiscriminator(nn.Module):
 class _Backbone(nn.Module):
     """The frozen transformer, and what takes images from [-1, 1] to the scale that it knows."""
 
-    def __init__(self, network: nn.Module):
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: VisionTransformer):
         super().__init__()
         self.network = network
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -88,6 +97,7 @@ class _Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Iterator[Tensor]:
         patches = self.network.patch_embed(images * self.scale + self.shift)
+        assert self.network.cls_token is not None and self.network.pos_embed is not None
         class_token = self.network.cls_token.expand(len(images), -1, -1)
         tokens = torch.cat([class_token, patches], dim=1) + self.network.pos_embed
         yield _readout(tokens)
@@ -139,6 +149,9 @@ class SpectralConv1d(nn.Module):
     One power iteration per forward in training tracks the value, in float32: DeepSpeed casts parameters and
     leaves buffers in float32, and torch's own spectral_norm refuses that mixture.
     """
+
+    weight_u: Tensor
+    weight_v: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -200,19 +213,19 @@ def dino_file(weights: str | Path | None) -> WeightFile:
                       what=f"{name} of facebookresearch/dino")
 
 
-def dino_backbone(weights: str | Path | None) -> nn.Module:
+def dino_backbone(weights: str | Path | None) -> VisionTransformer:
     """DINO's ViT-S/16 as the original uses it: tanh GELU, and no bias on the attention's keys.
 
     weights as in `WeightFile.value`. Raises InputError when the file is missing or another network's.
     """
     backbone = build_frozen(_vit_small, dino_file(weights))
     with torch.no_grad():
-        for block in backbone.blocks:
-            block.attn.qkv.bias.chunk(3)[1].zero_()
+        for index in range(len(backbone.blocks)):
+            backbone.get_parameter(f"blocks.{index}.attn.qkv.bias").chunk(3)[1].zero_()
     return backbone
 
 
-def _vit_small() -> nn.Module:
+def _vit_small() -> VisionTransformer:
     return timm_library().models.VisionTransformer(
         img_size=INPUT_SIZE, patch_size=16, embed_dim=384, depth=12, num_heads=6, num_classes=0,
         act_layer=partial(nn.GELU, approximate="tanh"), norm_layer=partial(nn.LayerNorm, eps=1e-6),

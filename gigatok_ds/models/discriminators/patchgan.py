@@ -24,6 +24,12 @@ class Float32BatchNorm2d(nn.BatchNorm2d):
     statistics are those of the batches of all its ranks together.
     """
 
+    # Of what torch's may lack this one has all.
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, channels: int, average: RankMean | None = None):
         super().__init__(channels)
         self.average = average
@@ -32,18 +38,18 @@ class Float32BatchNorm2d(nn.BatchNorm2d):
         if self.training:
             self.num_batches_tracked.add_(1)
         if self.training and self.average:
-            return self._normalized_together(x.float()).to(x.dtype)
+            return self._normalized_over(self.average, x.float()).to(x.dtype)
         weight, bias = self.weight.float(), self.bias.float()
         normalized = F.batch_norm(x.float(), self.running_mean, self.running_var, weight, bias,
                                   self.training, self.momentum, self.eps)
         return normalized.to(x.dtype)
 
-    def _normalized_together(self, x: Tensor) -> Tensor:
-        mean = self.average(x.mean((0, 2, 3)))
+    def _normalized_over(self, average: RankMean, x: Tensor) -> Tensor:
+        mean = average(x.mean((0, 2, 3)))
         centred = x - mean[:, None, None]
-        variance = self.average(centred.square().mean((0, 2, 3)))
+        variance = average(centred.square().mean((0, 2, 3)))
         with torch.no_grad():
-            count = self.average.size * x.numel() / x.shape[1]
+            count = average.size * x.numel() / x.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scale = torch.rsqrt(variance + self.eps) * self.weight.float()
@@ -58,6 +64,8 @@ class PatchGAN(nn.Module):
     rank or, with `average`, on all its ranks. With `blur`, what halves the side is not the convolution but a blur
     behind the activation.
     """
+
+    lecam: nn.Module | None  # given by losses.composition.build_discriminator
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, layers: int = 3, kernel_size: int = 4,
                  average: RankMean | None = None, blur: bool = False):
@@ -88,4 +96,4 @@ class PatchGAN(nn.Module):
         `draws` is there because discriminators that augment share this signature; nothing is drawn here.
         """
         # The image losses stay in float32 while DeepSpeed may have cast the network.
-        return self.main(laid_out(images.to(self.main[0].weight.dtype)))
+        return self.main(laid_out(images.to(next(self.main[0].parameters()).dtype)))

@@ -25,6 +25,8 @@ class StyleGANDiscriminator(nn.Module):
     layers do, from torch's own generator: whoever builds a discriminator seeds it.
     """
 
+    lecam: nn.Module | None  # given by losses.composition.build_discriminator
+
     def __init__(self, image_size: int, in_channels: int = 3, base_channels: int = 64):
         """image_size: the side of the images, a power of two from 8 on."""
         super().__init__()
@@ -46,7 +48,7 @@ class StyleGANDiscriminator(nn.Module):
         `draws` is there because discriminators that augment share this signature; nothing is drawn here.
         """
         # The image losses stay in float32 while DeepSpeed may have cast the network.
-        images = laid_out(images.to(self.blocks[0].weight.dtype))
+        images = laid_out(images.to(next(self.blocks[0].parameters()).dtype))
         features = self.final_conv(self.blocks(images))
         return self.final_linear(features.flatten(1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from gigatok_ds.compat import timm_library
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.frozen.pretrained import autocast, build_frozen
 from gigatok_ds.models.frozen.pretrained_files import WeightFile
+
+if TYPE_CHECKING:
+    from timm.models import VisionTransformer
 
 # DINOv2 (Oquab et al. 2023, arXiv:2304.07193), plain and with registers; SigLIP's shape-optimised ViT (Zhai et al.
 # 2023, arXiv:2303.15343) and CLIP trained on DFN-2B (Fang et al. 2023, arXiv:2309.17425): timm's names.
@@ -38,6 +42,9 @@ class FrozenViT(nn.Module):
 
     Attributes: size, the side of the square images that it looks at; width, that of its tokens.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, name: str, file: WeightFile, *, setting: str, grid: int):
         """name is one of VITS or a VisionTransformer of timm's, which `setting` asks for; file is `vit_file`'s.
@@ -95,7 +102,8 @@ def vit_file(name: str, weights: str | Path | None, *, asked_by: str, setting: s
     _without_storage(name, asked_by)
     published = _published(VITS.get(name, name))
     architecture = f"{published.architecture}.{published.tag}"
-    names, url, what = (f"{architecture}.safetensors",), None, f"timm's {architecture}"
+    names: tuple[str, ...] = (f"{architecture}.safetensors",)
+    url, what = None, f"timm's {architecture}"
     if published.hf_hub_id:
         url = f"https://huggingface.co/{published.hf_hub_id}/resolve/main/model.safetensors"
     if published.architecture.endswith("_dinov2"):
@@ -111,7 +119,7 @@ def _published(architecture: str):
 
 
 @functools.cache
-def _without_storage(name: str, setting: str) -> nn.Module:
+def _without_storage(name: str, setting: str) -> VisionTransformer:
     """The network at its published size on the meta device. Raises InputError unless timm has such a ViT."""
     timm = timm_library()
     architecture = VITS.get(name, name)
@@ -132,7 +140,7 @@ def _without_storage(name: str, setting: str) -> nn.Module:
     return network
 
 
-def _bare(architecture: str, size: int) -> nn.Module:
+def _bare(architecture: str, size: int) -> VisionTransformer:
     """timm's network for `size` x `size` images, with a norm over all tokens and nothing behind it."""
     network = timm_library().create_model(architecture, img_size=size, num_classes=0)
     if isinstance(network.norm, nn.Identity):

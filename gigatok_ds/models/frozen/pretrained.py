@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from gigatok_ds.file_kinds import mistaken_weights
 from gigatok_ds.models.frozen.pretrained_files import WeightFile
 from gigatok_ds.precision import PRECISIONS
 from gigatok_ds.streams import stream_key
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,8 +71,8 @@ def _not_finite(value: Tensor) -> bool:
     return not value.is_meta and not bool(torch.isfinite(value).all())
 
 
-def build_frozen(build: Callable[[], nn.Module], file: WeightFile,
-                 fitted: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None) -> nn.Module:
+def build_frozen(build: Callable[[], Network], file: WeightFile,
+                 fitted: Callable[[dict[str, Tensor], Network], dict[str, Tensor]] | None = None) -> Network:
     """The network of `build` with the weights in `file`, or with random ones that depend on its setting's name only.
 
     `fitted` makes of the file's state_dict the one that the network (without storage) takes. Raises InputError for a
