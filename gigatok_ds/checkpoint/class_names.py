@@ -37,7 +37,8 @@ def read_classes(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        return from_plain(list[str], read_json(path, list), path.name)
+        names: list[str] = from_plain(list[str], read_json(path, list), path.name)
+        return names
     except InputError as error:
         raise InputError(f"{path} is damaged ({brief(error)}); restore it from a checkpoint's copy") from None
 

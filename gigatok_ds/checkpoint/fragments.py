@@ -67,7 +67,7 @@ class SavedLayout:
     @classmethod
     def from_json(cls, text: str) -> SavedLayout:
         """Raises InputError for anything that is not what `to_json` writes."""
-        layout = from_plain(cls, parse_json(text.encode(), DESCRIPTION_FILE), DESCRIPTION_FILE)
+        layout: SavedLayout = from_plain(cls, parse_json(text.encode(), DESCRIPTION_FILE), DESCRIPTION_FILE)
         for name, shape in layout.parameters.items():
             cut = layout.cuts.get(name, TensorShard())
             if min(shape, default=0) < 0 or cut.groups < 1 or not 0 <= cut.dim < max(len(shape), 1):
@@ -103,15 +103,15 @@ class Snapshot:
         parts = {f"{kind}/{name}": part for kind, by_name in self.fragments.items() for name, part in by_name.items()}
         starts = json.dumps({key: part.start for key, part in parts.items()})
         values = {key: part.values for key, part in parts.items()}
-        files = {f"{place}-data-{self.data_rank:05d}.safetensors": (values, {_STARTS: starts})}
+        names = [f"{place}-data-{self.data_rank:05d}.safetensors"]
+        save_file(values, folder / names[0], metadata={_STARTS: starts})
         if self.data_rank == 0:
-            files[f"whole-{place}.safetensors"] = (self.whole, None)
-        for name, (tensors, metadata) in files.items():
-            save_file(tensors, folder / name, metadata=metadata)
+            names.append(f"whole-{place}.safetensors")
+            save_file(self.whole, folder / names[-1])
         if (self.tensor_rank, self.data_rank) == (0, 0):
-            (folder / DESCRIPTION_FILE).write_text(self.layout.to_json(), encoding="utf-8")
-            files[DESCRIPTION_FILE] = None
-        return {name: synced_sha256(folder / name) for name in files}
+            names.append(DESCRIPTION_FILE)
+            (folder / names[-1]).write_text(self.layout.to_json(), encoding="utf-8")
+        return {name: synced_sha256(folder / name) for name in names}
 
 
 class SavedEngine:

@@ -38,7 +38,8 @@ class EncoderGraph(nn.Module):
         codebook = self.quantizer.codebook()
         latents = F.normalize(latents, dim=-1) if self.quantizer.config.l2_normalized else latents
         # |z - e|^2 = |z|^2 - 2 (z.e - |e|^2 / 2): the first term is the same for all codes.
-        return (latents @ codebook.T - 0.5 * codebook.square().sum(1)).argmax(-1)
+        codes: Tensor = (latents @ codebook.T - 0.5 * codebook.square().sum(1)).argmax(-1)
+        return codes
 
 
 class DecoderGraph(nn.Module):
@@ -49,7 +50,8 @@ class DecoderGraph(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         latent = self.quantizer.codebook()[codes].permute(0, 2, 1).unsqueeze(2)
-        return self.cnn_decoder(self.decoder(self.post_quant_conv(latent))[0])
+        images: Tensor = self.cnn_decoder(self.decoder(self.post_quant_conv(latent))[0])
+        return images
 
 
 def export_graph(tokenizer: Tokenizer, part: str, out: Path, *, format: str = "torch") -> str:
@@ -118,7 +120,8 @@ def _write_torch(graph: nn.Module, sample: Tensor, name: str, file: Path) -> Non
 
 def _run_torch(file: Path, inputs: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.export.load(file).module()(inputs)
+        outputs: Tensor = torch.export.load(file).module()(inputs)
+        return outputs
 
 
 def _write_onnx(graph: nn.Module, sample: Tensor, name: str, file: Path) -> None:
@@ -130,6 +133,7 @@ def _write_onnx(graph: nn.Module, sample: Tensor, name: str, file: Path) -> None
     with torch.no_grad():
         program = torch.onnx.export(_exported(graph, sample), (sample,), dynamo=True, verbose=False,
                                     input_names=[name], output_names=["codes" if name == "images" else "images"])
+        assert program is not None  # as it may be without dynamo
         size = sum(parameter.nbytes for parameter in graph.parameters())
         program.save(file, external_data=size > ONNX_BYTES)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256
 
 
-def inspect(path: Path, *, check: bool = False) -> dict:
+def inspect(path: Path, *, check: bool = False) -> dict[str, Any]:
     """A description of what is at `path`. Raises InputError when it is nothing of ours, or unreadable."""
     if not path.exists():
         raise InputError(f"{path} does not exist")
@@ -45,8 +46,8 @@ def folder_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _run(path: Path, check: bool) -> dict:
-    found = {"what": "training run", "recipe": _recipe(path / RECIPE_FILE)}
+def _run(path: Path, check: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"what": "training run", "recipe": _recipe(path / RECIPE_FILE)}
     found["checkpoints"] = [_checkpoint(folder, check) for _, folder in complete_checkpoints(path)]
     found["incomplete"] = sorted(folder.name for folder in (path / "checkpoints").glob("step-*")
                                  if folder.name.endswith((PARTIAL, REMOVED)) or not (folder / STATE_FILE).is_file())
@@ -54,7 +55,7 @@ def _run(path: Path, check: bool) -> dict:
     return found
 
 
-def _checkpoint(path: Path, check: bool) -> dict:
+def _checkpoint(path: Path, check: bool) -> dict[str, Any]:
     """One that is incomplete or damaged is described as such."""
     found = {"path": str(path), "complete": False, "bytes": folder_bytes(path)}
     try:
@@ -63,7 +64,7 @@ def _checkpoint(path: Path, check: bool) -> dict:
         return found | {"damaged": str(error)}
 
 
-def _complete(path: Path, check: bool) -> dict:
+def _complete(path: Path, check: bool) -> dict[str, Any]:
     state = read_state(path)
     missing = next((name for name in state.files if not (path / name).is_file()), None)
     if missing:
@@ -82,14 +83,14 @@ def _complete(path: Path, check: bool) -> dict:
     return found
 
 
-def _engine(folder: Path) -> dict:
+def _engine(folder: Path) -> dict[str, Any]:
     saved = SavedEngine(folder)
     shapes = [saved.shape(name) for name in saved.layout.parameters]
     return {"parameters": sum(math.prod(shape) for shape in shapes), "tensors": len(shapes),
             "holds": saved.layout.kinds, "adam_steps": max(saved.layout.adam_steps.values(), default=0)}
 
 
-def _recipe(path: Path) -> dict | None:
+def _recipe(path: Path) -> dict[str, Any] | None:
     """The recipe's mapping, with defaults, as the run resolved it."""
     if not path.is_file():
         return None
@@ -98,7 +99,7 @@ def _recipe(path: Path) -> dict | None:
     return recipe_to_dict(without_secrets(load_recipe(str(path))))
 
 
-def _standalone(path: Path, check: bool) -> dict:
+def _standalone(path: Path, check: bool) -> dict[str, Any]:
     description = read_config(path)
     files = TensorFiles()
     tensors = [(file, name) for file in weight_files(path) for name in files.names(file)]
@@ -113,7 +114,7 @@ def _standalone(path: Path, check: bool) -> dict:
     return found
 
 
-def _original(path: Path) -> dict:
+def _original(path: Path) -> dict[str, Any]:
     """A `.pt`: each of its dictionaries of tensors, and how many other things it holds."""
     content = load_plain_data(path)
     if content and all(isinstance(value, Tensor) for value in content.values()):

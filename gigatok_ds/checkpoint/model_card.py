@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from gigatok_ds.untrusted import as_markdown, printable
 
@@ -70,7 +71,7 @@ and, for ImageNet, its terms of access: set `license` above before publishing.
 """
 
 
-def model_card(description: Mapping, *, parameters: int, dtype: str) -> str:
+def model_card(description: Mapping[str, Any], *, parameters: int, dtype: str) -> str:
     """Markdown with YAML front matter, from the content of config.json."""
     model, provenance = description["model"], dict(description["provenance"])
     metrics = provenance.pop("metrics", None) or {}
@@ -99,7 +100,7 @@ _METRICS_NOTE = """
 Measured in training, on the validation data and the weights of that step; not comparable with published figures."""
 
 
-def _table(rows: Mapping, otherwise: str) -> str:
+def _table(rows: Mapping[str, Any], otherwise: str) -> str:
     return "\n".join(f"- {as_markdown(key)}: {_code(value)}" for key, value in rows.items()) or otherwise
 
 

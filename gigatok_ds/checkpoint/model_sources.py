@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -35,10 +36,10 @@ class Model:
 
     config: TokenizerConfig | GPTConfig
     weights: Mapping[str, Tensor]
-    provenance: dict
+    provenance: dict[str, Any]
     classes: Sequence[str] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises InputError when the weights are too few for such a model: before it is built."""
         check_size(self.config, shapes_of(self.weights), "the description of the model")
 

@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,14 @@ _STORED = (*_FLOATS, torch.int64, torch.int32, torch.bool)
 _USAGE = "quantizer.codebook_used"  # float32 in the original
 # What generation leaves in a GPT's state_dict, and is not learned.
 _CACHE = re.compile(r"(^|\.)(kv_cache\.|freqs_cis$|causal_mask$)")
+
+
+@overload
+def build_on_meta(config: TokenizerConfig) -> Tokenizer: ...
+@overload
+def build_on_meta(config: GPTConfig) -> GPT: ...
+@overload
+def build_on_meta(config: TokenizerConfig | GPTConfig) -> Tokenizer | GPT: ...
 
 
 def build_on_meta(config: TokenizerConfig | GPTConfig) -> Tokenizer | GPT:
@@ -140,7 +149,7 @@ def read_original(path: str | Path, choice: str | None = None, *, kind: str) -> 
     return lazy_tensors(Path(path), lambda content: _chosen(content, priority, path))
 
 
-def _chosen(content: dict, priority: list[str], path: str | Path) -> dict[str, Tensor]:
+def _chosen(content: dict[str, Any], priority: list[str], path: str | Path) -> dict[str, Tensor]:
     if content and all(isinstance(value, Tensor) for value in content.values()):
         content = {"model": content}
     for key in priority:

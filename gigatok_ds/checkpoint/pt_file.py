@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from gigatok_ds.untrusted import brief
 _MAPPED_BYTES = 128 * 1024**2
 
 
-def load_plain_data(path: Path) -> dict:
+def load_plain_data(path: Path) -> dict[str, Any]:
     """The dictionary that a `.pt` file holds; tensors are mapped, and read when they are touched.
 
     Raises InputError when the file is not a checkpoint or holds anything but tensors and plain data.
@@ -64,7 +65,7 @@ def _refused(error: Exception) -> str:
     return brief(re.split(r"Check the documentation|This file can still|\bPlease\b", said)[0])
 
 
-def lazy_tensors(path: Path, choose: Callable[[dict], dict[str, Tensor]]) -> Mapping[str, Tensor]:
+def lazy_tensors(path: Path, choose: Callable[[dict[str, Any]], dict[str, Tensor]]) -> Mapping[str, Tensor]:
     """The tensors that `choose` picks from a file's dictionary, each copied when asked for.
 
     Pages that were read count as memory while they are mapped, so the file is opened anew now and then.
@@ -113,7 +114,7 @@ def write_pt(path: Path, key: str, specs: Mapping[str, Spec], read: Callable[[st
             file.write(crc)
 
 
-def _entries(file) -> dict[str, tuple[zipfile.ZipInfo, int]]:
+def _entries(file: BinaryIO) -> dict[str, tuple[zipfile.ZipInfo, int]]:
     """The data records by number, with the place of each one's CRC-32 in the zip's directory."""
     with zipfile.ZipFile(file) as archive:
         infos, place = archive.infolist(), archive.start_dir

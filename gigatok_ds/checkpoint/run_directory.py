@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from gigatok_ds.checkpoint.fragments import Snapshot
 from gigatok_ds.errors import InputError
@@ -58,7 +58,7 @@ class State:
     tensor_size: int
     stage: int
     metrics: dict[str, float]
-    guard: dict
+    guard: dict[str, object]
     files: dict[str, str]
 
     def to_json(self) -> str:
@@ -66,7 +66,7 @@ class State:
         return json.dumps({**data, "sha256": _digest(data)}, indent=1) + "\n"
 
 
-def _digest(data: dict) -> str:
+def _digest(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.plain import from_plain
 from gigatok_ds.untrusted import brief, read_json
 
+Network = TypeVar("Network", bound=nn.Module)
+
 FORMAT = "gigatok-ds/1"
 SHARD_BYTES = 4 * 1024**3
 CONFIG_FILE = "config.json"
@@ -45,7 +48,9 @@ CARD_FILE = "README.md"
 INDEX_FILE = "model.safetensors.index.json"
 # Names of the types that models are run in.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CONFIGS = {"tokenizer": tokenizer_config_from_dict, "gpt": gpt_config_from_dict}
+_CONFIGS: dict[str, Callable[[dict[str, Any]], TokenizerConfig | GPTConfig]] = {
+    "tokenizer": tokenizer_config_from_dict, "gpt": gpt_config_from_dict,
+}
 
 
 def check_destination(path: Path, *, overwrite: bool = False) -> None:
@@ -72,8 +77,9 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tensor], *,
-                    provenance: dict | None = None, classes: Sequence[str] = (), dtype: torch.dtype | None = None,
-                    overwrite: bool = False, check: Callable[[Path], object] = lambda written: None) -> Path:
+                    provenance: dict[str, Any] | None = None, classes: Sequence[str] = (),
+                    dtype: torch.dtype | None = None, overwrite: bool = False,
+                    check: Callable[[Path], object] = lambda written: None) -> Path:
     """Write a standalone checkpoint directory, complete or not at all; few tensors are in memory at a time.
 
     weights are the model's own state_dict, perhaps a lazy one; parameters are converted to dtype, if given, and buffers
@@ -110,7 +116,7 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], specs: Mapping[s
     """Write the weights files, and an index if there are several; returns the SHA-256 of each weights file."""
     shards = groups_of({name: spec.nbytes for name, spec in specs.items()}, SHARD_BYTES)
     files = {}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         files[file] = write_tensors(folder / file, {name: specs[name] for name in names}, weights.__getitem__)
@@ -121,7 +127,7 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], specs: Mapping[s
     return files
 
 
-def read_config(path: str | Path) -> dict:
+def read_config(path: str | Path) -> dict[str, Any]:
     """The description in a standalone checkpoint's config.json; InputError when it is not one."""
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
@@ -180,7 +186,7 @@ def damaged_weights(path: Path) -> str | None:
     return None
 
 
-def identify(path: str | Path) -> dict:
+def identify(path: str | Path) -> dict[str, Any]:
     """What tells a standalone checkpoint from any other: its name, its provenance, and SHA-256 hashes of its files.
 
     Raises InputError when the directory is not a standalone checkpoint.
@@ -191,8 +197,8 @@ def identify(path: str | Path) -> dict:
             "weights_sha256": {file.name: sha256(file) for file in weight_files(path)}}
 
 
-def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: torch.dtype, *, tensor_rank: int = 0,
-          tensor_size: int = 1) -> nn.Module:
+def _load(path: str | Path, kind: str, model: Network, device: str, dtype: torch.dtype, *, tensor_rank: int = 0,
+          tensor_size: int = 1) -> Network:
     """The model with its weights; each tensor is cut and converted before the next is read."""
     weights, cuts = lazy_weights(path), declared_shards(model) if tensor_size > 1 else {}
     expected = written_specs(model)
@@ -207,15 +213,17 @@ def _load(path: str | Path, kind: str, model: nn.Module, device: str, dtype: tor
             value = cuts[name].shard(value, tensor_rank, tensor_size)
         state[name] = value.to(device=device, dtype=dtype if usual.is_floating_point else usual)
     model.load_state_dict(state, assign=True)
-    if kind == "gpt":
+    if isinstance(model, GPT):
         model.class_names = read_config(path)["classes"]
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def _described_model(path: str | Path, kind: str, build) -> nn.Module:
-    config = described_config(path, kind)
-    with torch.device("meta"):
-        return build(config)
+@overload
+def described_config(path: str | Path, kind: Literal["tokenizer"]) -> TokenizerConfig: ...
+@overload
+def described_config(path: str | Path, kind: Literal["gpt"]) -> GPTConfig: ...
+@overload
+def described_config(path: str | Path, kind: str) -> TokenizerConfig | GPTConfig: ...
 
 
 def described_config(path: str | Path, kind: str) -> TokenizerConfig | GPTConfig:
@@ -224,7 +232,7 @@ def described_config(path: str | Path, kind: str) -> TokenizerConfig | GPTConfig
     if description["kind"] != kind or str(kind) not in _CONFIGS:
         raise InputError(f"{path} holds a {repr(description['kind'])[:80].strip(chr(39))}, not a {kind}")
     try:
-        config = _CONFIGS[kind](description["model"])
+        config: TokenizerConfig | GPTConfig = _CONFIGS[kind](description["model"])
     except InputError as error:
         raise InputError(f"{Path(path) / CONFIG_FILE}: the model section is not valid ({error})") from None
     check_size(config, lazy_weights(path).shapes, str(Path(path) / CONFIG_FILE))
@@ -239,13 +247,18 @@ def load_tokenizer(path: str | Path, device: str = "cpu", dtype: torch.dtype = t
     Images are float (B, 3, S, S) in [-1, 1], codes int64 (B, T). Raises InputError when the directory is not a
     complete standalone tokenizer.
     """
-    model = _described_model(path, "tokenizer", Tokenizer)
+    config = described_config(path, "tokenizer")
+    with torch.device("meta"):
+        model = Tokenizer(config)
     return _load(path, "tokenizer", model, device, dtype)
 
 
 def load_gpt(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
     """Load a standalone GPT for `gigatok_ds.generate`. Raises InputError when the directory is not one."""
-    return _load(path, "gpt", _described_model(path, "gpt", GPT), device, dtype)
+    config = described_config(path, "gpt")
+    with torch.device("meta"):
+        model = GPT(config)
+    return _load(path, "gpt", model, device, dtype)
 
 
 def load_gpt_part(path: str | Path, topology: Topology, dtype: torch.dtype = torch.float32) -> GPT:

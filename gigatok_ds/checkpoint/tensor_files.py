@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -56,7 +56,7 @@ def write_tensors(path: Path, specs: Mapping[str, Spec], read: Callable[[str], T
     aligned.
     """
     order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
         dtype, shape = specs[name]
@@ -66,8 +66,9 @@ def write_tensors(path: Path, specs: Mapping[str, Spec], read: Callable[[str], T
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for block in chain([len(text).to_bytes(8, "little"), text],
-                           (raw_bytes(read(name), specs[name]) for name in order)):
+        blocks: Iterator[bytes | memoryview] = chain([len(text).to_bytes(8, "little"), text],
+                                                     (raw_bytes(read(name), specs[name]) for name in order))
+        for block in blocks:
             file.write(block)
             digest.update(block)
     return digest.hexdigest()
@@ -77,7 +78,7 @@ def raw_bytes(tensor: Tensor, spec: Spec) -> memoryview:
     """A tensor's elements as `spec` wants them, in C order."""
     assert tuple(tensor.shape) == tuple(spec.shape), (tensor.shape, spec)
     flat = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 class TensorFiles:
@@ -86,14 +87,15 @@ class TensorFiles:
     Raises InputError when a file is missing or damaged.
     """
 
-    def __init__(self):
-        self._open: dict[Path, object] = {}
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
         self._specs: dict[tuple[Path, str], list[int]] = {}
         self._read = 0
 
     def read(self, path: Path, key: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """A whole tensor, or elements of a flat one: a copy."""
-        value = self._of(path, lambda file: file.get_tensor(key) if start is None else file.get_slice(key)[start:stop])
+        value: Tensor = self._of(path, lambda file: file.get_tensor(key) if start is None else
+                                 file.get_slice(key)[start:stop])
         self._read += value.nbytes
         value = value.clone()
         if self._read > _MAPPED_BYTES:
@@ -105,7 +107,8 @@ class TensorFiles:
         return list(self._of(path, lambda file: file.keys()))
 
     def metadata(self, path: Path) -> dict[str, str]:
-        return self._of(path, lambda file: file.metadata())
+        found: dict[str, str] = self._of(path, lambda file: file.metadata())
+        return found
 
     def shape(self, path: Path, key: str) -> list[int]:
         if (path, key) not in self._specs:
@@ -114,9 +117,9 @@ class TensorFiles:
 
     def type(self, path: Path, key: str) -> str:
         """As safetensors calls it: F32, BF16, ..."""
-        return self._of(path, lambda file: file.get_slice(key).get_dtype())
+        return str(self._of(path, lambda file: file.get_slice(key).get_dtype()))
 
-    def _of(self, path: Path, ask: Callable):
+    def _of(self, path: Path, ask: Callable[[Any], Any]) -> Any:
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt").__enter__()

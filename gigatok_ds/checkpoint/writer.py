@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from gigatok_ds.checkpoint.fragments import Snapshot
 from gigatok_ds.checkpoint.retention import discard, prune
@@ -49,7 +50,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
         elif self._own:
@@ -59,7 +60,7 @@ class CheckpointWriter:
             self._abandon()
 
     def save(self, step: int, samples: int, parts: Mapping[str, Saveable], metrics: Mapping[str, float],
-             guard: Mapping | None = None) -> None:
+             guard: Mapping[str, Any] | None = None) -> None:
         """Save every part. Collective. When asynchronous, returns after copying, once an earlier save is finished.
 
         A failure leaves earlier checkpoints as they were, and is raised here or by a later call: InputError when the
@@ -146,7 +147,7 @@ class CheckpointWriter:
         while not all(marker.is_file() for marker in markers):
             if self._abandoned.wait(POLL_SECONDS):
                 return None
-        files = {}
+        files: dict[str, str] = {}
         for marker in markers:
             files |= json.loads(marker.read_text("utf-8"))
             marker.unlink()
