@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +152,7 @@ class CodeDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def number_as(self, classes: list[str], source: str | Path) -> CodeDataset:
+    def number_as(self, classes: Sequence[str], source: str | Path) -> CodeDataset:
         """The same with the labels that `ShardIndex.number_as` gives."""
         self.index.number_as(classes, source)
         return dataclasses.replace(self, labels=self.index.labels)

@@ -6,7 +6,8 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class BatchLoader:
     The loader's own random state is a private stream, so that reading leaves torch's global generator alone.
     """
 
-    def __init__(self, dataset: Dataset, batch_sampler: Iterable[list], *, workers: int = 0,
+    def __init__(self, dataset: Dataset, batch_sampler: Iterable[Any], *, workers: int = 0,
                  pin_memory: bool = False):
         self.batch_sampler, self._pins = batch_sampler, pin_memory
         self._loader = DataLoader(
@@ -94,6 +95,8 @@ class BatchLoader:
             generator=torch_stream(0, "data workers"), worker_init_fn=_prepare_worker)
 
     def __len__(self) -> int:
+        if not isinstance(self.batch_sampler, Sized):
+            raise TypeError("these batches have no end")
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -21,9 +21,10 @@ MAX_ASPECT_RATIO = 256  # a thinner image would grow to a huge one when its shor
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _UNREADABLE = (SyntaxError, ValueError, TypeError, OSError, struct.error)  # metadata, which then says nothing
 _WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I"}  # EXIF's types, for struct
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-          8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+_TURNS: dict[object, Image.Transpose] = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 def open_image(data: bytes) -> Image.Image:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from gigatok_ds.data.folder import scan_image_folder
+from gigatok_ds.data.folder import ImageFolder, scan_image_folder
 from gigatok_ds.data.loader import BatchLoader, image_name
 from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.shards.class_labels import renumbered
+from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.remote import open_shards
 from gigatok_ds.shards.tar_members import is_tar
 
@@ -30,48 +32,50 @@ class CroppedImages(Dataset):
     """
 
     def __init__(self, location: str | Path, size: int):
-        self.location, self.size, self.index, self.folder = location, size, None, None
+        self.location, self.size = location, size
+        self.source: ImageFolder | ShardIndex
         if Path(location).is_dir() and not any(map(is_tar, os.listdir(location))):
-            self.folder = scan_image_folder(location)
+            self.source = scan_image_folder(location)
         else:
-            self.index = open_shards(location)
+            self.source = open_shards(location)
 
-    def number_as(self, classes: list[str], source: str | Path) -> None:
+    def number_as(self, classes: Sequence[str], source: str | Path) -> None:
         """Give labels the numbers that the same class names have in `classes`, those of `source`.
 
         Raises InputError for a class that is not among them, and for a directory without classes.
         """
-        if self.index is not None:
-            return self.index.number_as(classes, source)
+        if isinstance(self.source, ShardIndex):
+            return self.source.number_as(classes, source)
         self.check_classes()
-        labels = renumbered(np.array(self.folder.labels), self.folder.classes, classes, self.location, source)
-        self.folder = dataclasses.replace(self.folder, labels=labels.tolist(), classes=classes or self.folder.classes)
+        folder = self.source
+        labels = renumbered(np.array(folder.labels), folder.classes, classes, self.location, source)
+        self.source = dataclasses.replace(folder, labels=labels.tolist(), classes=list(classes) or folder.classes)
         return None
 
     def check_classes(self) -> None:
         """InputError unless images have classes: those of a directory without sub-directories have none."""
-        if self.folder is not None and self.folder.flat:
+        if isinstance(self.source, ImageFolder) and self.source.flat:
             raise InputError(f"{self.location} holds images without classes, which matter here; pack them with "
                              "gigatok-ds make-shards --labels FILE, or put the images of each class into a directory "
                              "of its own")
 
     def __len__(self) -> int:
-        return len(self.index if self.index is not None else self.folder.paths)
+        return len(self.source if isinstance(self.source, ShardIndex) else self.source.paths)
 
     def __getitem__(self, number: int) -> dict:
-        if self.index is not None:
-            data, name, label = self.index.read(number), image_name(self.index, number), self.index.label(number)
+        if isinstance(self.source, ShardIndex):
+            data, name, label = self.source.read(number), image_name(self.source, number), self.source.label(number)
         else:
-            path = self.folder.paths[number]
-            data, name, label = path.read_bytes(), str(path), self.folder.labels[number]
+            path = self.source.paths[number]
+            data, name, label = path.read_bytes(), str(path), self.source.labels[number]
         return {"pixels": pixels_of(center_crop(decode_image(data, name), self.size)), "labels": label,
                 "number": number}
 
     def identity(self) -> str:
         """SHA-256 that tells these images from any others."""
-        if self.index is not None:
-            return self.index.identity()
-        return hashlib.sha256("".join(sha256(path) for path in self.folder.paths).encode()).hexdigest()
+        if isinstance(self.source, ShardIndex):
+            return self.source.identity()
+        return hashlib.sha256("".join(sha256(path) for path in self.source.paths).encode()).hexdigest()
 
     def batches(self, topology: Topology, batch_size: int, *, workers: int = 0) -> BatchLoader:
         """This rank's batches: every batch-th of consecutive images, each image on one rank, and none twice."""

@@ -33,25 +33,26 @@ class NpzImages:
     def __init__(self, path: Path, *, any_dtype: bool = False):
         self.path = path
         try:
-            arrays, self._pixels = _arrays(path)
+            arrays, pixels = _arrays(path)
         except Exception as error:
             raise InputError(f"{path} is not an .npz batch of images ({brief(error)})") from None
         whole = all(name in arrays and arrays[name].dtype.kind == "f" for name in STATISTICS)
         self.statistics, labels = {name: arrays[name] for name in STATISTICS} if whole else None, arrays.get("arr_1")
-        if self._pixels is None or self._pixels.ndim != 4 or self._pixels.shape[3] != 3 or not len(self._pixels):
-            shape = None if self._pixels is None else self._pixels.shape
+        if pixels is None or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels):
+            shape = None if pixels is None else pixels.shape
             raise InputError(f"{path} has no images: arr_0 should be (images, height, width, 3), not {shape}")
-        self.dtype = str(self._pixels.dtype)
-        if self.dtype != "uint8" and not (any_dtype and self._pixels.dtype.kind == "f"):
+        self._pixels, self.dtype = pixels, str(pixels.dtype)
+        if self.dtype != "uint8" and not (any_dtype and pixels.dtype.kind == "f"):
             raise InputError(f"{path} holds {self.dtype}, but published figures are of uint8 images, clamped and "
                              "rounded down; convert them, or say --allow dtype if they are floats in 0 .. 255")
         if self.dtype != "uint8":
             some = np.asarray(self._pixels[:: -(-len(self) // _LOOKED_AT)])
             if some.size and some.max() <= 1 and (some % 1).any():
                 raise InputError(f"{path} holds floats in 0 .. 1, which would all be black; multiply them by 255")
-        self.size = self._pixels.shape[1:3]
-        known = labels is not None and labels.shape == (len(self),) and labels.dtype.kind in "iu"
-        self.labels = labels.astype(np.int64) if known else None
+        self.size: tuple[int, int] = pixels.shape[1:3]
+        self.labels = None
+        if labels is not None and labels.shape == (len(self),) and labels.dtype.kind in "iu":
+            self.labels = labels.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -80,7 +81,8 @@ class FolderImages:
 
     def __init__(self, path: Path, *, lossy: bool = False):
         self.path, self.paths, self.lossy = path, sorted(scan_image_folder(path).paths), lossy
-        self.size = tuple(self._read(0).shape[1:])
+        _, height, width = self._read(0).shape
+        self.size = (height, width)
         labels = read_npy(path / "labels.npy") if (path / "labels.npy").is_file() else None
         self.labels = labels if labels is not None and labels.shape == (len(self),
                                                                         ) and labels.dtype.kind in "iu" else None

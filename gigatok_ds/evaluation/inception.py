@@ -51,8 +51,8 @@ class InceptionFeatures(nn.Module):
 
     def outputs(self, images: Tensor) -> InceptionOutput:
         """Everything that ADM's evaluator looks at; the network must be torch-fidelity's."""
-        maps = []
-        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(
+        maps: list[Tensor] = []
+        hook = self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(
             lambda _module, _inputs, output: maps.append(output))
         try:
             pooled, logits = self._run(images)

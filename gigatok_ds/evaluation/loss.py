@@ -30,7 +30,8 @@ def stored_codes(dataset: CodeDataset, topology: Topology, batch_size: int) -> I
     """The same of extracted codes; of several views of an image, the first."""
     for start in range(topology.rank * batch_size, len(dataset.codes), topology.world_size * batch_size):
         rows = slice(start, start + batch_size)
-        yield tuple(torch.as_tensor(part.astype("int64")) for part in (dataset.codes[rows, 0], dataset.labels[rows]))
+        codes, labels = dataset.codes[rows, 0], dataset.labels[rows]
+        yield torch.as_tensor(codes.astype("int64")), torch.as_tensor(labels.astype("int64"))
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def in_words(value: float) -> str:
+def in_words(value: object) -> str:
     """Six significant digits of a number, integers as they are."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 

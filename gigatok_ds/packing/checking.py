@@ -48,7 +48,7 @@ class ShardReport:
         counts = self.per_class
         yield f"{self.samples} images of {len(counts)} classes in {self.shards} shards, {self.size / 1e6:.1f} MB"
         yield f"{self.members.total()} members of tars: {in_words(self.members)}"
-        few, many = min(counts, key=counts.get), max(counts, key=counts.get)
+        few, many = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
         yield (f"labels {min(counts)} to {max(counts)}; {counts[few]} images ({self._class_name(few)}) to "
                f"{counts[many]} ({self._class_name(many)}) in a class")
         if self.short_sides:

@@ -122,6 +122,7 @@ class CodeDirectory:
                 if self._stored() is None:  # else another rank was faster
                     raise
             found = self._stored()
+        assert found is not None, f"{self.directory} was just made"
         difference = next(_differences(found, json.loads(metadata_bytes(self.metadata))), None)
         if difference:
             name, before, now = difference

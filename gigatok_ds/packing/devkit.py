@@ -48,7 +48,9 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
             if member.isreg() and name in (_META, _TRUTH):
                 if member.size > _FILE_BYTES:
                     raise ValueError(f"{name} is {member.size} bytes long")
-                yield name, tar.extractfile(member).read()
+                file = tar.extractfile(member)
+                assert file is not None  # a regular member has content
+                yield name, file.read()
 
 
 def variable(data: bytes, name: str) -> list:
@@ -98,9 +100,9 @@ def _matrix(data: bytes, order: str, depth: int) -> tuple[str, list]:
     if depth > _DEEPEST:
         raise ValueError("arrays lie too deep in one another")
     parts = _elements(data, order)
-    flags, shape, name = (_numbers(*next(parts), order) for _ in range(3))
+    flags, shape, letters = (_numbers(*next(parts), order) for _ in range(3))
     kind, count = int(flags[0]) & 0xFF, math.prod(map(int, shape))
-    name = bytes(int(letter) & 0xFF for letter in name).decode("latin-1")
+    name = bytes(int(letter) & 0xFF for letter in letters).decode("latin-1")
     if kind == _STRUCT:
         (length,), (_, names) = _numbers(*next(parts), order), next(parts)
         if not 0 < length <= len(names):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -195,7 +195,7 @@ def _unlike_imagenet(split: str, first: str, classes: list[str], images: int) ->
             f"{IMAGENET[split][1]:,}: is the download complete?"]
 
 
-def _images(members: Sequence[Member], left_out: Counter) -> list[Member]:
+def _images(members: Iterable[Member], left_out: Counter) -> list[Member]:
     """The images, in the order of their names; the other members are counted by reason."""
     found = []
     for member in members:

@@ -93,8 +93,10 @@ def _pack(source: ImageSource, images: list[SourceImage], packing: Packing, part
         with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
             tasks = ((path, part, source.classes, packing) for path, part in parts.items())
             for path, _ in zip(parts, in_processes(_write_shard, tasks, workers if len(parts) > 1 else 0), strict=True):
-                notes[path] = _read_note(path)
-                bar.update(notes[path]["images"])
+                note = _read_note(path)
+                assert note is not None, f"{path} was just written"
+                notes[path] = note
+                bar.update(note["images"])
     except InputError:
         if not any(partial.glob(f"*{_NOTE}")):  # nothing to go on with
             shutil.rmtree(partial)
@@ -190,6 +192,7 @@ def _records(images: list[SourceImage], classes: list[str], packing: Packing, sk
 def _extension(data: bytes) -> str:
     """By what the image is: the extension of its file may be wrong (one of ImageNet's JPEG files holds a PNG)."""
     with open_image(data) as image:
+        assert image.format is not None  # open_image has read a file
         extension = image.format.lower()
     extension = {"jpeg": "jpg", "mpo": "jpg"}.get(extension, extension)
     assert extension in IMAGE_EXTENSIONS

@@ -66,8 +66,11 @@ def _deaf_to_interruptions() -> Iterator[None]:
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for its next task for ever."""
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not a worker"
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

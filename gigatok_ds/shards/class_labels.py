@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from gigatok_ds.errors import InputError
 
 
-def renumbered(labels: np.ndarray, names: list[str], classes: list[str], location: str | Path,
+def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str], location: str | Path,
                source: str | Path) -> np.ndarray:
     """Labels (N,), positions in `names`, as positions of the same names in `classes`; see `ShardIndex.number_as`."""
     if not names or not classes or names == classes:

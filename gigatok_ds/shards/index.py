@@ -18,7 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -67,7 +67,8 @@ def write_index(directory: Path, contents: Contents) -> None:
     """Write both sidecars: `index.json` comes last and holds the hash of `index.npz` (no mixed pairs)."""
     shards, classes, table, problems = contents
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: table[name] for name in sorted(table)})
+    columns: dict[str, Any] = {name: table[name] for name in sorted(table)}
+    np.savez_compressed(buffer, **columns)
     data = buffer.getvalue()
     description = {"format": FORMAT, "classes": classes, "count": len(table["label"]),
                    "table_sha256": hashlib.sha256(data).hexdigest(), "problems": list(problems),
@@ -101,7 +102,10 @@ def scan_shards(files: ShardFiles, names: list[str], extensions: tuple[str, ...]
 
     Raises what `scan_tar`, `build_table` and `check_problems` raise.
     """
-    shards, entries, problems, tally = [], [], [], Counter() if tally is None else tally
+    shards: list[TarShard] = []
+    entries: list[list[Entry]] = []
+    problems: list[str] = []
+    tally = Counter() if tally is None else tally
     for name in tqdm(names, desc=f"indexing {files.location}", unit="shard", disable=None):
         with files.held(name) as path:
             entries.append(scan_tar(path, extensions, problems if max_bad_fraction else None, tally))
@@ -270,13 +274,13 @@ class ShardIndex:
             return f": labels 1 to {high} are counted from 1, and must be from 0; subtract 1 from each, and index again"
         return f": labels go up to {high}; set model.num_classes to at least {high + 1}, or give the data it is for"
 
-    def number_as(self, classes: list[str], source: str | Path) -> None:
+    def number_as(self, classes: Sequence[str], source: str | Path) -> None:
         """Give labels the numbers that the same class names have in `classes`, those of `source`.
 
         Nothing happens where one of both does not name its classes. Raises InputError for a name that is not in them.
         """
         self.labels = renumbered(self.labels, self.classes, classes, self.location, source)
-        self.classes = classes if self.classes and classes else self.classes
+        self.classes = list(classes) if self.classes and classes else self.classes
 
     def has_label(self, num_classes: int | None) -> np.ndarray:
         """Of which samples the label is 0 or more, and below `num_classes` if that is given: bool (N,)."""

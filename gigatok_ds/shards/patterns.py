@@ -71,7 +71,7 @@ def file_name(url: str) -> str:
 
 
 def _braces(pattern: str) -> list[str]:
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its stub lacks the error
 
     try:
         return list(braceexpand(pattern, escape=False))

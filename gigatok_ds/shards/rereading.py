@@ -41,4 +41,4 @@ def reread(action: Callable[[], T], name: str, patience: float, *, before: Calla
                            error.strerror or error, wait)
         before()
         time.sleep(wait)
-    return None
+    raise AssertionError("itertools.count ended")

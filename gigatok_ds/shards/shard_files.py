@@ -31,9 +31,14 @@ class ShardFiles(Protocol):
     that tars may be removed while they are used, to be fetched again when they are needed.
     """
 
-    location: str
-    advice: str
-    transient: bool
+    @property
+    def location(self) -> str: ...
+
+    @property
+    def advice(self) -> str: ...
+
+    @property
+    def transient(self) -> bool: ...
 
     def name(self, tar: str) -> str:
         """Path or URL of a tar, for messages."""

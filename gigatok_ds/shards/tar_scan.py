@@ -134,8 +134,8 @@ class _Scan:
             lacking = "label (KEY.cls)" if key in self.payloads else (
                 "data: its file is empty" if key in self.empty else f"data (KEY.{' or KEY.'.join(self.extensions)})")
             self.report(f"{self.path}: sample {key!r} has no {lacking}")
-        lacking = [key for key in dict.fromkeys((*self.labels, *sorted(self.empty))) if key not in self.payloads]
-        found = self.payloads | dict.fromkeys(lacking, (0, 0, 0))
+        without_data = [key for key in dict.fromkeys((*self.labels, *sorted(self.empty))) if key not in self.payloads]
+        found = self.payloads | dict.fromkeys(without_data, (0, 0, 0))
         return [Entry(key, offset, size, self.labels.get(key, NO_LABEL), crc32)
                 for key, (offset, size, crc32) in found.items()]
 

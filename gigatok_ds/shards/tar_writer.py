@@ -12,7 +12,7 @@ from typing import BinaryIO
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside
 from gigatok_ds.shards.index import Contents, build_table, write_index
-from gigatok_ds.shards.tar_scan import is_key, is_safe_key, scan_tar
+from gigatok_ds.shards.tar_scan import Entry, is_key, is_safe_key, scan_tar
 from gigatok_ds.shards.tar_shard import TarShard, describe_shard
 
 _TAR_OPTIONS = {"user": "gigatok", "group": "gigatok", "mtime": 0, "encoder": False}
@@ -60,7 +60,10 @@ def write_tars(records: Iterable[Record], directory: Path, *, prefix: str, sampl
         raise InputError(f"shard prefix {prefix!r} may hold only letters, digits and _ + = @ -")
     if samples_per_shard < 1:
         raise InputError(f"samples per shard is {samples_per_shard}; it must be at least 1")
-    records, seen, shards, entries = iter(records), set(), [], []
+    records = iter(records)
+    seen: set[str] = set()
+    shards: list[TarShard] = []
+    entries: list[list[Entry]] = []
     for first in records:
         path = directory / f"{prefix}-{len(shards):06d}.tar"
         with open(path, "xb") as file:

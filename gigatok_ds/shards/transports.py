@@ -103,7 +103,7 @@ def persistently(action: Callable[[], T], name: str, *, patience: float, attempt
             wait = max(wait, min(_asked_wait(error), max(left, 0)))
             logger.warning("%s: attempt %d failed (%s); the next one in %.1f s", name, attempt, _said(error), wait)
         time.sleep(wait)
-    return None
+    raise AssertionError("itertools.count ended")
 
 
 def _asked_wait(error: Exception) -> float:

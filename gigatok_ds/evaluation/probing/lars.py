@@ -19,7 +19,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "trust": trust})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # torch's also takes a closure, which nobody here has
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad

@@ -73,12 +73,12 @@ class Probe(nn.Sequential):
     """Batch normalisation without weights, and a linear layer: features (B, width) to logits (B, classes)."""
 
     def __init__(self, width: int, settings: ProbeSettings):
-        super().__init__(nn.BatchNorm1d(width, eps=1e-6, momentum=0.1, affine=False),
-                         nn.Linear(width, settings.classes))
+        linear = nn.Linear(width, settings.classes)
+        super().__init__(nn.BatchNorm1d(width, eps=1e-6, momentum=0.1, affine=False), linear)
         stream = torch_stream(settings.seed, "linear probe")
         with torch.no_grad():
-            truncated_normal(0.01)(self[1].weight, stream)
-            self[1].bias.uniform_(-(width**-0.5), width**-0.5, generator=stream)
+            truncated_normal(0.01)(linear.weight, stream)
+            linear.bias.uniform_(-(width**-0.5), width**-0.5, generator=stream)
 
 
 class ProbeRun:
