@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from gigatok_ds.config.recipe import GPTRecipe, Recipe
 from gigatok_ds.dry_run.dry_run import Rehearsal
 from gigatok_ds.dry_run.dry_run_result import MicroBatch
+from gigatok_ds.models.gpt import GPT
+from gigatok_ds.models.tokenizer import Tokenizer
 
 
 class _OneLayer:
@@ -32,14 +34,9 @@ class _OneLayer:
         inputs[0].register_hook(lambda gradient: self.backward.setdefault(number, self.so_far()) and None)
 
     def added(self) -> MicroBatch:
-        forward = _minus(self.forward[1], self.forward[0])
-        backward = _minus(self.backward[0], self.backward[1])
-        both = MicroBatch(*(there + back for there, back in zip(forward, backward, strict=True)))
-        return both._replace(kept=forward.kept)
-
-
-def _minus(later: MicroBatch, earlier: MicroBatch) -> MicroBatch:
-    return MicroBatch(*(after - before for after, before in zip(later, earlier, strict=True)))
+        forward = self.forward[1].plus(self.forward[0], -1)
+        backward = self.backward[0].plus(self.backward[1], -1)
+        return forward.plus(backward)._replace(kept=forward.kept)
 
 
 def rehearse(recipe: Recipe, samples: int, step: int, *, compiled: bool = False) -> MicroBatch:
@@ -55,16 +52,16 @@ def rehearse(recipe: Recipe, samples: int, step: int, *, compiled: bool = False)
     layers = {side: _OneLayer(of_side, rehearsal) for side, of_side in _layers(rehearsal).items()}
     total = rehearsal.run(samples, step)
     for side, layer in layers.items():
-        total = MicroBatch(*(value + (depths[side] - fewest[side]) * more
-                             for value, more in zip(total, layer.added(), strict=True)))
+        total = total.plus(layer.added(), depths[side] - fewest[side])
     return rehearsal.as_compiled(total, samples)
 
 
 def _layers(rehearsal: Rehearsal) -> dict[str, Iterable[nn.Module]]:
-    if "gpt" in rehearsal.trained:
-        return {"size": rehearsal.trained["gpt"].layers}
-    tokenizer = rehearsal.trained["generator"]
-    return {"encoder": tokenizer.encoder.transformer, "decoder": tokenizer.decoder.transformer}
+    trained = rehearsal.trained["gpt" if "gpt" in rehearsal.trained else "generator"]
+    if isinstance(trained, GPT):
+        return {"size": trained.layers}
+    assert isinstance(trained, Tokenizer)
+    return {"encoder": trained.encoder.transformer, "decoder": trained.decoder.transformer}
 
 
 def depths_of(recipe: Recipe) -> dict[str, int]:
@@ -76,10 +73,12 @@ def depths_of(recipe: Recipe) -> dict[str, int]:
 
 def with_depths(recipe: Recipe, depths: Mapping[str, int]) -> Recipe:
     """The recipe with so many layers."""
-    sizes = {"size": lambda: recipe.model.transformer, "encoder": lambda: recipe.model.encoder_size,
-             "decoder": lambda: recipe.model.decoder_size}
-    model = replace(recipe.model, **{side: replace(sizes[side](), layers=layers) for side, layers in depths.items()})
-    return replace(recipe, model=model)
+    if isinstance(recipe, GPTRecipe):
+        size = replace(recipe.model.transformer, layers=depths["size"])
+        return replace(recipe, model=replace(recipe.model, size=size))
+    encoder, decoder = recipe.model.encoder_size, recipe.model.decoder_size
+    return replace(recipe, model=replace(recipe.model, encoder=replace(encoder, layers=depths["encoder"]),
+                                         decoder=replace(decoder, layers=depths["decoder"])))
 
 
 def _fewest(recipe: Recipe, side: str) -> int:

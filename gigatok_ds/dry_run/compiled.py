@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from gigatok_ds.dry_run.meter import as_on_a_gpu
 from gigatok_ds.dry_run.operators import FORMULAS, group_of, is_free, kind_of, name_of
@@ -106,13 +107,14 @@ def _count(block: CompiledBlock) -> Passes:
 
     def cut(joint: fx.GraphModule, *inputs, **options) -> tuple[fx.GraphModule, fx.GraphModule]:
         graphs = min_cut_rematerialization_partition(joint, *inputs, **options)
-        found.extend(_scheduled(graph, backward=backward) for backward, graph in enumerate(graphs))
+        forward, backward = graphs
+        found.extend([_scheduled(forward, backward=False), _scheduled(backward, backward=True)])
         return graphs
 
-    def whole(graph: fx.GraphModule, inputs: list) -> Callable:
+    def whole(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable:
         if not found:  # nothing here takes a gradient
-            found.extend([_scheduled(graph, backward=False), Work()])
-        return graph.forward
+            found.extend([_scheduled(gm, backward=False), Work()])
+        return gm.forward
 
     with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _with_places():
         held = {name: _like(_looks(tensor)) for name, tensor in _held(block).items()}
@@ -193,7 +195,7 @@ def _scheduled(graph: fx.GraphModule, *, backward: bool) -> Work:
 
 def _claim(graph: fx.GraphModule, mode) -> list:
     """Moves the graph to the GPU; returns inputs for it. Constants become inputs."""
-    inputs = []
+    inputs: list[object] = []
     with mode:
         for node in list(graph.graph.nodes):
             value = node.meta.get("val")
@@ -234,22 +236,27 @@ def _operation(node) -> Operation | None:
     if not read + written:
         return None
     origins = [origin for part in node.get_nodes() if part.node is not None for origin in part.node.get_origins()
-               if isinstance(origin.target, torch._ops.OpOverload)]
+               if isinstance(origin.target, OpOverload)]
     places = [origin.meta[_PLACE] for origin in origins if _PLACE in origin.meta and origin.meta[_PLACE].source]
     # What a library or a kernel of its own computes, or what is generated for all of these.
     called = _called(node, origins)
-    if called is not None and is_free(called.target):
+    if called is not None and is_free(operator := _operator(called)):
         return None
     if called is not None:
         values = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in called.args]
-        formula, of_call = FORMULAS.get(called.target._overloadpacket), called.meta.get(_PLACE)
-        return Operation(group=group_of(called.target), name=name_of(called.target).removeprefix("aten::"),
-                         source=of_call.source if of_call else _first(places), kind=kind_of(called.target, values),
+        formula, of_call = FORMULAS.get(operator._overloadpacket), called.meta.get(_PLACE)
+        return Operation(group=group_of(operator), name=name_of(operator).removeprefix("aten::"),
+                         source=of_call.source if of_call else _first(places), kind=kind_of(operator, values),
                          read=read, written=written, flops=formula(*values, **called.kwargs, out_val=called.meta["val"])
                          if formula else 0)
-    names = sorted({name_of(origin.target).removeprefix("aten::").removeprefix("prims::") for origin in origins})
+    names = sorted({name_of(_operator(origin)).removeprefix("aten::").removeprefix("prims::") for origin in origins})
     return Operation(group=_fused_group(node, origins), name="fused " + " ".join(names)[:80], source=_first(places),
                      kind="half", read=read, written=written, flops=0)
+
+
+def _operator(node: fx.Node) -> OpOverload:
+    assert isinstance(node.target, OpOverload)
+    return node.target
 
 
 def _called(node, origins: list[fx.Node]) -> fx.Node | None:
@@ -259,7 +266,7 @@ def _called(node, origins: list[fx.Node]) -> fx.Node | None:
     if not isinstance(node, ExternKernelSchedulerNode):
         return None
     operator = getattr(node.node, "op_overload", None)
-    found = [origin for origin in origins if origin.target is operator or origin.target._overloadpacket in FORMULAS]
+    found = [origin for origin in origins if origin.target is operator or _operator(origin)._overloadpacket in FORMULAS]
     return next(iter(found), None)
 
 
@@ -271,5 +278,5 @@ def _first(places: list[SourceLine]) -> str:
 def _fused_group(node, origins: list[fx.Node]) -> str:
     if node.is_reduction() or any(origin.meta[_PLACE].norm for origin in origins if _PLACE in origin.meta):
         return "norm"
-    return "copies" if all(group_of(origin.target) == "copies" or origin.target.is_view for origin
-                           in origins) else "pointwise"
+    operators = [_operator(origin) for origin in origins]
+    return "copies" if all(group_of(each) == "copies" or each.is_view for each in operators) else "pointwise"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Hashable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from gigatok_ds.dry_run.dry_run_result import MicroBatch, Shapes
 from gigatok_ds.dry_run.floor import Floor
 from gigatok_ds.dry_run.meta_layers import MetaTPLayers, TensorTraffic
 from gigatok_ds.dry_run.meter import BlockPass, Meter
-from gigatok_ds.dry_run.work import Work
+from gigatok_ds.dry_run.work import Operation, Work
 from gigatok_ds.engine.compilation import parts_of
 from gigatok_ds.losses.composition import TokenizerObjective, build_discriminator, build_objective
 from gigatok_ds.models.frozen.pretrained_files import RANDOM
@@ -174,21 +176,21 @@ class Rehearsal:
             for network in [*self.trained.values(), *filter(None, [self.objective])]:
                 self.meter.ignore([*network.parameters(), *network.buffers()])
             if isinstance(self.recipe, TokenizerRecipe):
-                self._tokenizer(samples, step)
+                self._tokenizer(self.recipe, samples, step)
             else:
-                self._gpt(samples)
+                self._gpt(self.recipe, samples)
         return self.so_far()._replace(kept=self.meter.peak)
 
     def so_far(self) -> MicroBatch:
         """What has been counted until now; kept is what is alive now."""
         meter = self.meter
         return MicroBatch(kept=meter.alive, flops=meter.flops, model=meter.model, sent=self.traffic.total,
-                          work=Work(meter.calls))
+                          work=Work(cast("Counter[Operation]", meter.calls)))  # blocks among them: see `as_compiled`
 
     def as_compiled(self, found: MicroBatch, samples: int) -> MicroBatch:
         """With the kernels that compiled blocks run."""
         total, sent = Work(), self.traffic.sent.copy()
-        for call, count in found.work.calls.items():
+        for call, count in cast("dict[Operation | BlockPass, float]", found.work.calls).items():
             if isinstance(call, BlockPass):
                 with dropout_at(0, torch.zeros(samples, dtype=torch.int64, device=META)):
                     block = self.blocks[call.signature]
@@ -200,23 +202,24 @@ class Rehearsal:
         self.traffic.sent = sent  # of what was traced again
         return found._replace(work=total)
 
-    def _tokenizer(self, samples: int, step: int) -> None:
-        tensor, size = self.recipe.parallel.tensor, self.recipe.model.image_size
+    def _tokenizer(self, recipe: TokenizerRecipe, samples: int, step: int) -> None:
+        assert self.objective is not None
+        tensor, size = recipe.parallel.tensor, recipe.model.image_size
         topology = _LocalTopology(rank=0, world_size=tensor, device=META, data_rank=0, data_size=1,
                                   tensor_size=tensor, layers=self.layers)
-        passes = TokenizerStep(self.recipe, topology, self.engines["generator"], self.engines.get("discriminator"),
+        passes = TokenizerStep(recipe, topology, self.engines["generator"], self.engines.get("discriminator"),
                                self.objective, accumulation=1)
         own = samples // tensor
         passes.train(torch.empty(own, 3, size, size, device=META), torch.zeros(own, dtype=torch.int64), step)
 
-    def _gpt(self, samples: int) -> None:
-        config, engine = self.recipe.model, self.engines["gpt"]
+    def _gpt(self, recipe: GPTRecipe, samples: int) -> None:
+        config, engine = recipe.model, self.engines["gpt"]
         codes = torch.zeros((samples, config.sequence_length), dtype=torch.int64, device=META)
-        with dropout_at(self.recipe.training.seed, codes[:, 0]):
+        with dropout_at(recipe.training.seed, codes[:, 0]):
             engine.backward(engine(codes[:, :-1], codes[:, 0], codes).mean())
         # Logits, which are computed again in any case: see parallel.cross_entropy.
         self.meter.model -= (
-            2 * codes.numel() * config.transformer.width * config.vocab_size // self.recipe.parallel.tensor
+            2 * codes.numel() * config.transformer.width * config.vocab_size // recipe.parallel.tensor
         )
 
 

@@ -22,6 +22,11 @@ class MicroBatch(NamedTuple):
     sent: float
     work: Work
 
+    def plus(self, more: MicroBatch, times: int = 1) -> MicroBatch:
+        return MicroBatch(self.kept + times * more.kept, self.flops + times * more.flops,
+                          self.model + times * more.model, self.sent + times * more.sent,
+                          self.work + times * more.work)
+
     def of_samples(self, factor: float) -> MicroBatch:
         """With `factor` times as many samples, in as many kernels."""
         return MicroBatch(self.kept * factor, self.flops * factor, self.model * factor, self.sent * factor,
@@ -34,7 +39,8 @@ class MicroBatch(NamedTuple):
 
 def from_list(values: list) -> MicroBatch:
     """What `MicroBatch.as_list` gave."""
-    return MicroBatch(*values[:-1], work=from_rows(values[-1]))
+    kept, flops, model, sent, rows = values
+    return MicroBatch(kept, flops, model, sent, from_rows(rows))
 
 
 @dataclass(frozen=True, kw_only=True)

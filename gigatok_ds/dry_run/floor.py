@@ -57,7 +57,8 @@ class Floor:
                 self._level[part.storage] = level + 1
                 self._region.pop(part.storage, None)
             return
-        region, roots = _Region(level, backward), {}
+        region = _Region(level, backward)
+        roots: dict[FloorPart, int] = {}
         for part, size in read:
             roots |= self._reached(region, part, size)
         for part, _ in written:

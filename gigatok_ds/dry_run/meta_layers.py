@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ class TensorTraffic:
     all-reduce sends 2 (n - 1) / n S, an all-gather or a reduce-scatter (n - 1) / n S."""
 
     size: int
-    sent: Counter = field(default_factory=Counter)
+    sent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def all_reduce(self, tensor: Tensor) -> None:
         self.sent["all-reduce"] += 2 * (self.size - 1) / self.size * tensor.nbytes

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gigatok_ds.dry_run.floor import Floor, FloorPart
 from gigatok_ds.dry_run.operators import bytes_of, flops_of, group_of, is_free, kind_of, name_of, reads, writes
-from gigatok_ds.dry_run.source_lines import SourceLine, Sources
+from gigatok_ds.dry_run.source_lines import BlockCall, SourceLine, Sources
 from gigatok_ds.dry_run.work import PRODUCTS, Operation
 from gigatok_ds.monitoring.meta_cache import called
 
@@ -45,13 +45,6 @@ class BlockPass(NamedTuple):
     backward: bool
 
 
-class _Call:
-    """One call of a compiled block, whose backward pass may follow."""
-
-    def __init__(self, signature: Hashable):
-        self.signature, self.returned = signature, False
-
-
 class Meter(TorchDispatchMode):
     """As a context: measures what runs within.
 
@@ -68,7 +61,7 @@ class Meter(TorchDispatchMode):
         self.calls: Counter[Operation | BlockPass] = Counter()
         self.floor = floor
         self._sources = Sources()
-        self._block: _Call | None = None
+        self._block: BlockCall | None = None
         # By address, which is another's when its storage is gone: numbers that are not.
         self._seen: dict[int, int] = {}
         self._storages = 0
@@ -76,7 +69,7 @@ class Meter(TorchDispatchMode):
     @contextlib.contextmanager
     def inside(self, signature: Hashable) -> Iterator[None]:
         """Within, operations are those of a pass through a compiled block, and so are those of its backward pass."""
-        before, self._block = self._block, _Call(signature)
+        before, self._block = self._block, BlockCall(signature)
         self.calls[BlockPass(signature, False)] += 1
         try:
             yield
@@ -130,7 +123,8 @@ class Meter(TorchDispatchMode):
         self._gpu.__exit__(*error)
 
     def _part(self, tensor: Tensor) -> FloorPart:
-        return FloorPart(self._seen.get(tensor.untyped_storage()._cdata, 0), tensor.storage_offset(), tensor.numel())
+        storage = self._seen.get(tensor.untyped_storage()._cdata, 0)
+        return FloorPart(storage, int(tensor.storage_offset()), tensor.numel())
 
     def _note(self, storage: torch.UntypedStorage, *, counts: bool = True) -> None:
         key = storage._cdata

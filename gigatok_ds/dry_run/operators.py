@@ -6,7 +6,7 @@ Every tensor that goes in is read once and every tensor that comes out is writte
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,11 +30,11 @@ def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size
     return 2 * _attention(query, key, value)
 
 
-FORMULAS = flop_registry | {operator: shape_wrapper(formula) for operator, formula in {
-    **own_formulas(again=True),
+_OWN: dict[Callable, Callable[..., int]] = own_formulas(again=True) | {
     _ATEN._scaled_dot_product_flash_attention: _attention,
     _ATEN._scaled_dot_product_flash_attention_backward: _attention_backward,
-}.items()}
+}
+FORMULAS = flop_registry | {operator: shape_wrapper(formula) for operator, formula in _OWN.items()}
 
 # How often a kernel reads its first tensors from memory, where that is more than once: a norm over more than a
 # multiprocessor can hold reads for its statistics first. Operators of ours that are not named here count as all others

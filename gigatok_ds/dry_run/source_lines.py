@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Hashable
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ _CONTEXTS = (
 )
 
 
+class BlockCall:
+    """One call of a compiled block, whose backward pass may follow."""
+
+    def __init__(self, signature: Hashable):
+        self.signature, self.returned = signature, False
+
+
 class SourceLine(NamedTuple):
     """file:line in the package; context: the group that all of that code's operations belong to; norm: whether a norm's
     own code asked; block: the call of a compiled block within which it was (see meter.Meter.inside)."""
@@ -32,7 +40,7 @@ class SourceLine(NamedTuple):
     source: str
     context: str | None
     norm: bool
-    block: object | None
+    block: BlockCall | None
     backward: bool
 
 
@@ -48,9 +56,10 @@ class Sources:
     def __init__(self):
         self._places: dict[int, SourceLine] = {}
 
-    def here(self, block: object | None) -> SourceLine:
+    def here(self, block: BlockCall | None) -> SourceLine:
         """Of the operation that is being dispatched. block: the compiled block that is running forward, if any."""
-        frame, source, context, norm, engine = sys._getframe(1), None, None, False, False
+        frame: FrameType | None = sys._getframe(1)
+        source, context, norm, engine = None, None, False, False
         while frame is not None:
             code = _of(frame.f_code)
             if code is _ENGINE:

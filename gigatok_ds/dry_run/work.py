@@ -105,9 +105,9 @@ class Work:
         """Seconds of those for which the GPU waits because its kernels are shorter than it takes to start them."""
         return self.seconds(rates) - self.seconds(rates._replace(launch=0.0))
 
-    def shared(self, by: Callable[[Operation], object], rates: Rates | None = None) -> dict[object, Share]:
+    def shared(self, by: Callable[[Operation], str], rates: Rates | None = None) -> dict[str, Share]:
         """By what `by` says of an operation; seconds are 0 without rates."""
-        shares: dict[object, Share] = {}
+        shares: dict[str, Share] = {}
         for operation, count in self.calls.items():
             share = shares.setdefault(by(operation), Share())
             share.calls += count

@@ -121,7 +121,8 @@ class TokenizerFlops:
         if direct not in self._image_passes:
             self._image_passes[direct] = self._image_losses(direct, step)
         frozen = self._image_passes[direct] + self._teacher
-        if judged and self.recipe.loss.adversarial.adaptive_weight:
+        adversarial = self.recipe.loss.adversarial
+        if judged and adversarial and adversarial.adaptive_weight:
             frozen += 2 * sides * self._last_layer()
         passes = self.recipe.training.global_batch_size / self.images
         return StepFlops(model=round(passes * (tokenizer + judge)), hardware=round(passes * (again + judge + frozen)))
@@ -139,7 +140,9 @@ class TokenizerFlops:
             recompute_(network, every_block=parallel.recompute_every, cnn=parallel.recompute_cnn)
         output = network(self._batch(), entropy=entropy, semantic=self.recipe.loss.semantic is not None, direct=direct)
         parts = [output.reconstruction, output.direct_reconstruction, output.semantic_feature, output.decoded_feature]
-        sum([part.sum() for part in parts if part is not None], sum(output.quantizer_losses)).backward()
+        total = sum([part.sum() for part in parts if part is not None], sum(output.quantizer_losses))
+        assert isinstance(total, Tensor)
+        total.backward()
 
     def _judge(self, sides: int) -> int:
         """The discriminator as a judge of reconstructions, and its own pass over these and the images."""
@@ -149,6 +152,7 @@ class TokenizerFlops:
     @functools.cached_property
     def _judge_passes(self) -> tuple[int, int]:
         adversarial = self.recipe.loss.adversarial
+        assert adversarial is not None, "there is no discriminator"
         with torch.device("meta"):
             network = build_discriminator(adversarial, image_size=self.recipe.model.image_size).train()
         draws = SampleDraws(torch_stream(0, "flops"), self.images, torch.arange(self.images))
@@ -163,19 +167,24 @@ class TokenizerFlops:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 images, *made = (self._batch(self.device, gradient=number > 0) for number in range(2 + direct))
                 terms = self.objective.image_terms(images, made[0], made[1] if direct else None, lambda x: x, step)
-                sum(terms.values()).backward()
+                total = sum(terms.values())
+                assert isinstance(total, Tensor)  # there is always a reconstruction
+                total.backward()
 
         return counted(run).once
 
     @functools.cached_property
     def _teacher(self) -> int:
         """This run's, shown stand-ins for images; 0 without one."""
+        teacher = self.objective.teacher
+        if teacher is None:
+            return 0
 
         def run() -> None:
             with FakeTensorMode(allow_non_fake_inputs=True):
-                self.objective.teacher(self._batch(self.device))
+                teacher(self._batch(self.device))
 
-        return counted(run).once if self.objective.teacher else 0
+        return counted(run).once
 
     def _last_layer(self) -> int:
         """The weight gradient of the CNN decoder's last layer, for the adaptive weight."""

@@ -46,9 +46,12 @@ def read_history(run_dir: Path) -> list[dict]:
     if not path.is_file():
         return []
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    found = [_line(text) for text in lines]
-    if None in found:
-        raise InputError(f"line {found.index(None) + 1} of {path} is damaged; repair or remove it")
+    found = []
+    for number, text in enumerate(lines, start=1):
+        line = _line(text)
+        if line is None:
+            raise InputError(f"line {number} of {path} is damaged; repair or remove it")
+        found.append(line)
     return found
 
 

@@ -77,6 +77,7 @@ class TermGradients:
         squared length 4 w (w mean(d^2)) / n.
         """
         scale, self.scale_probe.grad = self.scale_probe.grad, None
+        assert scale is not None, "the probe is not part of the loss"
         squares = {name: (norm / scale).square() / self.latent_parts for name, norm in self._scaled.items()}
         for name in ("codebook", "commitment"):
             squares[name] = 4 * getattr(self.config, name) * terms[name] / (latents * self.dim) / self.latent_parts

@@ -29,11 +29,11 @@ def called(function: OpOverload, args: Sequence, kwargs: Mapping) -> object:
         made = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in outputs]
         return tuple(made) if is_tuple else made[0]
     result = function(*args, **kwargs)
-    outputs = result if isinstance(result, tuple) else (result,)
-    if all(map(_is_plain, outputs)):
+    results = result if isinstance(result, tuple) else (result,)
+    if all(map(_is_plain, results)):
         if len(_KNOWN) == MOST:
             _KNOWN.clear()
-        _KNOWN[key] = [(output.shape, output.stride(), output.dtype) for output in outputs], isinstance(result, tuple)
+        _KNOWN[key] = [(made.shape, made.stride(), made.dtype) for made in results], isinstance(result, tuple)
     return result
 
 
@@ -44,7 +44,7 @@ def _makes_new_tensors(function: OpOverload) -> bool:
 
 def _is_plain(output: object) -> bool:
     """Whether it is a tensor without storage that another can be made like."""
-    return (type(output) is Tensor and output.is_meta and output.storage_offset() == 0
+    return (type(output) is Tensor and output.is_meta and bool(output.storage_offset() == 0)
             and output.untyped_storage().nbytes() == output.numel() * output.element_size())
 
 

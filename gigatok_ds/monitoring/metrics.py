@@ -77,7 +77,7 @@ class Monitor:
             return
         assert not {"step", "time"} & values.keys(), "these two names are ours"
         numbers = {name: float(value) for name, value in values.items()}
-        line = {"step": step, "time": round(time.time(), 3)}
+        line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         self._write(line)
         with told_failures(self.run_dir / EVENTS_DIRECTORY):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from gigatok_ds.config.load import recipe_to_dict, without_secrets
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
@@ -28,7 +27,8 @@ class Counter(Protocol):
 class Watched(Protocol):
     """What a task tells about itself."""
 
-    flops: Counter
+    @property
+    def flops(self) -> Counter: ...
 
     def figures(self, step: int) -> dict[str, float]:
         """Figures of the trained network after `step`, alike on all ranks."""
@@ -59,7 +59,7 @@ class Watch:
         """Within, time does not count as training."""
         return self.throughput.paused()
 
-    def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` of a logging step, and everything else that is known of it; collective."""
         with self.paused():
             flops = self.topology.from_first(self.task.flops.of_step(step) if self.topology.is_first else None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,7 +20,7 @@ ID_FILE = "wandb_id"
 class WandbRun(Protocol):
     """The part of wandb's run that we use."""
 
-    def log(self, data: Mapping[str, object]) -> None: ...
+    def log(self, data: dict[str, Any]) -> None: ...
 
 
 def check_wandb(project: str | None) -> None:

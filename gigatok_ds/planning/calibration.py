@@ -49,7 +49,7 @@ def read_run(run_dir: Path) -> Measured:
         raise InputError(f"--calibrate {run_dir}: parallel.recompute_every is {parallel.recompute_every}; calibrate "
                          "from a run with 0 or 1")
     recompute = NOTHING if not parallel.recompute_every else BLOCKS
-    if isinstance(recipe, TokenizerRecipe) and parallel.recompute_cnn:
+    if isinstance(recipe, TokenizerRecipe) and recipe.parallel.recompute_cnn:
         recompute = EVERYTHING
     with reading(run_dir / "deepspeed.json"):
         stage, micro = settings["zero_optimization"]["stage"], settings["train_micro_batch_size_per_gpu"]

@@ -28,8 +28,8 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     if isinstance(recipe, GPTRecipe):
         return [Phase(step=1, count=steps, active=frozenset())]
     loss = recipe.loss
-    ends = [loss.auxiliary and loss.auxiliary.end_step, loss.quantizer.entropy_end_step,
-            loss.adversarial and loss.adversarial.start_step]
+    ends = [loss.auxiliary.end_step if loss.auxiliary else None, loss.quantizer.entropy_end_step,
+            loss.adversarial.start_step if loss.adversarial else None]
     starts = sorted({1, *(max(step, 1) for step in ends if step is not None and step <= steps)})
     found = []
     for start, end in zip(starts, [*starts[1:], steps + 1], strict=True):

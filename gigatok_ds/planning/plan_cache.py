@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from gigatok_ds.config.load import recipe_to_dict
 from gigatok_ds.config.recipe import Recipe
@@ -36,8 +37,8 @@ def shapes(recipe: Recipe) -> Shapes:
 
 
 @functools.cache
-def known_dry_runs() -> dict[str, list | dict]:
-    """What the package knows, by `key_of`."""
+def known_dry_runs() -> dict[str, Any]:
+    """What the package knows, by `key_of`: of a micro batch a list, of shapes a section."""
     return json.loads(FILE.read_bytes())
 
 

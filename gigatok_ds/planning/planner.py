@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
-from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.config.recipe import GPTRecipe, ParallelConfig, Recipe, TokenizerParallelConfig, TokenizerRecipe
 from gigatok_ds.dry_run.dry_run_result import MicroBatch, Shapes
 from gigatok_ds.errors import InputError
 from gigatok_ds.planning.cluster import Cluster
@@ -33,11 +34,13 @@ class PlannedLayout:
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """Raises InputError where it does not fit."""
-        parallel = replace(recipe.parallel, tensor=self.tensor, sequence=self.sequence,
-                           recompute_every=int(self.recompute != NOTHING))
-        if isinstance(recipe, TokenizerRecipe):
-            parallel = replace(parallel, recompute_cnn=self.recompute == EVERYTHING)
-        return replace(recipe, parallel=parallel, training=replace(recipe.training, micro_batch_size=self.micro))
+        recipe = replace(recipe, training=replace(recipe.training, micro_batch_size=self.micro))
+        spread: dict[str, Any] = {"tensor": self.tensor, "sequence": self.sequence,
+                                  "recompute_every": int(self.recompute != NOTHING)}
+        if isinstance(recipe, GPTRecipe):
+            return replace(recipe, parallel=replace(recipe.parallel, **spread))
+        spread["recompute_cnn"] = self.recompute == EVERYTHING
+        return replace(recipe, parallel=replace(recipe.parallel, **spread))
 
     def arguments(self, recipe: Recipe) -> list[str]:
         """Of gigatok-ds train, for the same."""
@@ -156,7 +159,11 @@ class Planner:
 
     def parameters(self) -> dict[str, int]:
         """Of each trained network, whole."""
-        plain = replace(self.recipe, parallel=type(self.recipe.parallel)())
+        plain: Recipe
+        if isinstance(self.recipe, GPTRecipe):
+            plain = replace(self.recipe, parallel=ParallelConfig())
+        else:
+            plain = replace(self.recipe, parallel=TokenizerParallelConfig())
         return {name: sum(sizes) for name, sizes in self._shapes_of(plain, 1, False).trained.items()}
 
     def _of(self, tensor: int, recompute: str) -> Iterator[Plan]:

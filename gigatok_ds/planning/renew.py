@@ -37,7 +37,7 @@ def dry_runs(name: str) -> Iterator[tuple[str, list | dict]]:
 
 
 def main() -> None:
-    found = {}
+    found: dict[str, list | dict] = {}
     for name in recipe_names():
         print(name, file=sys.stderr)
         found |= dry_runs(name)
