@@ -131,7 +131,7 @@ class _FaultyTask:
         for fault in self._faults:
             now = step == fault.step if fault.after is None else time.time() - self._began >= fault.after
             if fault.kind == "slow":
-                due += [fault] * (now or (fault.after is None and step > fault.step))
+                due += [fault] * (now or (fault.step is not None and step > fault.step))
             elif now and fault not in self._first:
                 self._first[fault] = step
                 tell(self._run_dir, "injected", fault=fault.text, step=step, rank=fault.rank)
@@ -159,7 +159,9 @@ def _to_worker(number: int, fault: Fault, _) -> None:
     workers = multiprocessing.active_children()
     if not workers:
         raise InputError(f"--inject {fault.text}: there is no data worker; set data.workers above 0")
-    os.kill(workers[0].pid, number)
+    pid = workers[0].pid
+    assert pid is not None  # it has been started
+    os.kill(pid, number)
 
 
 def _kill_saving(_, engine) -> None:

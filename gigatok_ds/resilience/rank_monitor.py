@@ -135,7 +135,9 @@ class _Hub:
                         _keep_alive(connection)
                         self._peers[connection] = _Peer()
                         selector.register(connection, selectors.EVENT_READ)
-                    elif not self._hear(key.fileobj):
+                        continue
+                    assert isinstance(key.fileobj, socket.socket)
+                    if not self._hear(key.fileobj):
                         selector.unregister(key.fileobj)
                 if self._failure and time.monotonic() > self._failure[0]:
                     self._end(*self._failure[1:])

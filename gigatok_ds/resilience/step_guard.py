@@ -101,6 +101,7 @@ class StepGuard:
     def verdict(self) -> StepVerdict:
         """What has become of the step that was decided last. Waits until the device has come that far."""
         question, self._undecided = self._undecided, None
+        assert question is not None, "there is no step to tell of"
         wrong_values, wrong_engines, loss, asked = question.read(self.topology.world_size)
         verdict = replace(self._judge(wrong_values, wrong_engines, loss), asked=asked)
         if verdict.kind == "accept":

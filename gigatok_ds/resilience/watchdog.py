@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from gigatok_ds.files import told_failures, write_atomically
 from gigatok_ds.parallel.flight_recorder import last_collectives
@@ -37,13 +38,14 @@ class Watchdog:
         self.file = run_dir / STACKS / f"rank-{rank:05d}.txt"
         self.step, self._beat, self._written = 0, time.monotonic(), 0.0
         self._over = threading.Event()
-        self._backstop = None
+        self._backstop: TextIO | None = None
 
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._backstop = open(self.file, "a", encoding="utf-8")  # closed in __exit__
-            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+            threading.Thread(target=self._watch, args=(self.seconds, self._backstop), daemon=True,
+                             name="watchdog").start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -60,7 +62,7 @@ class Watchdog:
     def beat(self, step: int) -> None:
         """This rank is at `step`, and alive."""
         self.step, self._beat = step, time.monotonic()
-        if self._backstop:
+        if self._backstop and self.seconds is not None:
             faulthandler.dump_traceback_later(self.seconds + BACKSTOP_SECONDS, exit=True, file=self._backstop)
         if self.rank == 0 and self._beat - self._written > HEARTBEAT_SECONDS:
             self._written = self._beat
@@ -68,22 +70,22 @@ class Watchdog:
             with told_failures(self.run_dir / HEARTBEAT):
                 write_atomically(self.run_dir / HEARTBEAT, (json.dumps(told) + "\n").encode())
 
-    def _write_stacks(self) -> None:
-        self._backstop.write(f"rank {self.rank}: at step {self.step} for more than {self.seconds:g} s\n")
-        self._backstop.flush()
-        faulthandler.dump_traceback(self._backstop, all_threads=True)
+    def _write_stacks(self, file: TextIO) -> None:
+        file.write(f"rank {self.rank}: at step {self.step} for more than {self.seconds:g} s\n")
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
         # Last, since it asks PyTorch, which may be what is stuck.
-        self._backstop.write("".join(f"collective: {line}\n" for line in last_collectives()))
-        self._backstop.flush()
+        file.write("".join(f"collective: {line}\n" for line in last_collectives()))
+        file.flush()
 
-    def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._beat < self.seconds:
+    def _watch(self, seconds: float, file: TextIO) -> None:
+        while not self._over.wait(min(1.0, seconds / 4)):
+            if time.monotonic() - self._beat < seconds:
                 continue
             with contextlib.suppress(OSError):  # a full disk, perhaps what is stuck
-                self._write_stacks()
+                self._write_stacks(file)
             if not self._over.wait(GATHER_SECONDS):
                 self.end(f"rank {self.rank} (host {socket.gethostname()}, pid {os.getpid()}) has been at step "
-                         f"{self.step} for more than {self.seconds:g} s (monitor.stall_seconds); what every rank was "
+                         f"{self.step} for more than {seconds:g} s (monitor.stall_seconds); what every rank was "
                          f"doing is in {self.file.parent}", 1)
             return

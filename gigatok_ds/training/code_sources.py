@@ -29,7 +29,9 @@ VALIDATION_BATCH = 32  # images that a rank encodes at once
 
 
 class CodeSource(Protocol):
-    class_names: Sequence[str]  # what labels 0, 1, ... mean, where that is known
+    @property
+    def class_names(self) -> Sequence[str]:
+        """What labels 0, 1, ... mean, where that is known."""
 
     def identity(self) -> dict[str, str]:
         """What tells the data from any other, by setting below `data`; see ShardIndex.identity."""
@@ -83,6 +85,7 @@ class ExtractedCodes:
                  classes: ClassNames = ClassNames()):
         self.recipe, self.topology, self.micro_batch_size = recipe, topology, micro_batch_size
         data = recipe.data
+        assert data.train is not None and data.validation is not None, "see check_run"
         self.train = self._open(data.train, classes)
         known = classes if classes.names else ClassNames(self.train.index.classes, data.train)
         self.class_names = known.names
@@ -136,6 +139,7 @@ class TokenizedImages:
         self.recipe, self.topology = recipe, topology
         self.own_images = micro_batch_size // topology.tensor_size
         data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
+        assert data.train is not None and data.validation is not None and data.tokenizer is not None, "see check_run"
         self.train = open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction)
         self.held_out = open_shards(data.validation, cache=cache)
         self.train.number_as(classes.names, classes.source)
@@ -144,12 +148,13 @@ class TokenizedImages:
         self.held_out.number_as(known.names, known.source)
         self.train.check_labels(recipe.model.num_classes, data.max_bad_fraction)
         self.held_out.check_labels(recipe.model.num_classes)
-        self.tokenizer = load_tokenizer(recipe.data.tokenizer, device=str(topology.device))
+        self.tokenizer_path = Path(data.tokenizer)
+        self.tokenizer = load_tokenizer(self.tokenizer_path, device=str(topology.device))
         self._encoded: tuple[np.ndarray, np.ndarray] | None = None
 
     def identity(self) -> dict[str, str]:
         """What tells the data, and the tokenizer's weights, from any other; see ShardIndex.identity."""
-        weights = json.dumps(read_config(Path(self.recipe.data.tokenizer))["sha256"], sort_keys=True)
+        weights = json.dumps(read_config(self.tokenizer_path)["sha256"], sort_keys=True)
         return {"train": self.train.identity(), "validation": self.held_out.identity(),
                 "tokenizer": hashlib.sha256(weights.encode()).hexdigest()}
 

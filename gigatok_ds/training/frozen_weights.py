@@ -35,7 +35,7 @@ def check_frozen(recipe: Recipe) -> None:
             file.fetch()
         if not (file.is_random or file.wants_download):
             file.find()
-    if inception and not inception.wants_download:
+    if weights is not None and inception and not inception.wants_download:
         load_inception(weights, _INCEPTION)
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,8 +48,12 @@ ATTACHMENTS = (RECIPE_FILE, CLASSES_FILE, "deepspeed.json", "environment.json")
 class Task(Watched, Protocol):
     """What is trained: its engines, its data, and one micro batch's forward and backward passes."""
 
-    engines: dict[str, Engine]
-    class_names: Sequence[str]  # of the model's classes, where it has any and their names are known
+    @property
+    def engines(self) -> dict[str, Engine]: ...
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Of the model's classes, where it has any and their names are known."""
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's endless stream of micro batches, from the one that `start_step` (0-based) begins with."""
@@ -86,7 +90,7 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
         watchdog = Watchdog(recipe.monitor.stall_seconds, run_dir, topology.rank, end)
         with monitor, writer, watchdog, StopRequests() as requests:
             _Steps(recipe, task, run_dir, topology, accumulation, guard, monitor, writer, watchdog, requests).run(start)
-    probe = task.probe()
+    probe: dict[str, Any] = task.probe()
     if topology.is_first:
         with told_failures(run_dir / PROBE_FILE), written_aside(run_dir / PROBE_FILE) as file:
             np.savez(file, **probe)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gigatok_ds.checkpoint.class_names import classes_of_run, record_classes
+from gigatok_ds.checkpoint.class_names import ClassNames, classes_of_run, record_classes
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
 from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe, save_resolved
@@ -85,7 +86,7 @@ def _check_data(recipe: Recipe) -> None:
             raise InputError(f"{name} is {location}, as a run writes it down without its secrets; give {name}=... as "
                              "when the run was begun")
     training_transform(1, decoding=data.decoding)
-    of_codes = isinstance(recipe, GPTRecipe) and data.tokenizer is None
+    of_codes = isinstance(recipe, GPTRecipe) and recipe.data.tokenizer is None
     for split in ("train", "validation"):
         location = getattr(data, split)
         if location is None:
@@ -133,12 +134,11 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                                                   lambda text: tell_if_ours("failed", told_reason(text))) as end:
                 settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
                 held.enter_context(owned_by_first(run_dir, topology))
-                kind = _task(recipe)
                 classes = classes_of_run(run_dir, topology, _run_of(branch))
-                data = kind.open_data(recipe, topology, settings, classes)
-                _begin(recipe, run_dir, settings, warnings, branch, topology, data.identity())
+                identity, build = _opened(recipe, topology, settings, classes)
+                _begin(recipe, run_dir, settings, warnings, branch, topology, identity)
                 begun.set()
-                task = kind(recipe, topology, settings, data)
+                task = build()
                 outlast_watchdog(recipe.monitor.stall_seconds)
                 if faults:
                     from gigatok_ds.resilience.fault_injection import inject
@@ -203,11 +203,15 @@ def _run_of(branch: Path | None) -> Path | None:
     return branch.parent.parent if branch else None
 
 
-def _task(recipe: Recipe) -> type[Task]:
+def _opened(recipe: Recipe, topology: Topology, settings: dict,
+            classes: ClassNames) -> tuple[dict[str, str], Callable[[], Task]]:
+    """The recipe's data, opened: what tells them from any other, and what makes the task of them."""
     if isinstance(recipe, TokenizerRecipe):
         from gigatok_ds.training.tokenizer_task import TokenizerTask
 
-        return TokenizerTask
+        images = TokenizerTask.open_data(recipe, topology, settings, classes)
+        return images.identity(), partial(TokenizerTask, recipe, topology, settings, images)
     from gigatok_ds.training.gpt_task import GPTTask
 
-    return GPTTask
+    source = GPTTask.open_data(recipe, topology, settings, classes)
+    return source.identity(), partial(GPTTask, recipe, topology, settings, source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints
 from gigatok_ds.config.load import load_recipe
@@ -32,7 +33,8 @@ def status(run_dir: Path, now: float | None = None) -> dict:
     checkpoints = complete_checkpoints(run_dir)
     step = max([line["step"] for line in metrics] + [heartbeat.get("step", 0)], default=0)
     heard = max([line["time"] for line in [*metrics, *history]] + [heartbeat.get("time", 0.0)], default=0.0)
-    speed = next((line for line in reversed(metrics) if is_number(line.get("throughput/step_seconds"), 0, LATEST)), {})
+    speed: dict[str, Any] = next(
+        (line for line in reversed(metrics) if is_number(line.get("throughput/step_seconds"), 0, LATEST)), {})
     skipped = next((line["skipped_steps"] for line in reversed(metrics) if "skipped_steps" in line), 0)
     total, seconds = recipe.training.steps, speed.get("throughput/step_seconds")
     return {
@@ -66,6 +68,6 @@ def _heartbeat(path: Path) -> dict:
 
 
 def _state(history: list[dict], silence: float) -> str:
-    ends = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
+    ends: dict[str | None, str] = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
     last = next((line["event"] for line in reversed(history) if line["event"] in ("started", *ends)), None)
     return ends.get(last) or ("running" if silence < ALIVE_SECONDS else "silent")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.losses.adaptive import adaptive_weight, kernel_gradient
-from gigatok_ds.losses.composition import TokenizerObjective
+from gigatok_ds.losses.composition import TokenizerObjective, lecam_of
+from gigatok_ds.models.tokenizer import Tokenizer, TokenizerOutput
 from gigatok_ds.monitoring.loss_term_gradients import TermGradients
 from gigatok_ds.monitoring.metrics import NOT_FINITE
 from gigatok_ds.parallel.dropout import dropout_at
@@ -24,7 +25,8 @@ FP16_IMAGE_SCALE = 4096.0
 class Trained(Protocol):
     """What a step needs of an engine: its network, called as the engine is called, and a backward pass."""
 
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module: ...
 
     def __call__(self, *inputs, **options): ...
 
@@ -39,8 +41,10 @@ class TokenizerStep:
         self.recipe, self.topology, self.objective = recipe, topology, objective
         self.generator, self.discriminator = generator, discriminator
         self.image_scale = FP16_IMAGE_SCALE if recipe.training.precision == "fp16" else 1.0
-        self.last_layer = LastLayer(generator.network.cnn_decoder.conv_out)
-        self.term_gradients = TermGradients(generator.network.quantizer, recipe.loss.quantizer, topology, accumulation)
+        assert isinstance(generator.network, Tokenizer)
+        self.tokenizer = generator.network
+        self.last_layer = LastLayer(self.tokenizer.cnn_decoder.conv_out)
+        self.term_gradients = TermGradients(self.tokenizer.quantizer, recipe.loss.quantizer, topology, accumulation)
 
     def train(self, images: Tensor, positions: Tensor, step: int) -> dict[str, Tensor]:
         """Passes over this rank's images (B, 3, S, S) in [-1, 1] in a step (1-based); scalars to log, `loss` among
@@ -53,9 +57,9 @@ class TokenizerStep:
         with dropout_at(self.recipe.training.seed, numbers):
             output, logged = self._generator_pass(images, positions, step)
         if self.discriminator and self.recipe.loss.discriminator_active(step):
-            logged |= self._discriminator_pass(images, output, positions, step)
+            logged |= self._discriminator_pass(self.discriminator, images, output, positions, step)
         codes = self.topology.gather_data(output.codes)
-        logged["codebook_usage"] = self.generator.network.quantizer.record_usage(codes)
+        logged["codebook_usage"] = self.tokenizer.quantizer.record_usage(codes)
         logged[NOT_FINITE] = (codes < 0).sum()
         return logged
 
@@ -67,7 +71,7 @@ class TokenizerStep:
         ZeRO stage sees a partial backward pass. They are means over this rank's images, of which each tensor rank has
         its share; the other terms are of the data rank's whole batch, alike on its tensor ranks.
         """
-        self.generator.network.train()
+        self.tokenizer.train()
         output = self.generator(
             images,
             entropy=self.recipe.loss.wants_entropy(step),
@@ -102,10 +106,12 @@ class TokenizerStep:
             for side in (False, True)
         )
         passes, config = self.last_layer.take_inputs(), self.recipe.loss.adversarial
-        weight, extra = 1.0, {}
-        if "adversarial" in terms and config.adaptive_weight:
-            of_kernel = [self.topology.mean_over_ranks(kernel_gradient(self.last_layer.layer,
-                                                                       zip(passes, gradients, strict=False)))
+        weight: Tensor | float = 1.0
+        extra = {}
+        if "adversarial" in terms and config and config.adaptive_weight:
+            of_kernel = [self.topology.mean_over_ranks(kernel_gradient(
+                self.last_layer.layer, ((x, gradient) for x, gradient in zip(passes, gradients, strict=False)
+                                        if isinstance(gradient, Tensor))))
                          for gradients in (plain, adversarial)]
             # The weight compares the losses themselves, so the fixed weight is taken out of the adversarial side.
             weight = adaptive_weight(of_kernel[0], of_kernel[1] / config.weight)
@@ -133,17 +139,20 @@ class TokenizerStep:
 
         return judge
 
-    def _discriminator_pass(self, images: Tensor, output, positions: Tensor, step: int) -> dict[str, Tensor]:
+    def _discriminator_pass(self, discriminator: Trained, images: Tensor, output: TokenizerOutput, positions: Tensor,
+                            step: int) -> dict[str, Tensor]:
         draws = self._augmentation_draws("discriminator", positions, step)
         direct = output.direct_reconstruction
         terms = self.objective.discriminator_terms(
-            self.discriminator(images, draws),
-            self.discriminator(output.reconstruction.detach(), draws),
-            None if direct is None else self.discriminator(direct.detach(), draws),
+            discriminator(images, draws),
+            discriminator(output.reconstruction.detach(), draws),
+            None if direct is None else discriminator(direct.detach(), draws),
             step,
-            lecam=self.discriminator.network.lecam,
+            lecam=lecam_of(discriminator.network),
         )
-        self.discriminator.backward(sum(terms.values()) / self.topology.tensor_size)
+        total = sum(terms.values())
+        assert isinstance(total, Tensor)  # there is always the discriminator's own
+        discriminator.backward(total / self.topology.tensor_size)
         return {f"discriminator/{name}": value for name, value in terms.items()}
 
     def _augmentation_draws(self, side: str, positions: Tensor, step: int) -> SampleDraws:

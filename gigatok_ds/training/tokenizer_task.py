@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Images(NamedTuple):
 class TokenizerTask:
     """Generator (the tokenizer) and, if the recipe has one, discriminator: each an engine of its own."""
 
-    class_names = ()  # labels are not learnt from
+    class_names: Sequence[str] = ()  # labels are not learnt from
 
     def __init__(self, recipe: TokenizerRecipe, topology: Topology, settings: dict, images: Images):
         """`images` is what `open_data` has returned."""
@@ -90,6 +90,7 @@ class TokenizerTask:
     def open_data(recipe: TokenizerRecipe, topology: Topology, settings: dict,
                   _classes: ClassNames = ClassNames()) -> Images:
         data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
+        assert data.train is not None and data.validation is not None, "see check_run"
         return Images(open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction),
                       open_shards(data.validation, cache=cache))
 
@@ -121,7 +122,8 @@ class TokenizerTask:
         if not self.discriminator or not self.recipe.loss.discriminator_active(step):
             return {"generator": lr}
         # The original first schedules the discriminator's rate after its first step.
-        starts = step == self.recipe.loss.adversarial.start_step
+        adversarial = self.recipe.loss.adversarial
+        starts = adversarial is not None and step == adversarial.start_step
         return {"generator": lr, "discriminator": self.recipe.optimizer.lr if starts else lr}
 
     def validate(self, step: int) -> dict[str, float]:
@@ -130,7 +132,7 @@ class TokenizerTask:
     @torch.no_grad()
     def figures(self, step: int) -> dict[str, float]:
         """Perplexity of the usage window; codes that have not passed yet do not count."""
-        quantizer, training = self.generator.network.quantizer, self.recipe.training
+        quantizer, training = self.step.tokenizer.quantizer, self.recipe.training
         passed = step * training.global_batch_size * self.recipe.model.latent_tokens
         codes = quantizer.codebook_used[-min(passed, USAGE_WINDOW):]
         return {"codebook_perplexity": perplexity(codes, quantizer.config.codebook_size)}

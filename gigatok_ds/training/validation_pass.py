@@ -60,7 +60,7 @@ class TokenizerValidation:
             if not count:
                 continue
             images, restored = pixels[:count], output.reconstruction.float()[:count]
-            distances = [psnr(images, restored), *([self._lpips_of(images, restored)] if self.lpips else [])]
+            distances = [psnr(images, restored), *([_lpips_of(self.lpips, images, restored)] if self.lpips else [])]
             sums += torch.stack([values.double().sum() for values in distances])
             codes = topology.own_images(output.codes)[:count]
             counts += torch.bincount(codes.flatten() + 1, minlength=len(counts))  # -1, no code, counts as the first
@@ -84,12 +84,13 @@ class TokenizerValidation:
         every = self.recipe.validation.fid_every
         return every is None or step % every == 0 or step == self.recipe.training.steps
 
-    def _lpips_of(self, images: Tensor, restored: Tensor) -> Tensor:
-        """(B,), without the dropout that the loss may have."""
-        training = self.lpips.training
-        distances = self.lpips.eval()(images, restored)
-        self.lpips.train(training)
-        return distances
+
+def _lpips_of(lpips: LPIPS, images: Tensor, restored: Tensor) -> Tensor:
+    """(B,), without the dropout that the loss may have."""
+    training = lpips.training
+    distances = lpips.eval()(images, restored)
+    lpips.train(training)
+    return distances
 
 
 def _codebook_figures(counts: Tensor) -> dict[str, float]:

@@ -19,6 +19,7 @@ from gigatok_ds.checkpoint.original import build_on_meta, written_specs
 from gigatok_ds.checkpoint.run_directory import MODEL_PARTS, RECIPE_FILE, STATE_FILE, State, checkpoint_path
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, groups_of, shapes_of
 from gigatok_ds.config.load import save_resolved
+from gigatok_ds.config.losses import AdversarialConfig
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside, sha256, told_failures, write_atomically
@@ -44,9 +45,10 @@ def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, 
     if out.exists():
         raise InputError(f"{out} exists already; choose another directory for the run")
     network = build_on_meta(recipe.model)
-    parts = {MODEL_PARTS[recipe.kind]: (network, _started(network, weights, fresh, recipe.training.seed))}
+    started = _started(network, weights, fresh, recipe.training.seed)
+    parts: dict[str, tuple[nn.Module, Mapping[str, Tensor]]] = {MODEL_PARTS[recipe.kind]: (network, started)}
     if isinstance(recipe, TokenizerRecipe) and recipe.loss.adversarial:
-        discriminator = _discriminator(recipe)
+        discriminator = _discriminator(recipe, recipe.loss.adversarial)
         parts["discriminator"] = (discriminator, discriminator.state_dict())
     out.parent.mkdir(parents=True, exist_ok=True)
     with told_failures(out), directory_beside(out) as scratch:
@@ -91,11 +93,11 @@ def _started(network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[
     return LazyTensors({name: spec.shape for name, spec in expected.items()}, read)
 
 
-def _discriminator(recipe: TokenizerRecipe) -> nn.Module:
+def _discriminator(recipe: TokenizerRecipe, config: AdversarialConfig) -> nn.Module:
     from gigatok_ds.losses.composition import build_discriminator
 
     torch.manual_seed(stream_key(recipe.training.seed, "weights", "discriminator"))
-    return build_discriminator(recipe.loss.adversarial, image_size=recipe.model.image_size)
+    return build_discriminator(config, image_size=recipe.model.image_size)
 
 
 def _write_network(folder: Path, network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
