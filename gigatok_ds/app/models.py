@@ -50,7 +50,10 @@ def open_models(paths: Sequence[Path], *, device: str = "cpu", class_names: Path
         raise InputError(
             "--class-names belongs to a GPT, and there is none among the checkpoints; name its directory, too"
         )
-    names = _known_names(gpt) if class_names is None else _read_names(class_names, gpt.config.num_classes)
+    if class_names is None or gpt is None:
+        names = _known_names(gpt)
+    else:
+        names = _read_names(class_names, gpt.config.num_classes)
     return Models(tokenizer=tokenizer, gpt=gpt, class_names=names)
 
 

@@ -77,6 +77,7 @@ class Actions:
         for name, value in (("images of each class", per_class), ("top-k", top_k), ("seed", seed)):
             if value is None or value != int(value):
                 raise InputError(f"{name} is {value}; give a whole number")
+        assert self.models.gpt is not None, "there is nothing to sample from"
         grid = views.samples(self.models.gpt, self.models.tokenizer, classes, per_class=int(per_class),
                              guidance=guidance, temperature=temperature, top_k=int(top_k), seed=int(seed))
         return self._shown(grid, SAMPLE_SIDE)

@@ -40,13 +40,13 @@ def served(models: Models, limits: Limits, *, host: str = "127.0.0.1", port: int
         page = build_page(models, limits)
         guard = Middleware(Guard, hosts=LOOPBACK if host in LOOPBACK else None, upload_bytes=limits.bytes,
                            folder=Path(folder), total_bytes=limits.total_bytes)
-        fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # this machine's
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # local
         try:
             _, address, _ = page.launch(
                 server_name=f"[{host}]" if ":" in host else host, server_port=port, prevent_thread_lock=True,
                 quiet=True, inbrowser=False, share=False, allowed_paths=[], max_file_size=limits.bytes, footer_links=[],
                 run_history=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
-                state_session_capacity=SESSIONS, theme=gr.themes.Default(**fonts), app_kwargs={"middleware": [guard]})
+                state_session_capacity=SESSIONS, theme=theme, app_kwargs={"middleware": [guard]})
             yield address
         finally:
             page.close(verbose=False)

@@ -67,6 +67,7 @@ def _reduce(job: AllReduceJob, rank: int, deadline: float) -> None:
     import torch
     import torch.distributed as dist
 
+    assert job.local_rank is not None, "not the job of a rank"
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", job.local_rank) if cuda else torch.device("cpu")
     if cuda:

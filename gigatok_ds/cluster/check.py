@@ -153,7 +153,7 @@ def _allreduce(results: Sequence[HostResult], reach: Reach, meeting: Rendezvous,
     said = [[allreduce.Progress(**json.loads(line)) for line in outcome.marked(allreduce.MARK)] for outcome in outcomes]
     failures = [f"no answer within {seconds} s" if outcome.timed_out else outcome.last_words if outcome.code else None
                 for outcome in outcomes]
-    backend = "nccl" if all(result.facts.devices for result in results) else "gloo"
+    backend = "nccl" if all(result.facts and result.facts.devices for result in results) else "gloo"
     found = allreduce_problems(hosts, said, failures, meeting, backend)
     return [replace(result, allreduce=allreduce_cell(result.host, lines))
             for result, lines in zip(results, said, strict=True)], found

@@ -55,7 +55,7 @@ def table(results: Sequence[HostResult]) -> str:
             cells = ["no answer", *"-" * (len(rows[0]) - 4)]
         else:
             cells = [_devices(facts), *(facts.versions.get(name) or "-" for name in _VERSIONS),
-                     (facts.code or "-")[:8], (facts.recipe or "-")[:8], _shared(result)]
+                     (facts.code or "-")[:8], (facts.recipe or "-")[:8], _shared(facts, result.answer_seen)]
         rows.append((result.host.name, str(result.host.slots), *cells, result.allreduce))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -64,10 +64,10 @@ def table(results: Sequence[HostResult]) -> str:
 
 def problems(results: Sequence[HostResult], expected: Expected) -> list[str]:
     """Everything about the hosts themselves that would make a job fail, hang or train something else."""
-    answered = [(result.host.name, result) for result in results if result.facts is not None]
+    answered = [(result, result.facts) for result in results if result.facts is not None]
     found = [f"{result.host.name}: {result.failure}" for result in results if result.facts is None]
-    for name, result in answered:
-        found += [f"{name}: {text}" for text in _of_host(result, expected)]
+    for result, facts in answered:
+        found += [f"{result.host.name}: {text}" for text in _of_host(result, facts, expected)]
     kinds = _groups(answered, lambda facts: "GPU" if facts.devices else "CPU")
     if len(kinds) > 1:
         found.append(f"some hosts have no GPU: {_spelled(kinds)}; remove those from the hostfile, or mend their driver")
@@ -78,8 +78,8 @@ def problems(results: Sequence[HostResult], expected: Expected) -> list[str]:
     return found
 
 
-def _of_host(result: HostResult, expected: Expected) -> Iterable[str]:
-    facts, slots = result.facts, result.host.slots
+def _of_host(result: HostResult, facts: Facts, expected: Expected) -> Iterable[str]:
+    slots = result.host.slots
     if facts.device_error:
         yield f"torch does not find its devices ({facts.device_error}); reinstall torch or mend the driver"
     if facts.devices and slots > len(facts.devices):
@@ -115,7 +115,7 @@ def allreduce_problems(hosts: Sequence[Host], progress: Sequence[Sequence[Progre
     last = [index for index, stage in enumerate(reached) if stage == min(reached)]
     names = ", ".join(hosts[index].name for index in last)
     errors = [item.error[:_SHOWN] for index in last for item in progress[index] if item.error]
-    errors += [failures[index] for index in last if failures[index]]
+    errors += [failure for index in last if (failure := failures[index])]
     reason = f" ({errors[0]})" if errors else ""
     where = f"{meeting.address}:{meeting.port}"
     interface = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
@@ -142,10 +142,10 @@ def _stage(host: Host, said: Sequence[Progress]) -> int:
                  if len({item.rank for item in said if item.stage == stage}) < host.slots), len(STAGES))
 
 
-def _groups(answered: Sequence[tuple[str, HostResult]], value: Callable[[Facts], str]) -> dict[str, list[str]]:
+def _groups(answered: Sequence[tuple[HostResult, Facts]], value: Callable[[Facts], str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
-    for name, result in answered:
-        groups.setdefault(value(result.facts), []).append(name)
+    for result, facts in answered:
+        groups.setdefault(value(facts), []).append(result.host.name)
     return groups
 
 
@@ -163,7 +163,7 @@ def _devices(facts: Facts) -> str:
     return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "CPU"
 
 
-def _shared(result: HostResult) -> str:
-    if result.answer_seen is None:
+def _shared(facts: Facts, answer_seen: bool | None) -> str:
+    if answer_seen is None:
         return "-"
-    return "ok" if result.answer_seen and result.facts.token and not result.facts.write_error else "no"
+    return "ok" if answer_seen and facts.token and not facts.write_error else "no"

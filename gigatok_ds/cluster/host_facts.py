@@ -51,7 +51,7 @@ class Facts:
 def look(question: Question) -> Facts:
     """Answer for this machine."""
     devices, cuda, device_error = _devices()
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     versions |= {name: _version(name) for name in ("torch", "deepspeed", "megatron-core")}
     versions |= cuda
     recipe, recipe_error = _recipe(question.recipe)

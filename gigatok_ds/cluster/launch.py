@@ -45,7 +45,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], *, home: Path
     remote = len(hosts) > 1 or bool(hosts and environment.get("FORCE_SSH", "0") not in ("", "0"))
     meeting = rendezvous(hosts, environment)
     command = [_deepspeed(), "--no_local_rank", "--master_port", str(meeting.port)]
-    if hosts:
+    if hostfile and hosts:
         command += ["--hostfile", hostfile, "--master_addr", meeting.address if remote else "127.0.0.1"]
     if ranks := positive(environment, "GPUS"):
         command += ["--num_gpus", str(ranks)]
@@ -124,7 +124,8 @@ def start(launch: Launch, options: Options, arguments: Sequence[str], environmen
         os.execve(command[0], command, variables)
 
     def again(restarts: int) -> subprocess.Popen | None:
-        planned, inherited = launch, ()
+        planned = launch
+        inherited: tuple[int, ...] = ()
         if restarts and launch.env_file is not None:
             from gigatok_ds.cluster.preflight import usable_hosts
 
@@ -143,7 +144,7 @@ def start(launch: Launch, options: Options, arguments: Sequence[str], environmen
             for descriptor in (*descriptors, *inherited):
                 os.close(descriptor)
 
-    return run_with_restarts(again, options.max_restarts, lambda: newest_checkpoint(run_dir))
+    return run_with_restarts(again, options.max_restarts, lambda: newest_checkpoint(run_dir) if run_dir else None)
 
 
 def _ready(launch: Launch, environment: Mapping[str, str]) -> tuple[list[str], dict[str, str], tuple[int, ...]]:

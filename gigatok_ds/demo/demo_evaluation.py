@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from gigatok_ds.shards.index import ShardIndex
 PER_CLASS = 20
 # LARS moves weights by a thousandth of their size times the rate: few images need a larger one than ImageNet.
 PROBE_EPOCHS, PROBE_BATCH, PROBE_LR = 30, 128, 40.0
-SAMPLING = {"cfg_scale": 2.0, "cfg_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+SAMPLING: dict[str, Any] = {"cfg_scale": 2.0, "cfg_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def evaluate(demo: Workspace) -> dict[str, float]:
@@ -77,7 +78,7 @@ def probe_accuracy(demo: Workspace, features: GPTFeatures) -> float:
     train, alone = ShardIndex.open(demo.shards["train"]), single_process()
     settings = ProbeSettings(classes=len(demo.source.classes), epochs=PROBE_EPOCHS, warmup_epochs=PROBE_EPOCHS // 9,
                              base_lr=PROBE_LR, batch_size=min(PROBE_BATCH, len(train)),
-                             flip=demo.recipes["tokenizer"].data.flip)
+                             flip=demo.tokenizer_recipe.data.flip)
     identity = {"gpt_sha256": checkpoint_hash(demo.exports["gpt"]), "train_sha256": train.identity()}
     run = ProbeRun(features, train, settings, alone, demo.out / "probe", identity=identity)
     run.run()

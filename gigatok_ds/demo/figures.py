@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ _LOG_SCALE_FROM = 5.0  # largest over smallest value
 _INK, _MUTED, _LINES = "#1f2430", "#5b6270", "#e3e6eb"
 # Okabe and Ito's palette, told apart by colour-blind readers.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib has a type of all its settings' names
     "font.family": "DejaVu Sans",
     "font.size": 11,
     "text.color": _INK,
@@ -132,7 +132,7 @@ def _curves(metrics: Sequence[Mapping[str, float]], keys: Sequence[str]) -> dict
 
 
 def _panels(curves: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    panels = {}
+    panels: dict[str, dict[str, np.ndarray]] = {}
     for key, points in curves.items():
         panels.setdefault("losses" if _is_loss(key) else key, {})[key] = points
     return panels

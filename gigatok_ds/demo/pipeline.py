@@ -99,7 +99,7 @@ class Demo(Workspace):
             export_run(self.out / kind, self.exports[kind])
 
     def _extract_codes(self) -> None:
-        recipe = self.recipes["tokenizer"]
+        recipe = self.tokenizer_recipe
         for split, crops in (("train", f"random-{CODE_VIEWS}"), ("validation", "center")):
             if not (self.codes[split] / METADATA_FILE).exists():
                 announce(f"extracting the {split} codes")

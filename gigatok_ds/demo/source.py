@@ -48,7 +48,7 @@ def folder_source(root: Path, test_fraction: float = 0.2) -> DemoSource:
         if folder.labels.count(label) < 2:
             raise InputError(f"class {name!r} has a single image; every class needs at least 2 to be split")
     test = hold_out(np.array(folder.labels), test_fraction)
-    chosen = {True: [], False: []}
+    chosen: dict[bool, list[tuple[int, Path, int]]] = {True: [], False: []}
     for number, (path, label) in enumerate(zip(folder.paths, folder.labels, strict=True)):
         chosen[number in test].append((number, path, label))
 

@@ -39,8 +39,9 @@ def figures_with_targets(values: dict[str, float], *, has_targets: bool) -> list
 
     def figure(name: str, key: str, unit: str, explanation: str, target: str | None = None,
                passed: bool | None = None) -> Figure:
-        judged = {"target": target, "passed": passed} if has_targets and target else {}
-        return Figure(name=name, value=values[key], unit=unit, explanation=explanation, **judged)
+        judged = has_targets and target is not None
+        return Figure(name=name, value=values[key], unit=unit, explanation=explanation,
+                      target=target if judged else None, passed=passed if judged else None)
 
     return [
         figure("Reconstruction PSNR", "psnr_db", "dB", "mean over the test images",

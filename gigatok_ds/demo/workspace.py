@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.demo.source import DemoSource
 
 
@@ -32,8 +33,14 @@ class Workspace:
         # Recipes are checked before the first phase: a typo must not surface after minutes of training.
         self.recipes = {kind: self._recipe(kind) for kind in ("tokenizer", "gpt")}
 
-    def _recipe(self, kind: str):
+    def _recipe(self, kind: str) -> Recipe:
         return load_recipe(f"demo_{kind}", self._overrides(kind))
+
+    @property
+    def tokenizer_recipe(self) -> TokenizerRecipe:
+        recipe = self.recipes["tokenizer"]
+        assert isinstance(recipe, TokenizerRecipe)
+        return recipe
 
     def _overrides(self, kind: str) -> list[str]:
         paths = self.shards if kind == "tokenizer" else self.codes
@@ -41,7 +48,9 @@ class Workspace:
         own.append(f"parallel.tensor={self.options.tensor}")
         if kind == "tokenizer":
             return [*own, *self.options.tokenizer]
-        tokenizer = load_recipe("demo_tokenizer", self.options.tokenizer).model
-        shape = [f"model.num_classes={len(self.source.classes)}", f"model.sequence_length={tokenizer.latent_tokens}",
-                 f"model.vocab_size={tokenizer.quantizer.codebook_size}"]
+        tokenizer = load_recipe("demo_tokenizer", self.options.tokenizer)
+        assert isinstance(tokenizer, TokenizerRecipe)
+        shape = [f"model.num_classes={len(self.source.classes)}",
+                 f"model.sequence_length={tokenizer.model.latent_tokens}",
+                 f"model.vocab_size={tokenizer.model.quantizer.codebook_size}"]
         return [*own, *shape, *self.options.gpt]

@@ -52,4 +52,5 @@ def views_of(kind: str, size: int, *, crop_scale: tuple[float, float] = (0.8, 1.
         count = int(number)
     else:
         raise InputError(f"unknown crops {kind!r}; choose center, flip, ten-crop or random-N (e.g. random-8)")
-    return Views(kind=name, size=size, count=count, crop_scale=tuple(crop_scale), seed=seed)
+    low, high = crop_scale
+    return Views(kind=name, size=size, count=count, crop_scale=(low, high), seed=seed)

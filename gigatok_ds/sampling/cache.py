@@ -19,12 +19,13 @@ class DynamicKVCache:
 
     def __init__(self, slots: int):
         self.slots, self.position = slots, 0
-        self.keys = self.values = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Of the first len(query) rows. The first call sets rows, heads and type: under tensor parallelism a rank
         holds its own heads."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             rows, heads, _, head_dim = key.shape
             self.keys, self.values = (large_empty((rows, heads, self.slots, head_dim), key) for _ in range(2))
         rows, end = len(query), self.position + 1
@@ -60,11 +61,12 @@ class StaticKVCache:
 
     def __init__(self, slots: Slots, rows: int):
         self.slots, self.rows = slots, rows
-        self.keys = self.values = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Of the first len(query) rows. The first call, which must not be a compiled one, allocates."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             _, heads, _, head_dim = key.shape
             shape = self.rows, heads, len(self.slots.places), head_dim
             # Zeros, for whatever is closed is still multiplied by a probability of zero.

@@ -104,7 +104,11 @@ class NpzFile:
 
     def _found(self) -> list[tuple[int, int, Path]]:
         """(first number, how many, path) of every part, in order."""
-        return sorted((*map(int, path.stem.split("-")), path) for path in self.parts.glob("*-*.npz"))
+        found = []
+        for path in self.parts.glob("*-*.npz"):
+            first, count = path.stem.split("-")
+            found.append((int(first), int(count), path))
+        return sorted(found)
 
 
 def collection_at(out: Path) -> PngFolder | NpzFile:

@@ -53,6 +53,7 @@ class Sampler:
         self.fills = not packs
         self.fewest = batch_size if self.fills else FEWEST_ROWS
         whole = isinstance(gpt.output, nn.Linear)  # and not one of tensor ranks
+        self.decoder: StaticDecoder | EagerDecoder
         if compile or (whole and self.device.type == "cuda"):
             self.decoder = StaticDecoder(gpt, batch_size, compile=compile)
         else:

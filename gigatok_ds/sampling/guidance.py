@@ -82,7 +82,7 @@ def guidance_scales(steps: int, cfg_scale: float, schedule: str, kwargs: dict | 
     return [cfg_scale, *(1.0 if -1 < interval < i else scale for i, scale in enumerate(scales))]
 
 
-def guide(logits: Tensor, scale: float) -> Tensor:
+def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
     """Logits (2B, vocab), conditional half first, to guided logits (B, vocab): u + (c - u) * scale."""
     conditional, unconditional = logits.chunk(2)
     return unconditional + (conditional - unconditional) * scale

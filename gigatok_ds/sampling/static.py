@@ -63,7 +63,7 @@ class StaticDecoder:
         if self.modulations is None:
             self.modulations = modulations
         for kept, part in zip(self.modulations, modulations, strict=False):
-            if kept is not None:
+            if kept is not None and part is not None:
                 kept.copy_(part)
         self.position.zero_()
         self.slots.allow()
@@ -119,10 +119,11 @@ class StaticDecoder:
         return graph.replay
 
     def _rows(self, count: int) -> Modulations:
+        assert self.modulations is not None, "begin comes first"
         return [None if part is None else part[:count] for part in self.modulations]
 
 
 def _compiled(gpt: GPT) -> Callable[..., Tensor]:
     # On a CPU freezing packs the weights for oneDNN.
-    options = None if gpt.norm.weight.is_cuda else {"freezing": True}
+    options: dict[str, str | int | bool | Callable] | None = None if gpt.norm.weight.is_cuda else {"freezing": True}
     return torch.compile(gpt.decode_step, fullgraph=True, dynamic=False, options=options)

@@ -108,7 +108,9 @@ class ARProbing:
         trial, generation = self._generation(launcher)
         if launcher.dry_run:
             return {}
-        figures = {**generation, **read_figures(self.out / "loss"), **read_figures(self.out / "probe")}
+        loss, accuracy = read_figures(self.out / "loss"), read_figures(self.out / "probe")
+        assert loss is not None and accuracy is not None, "a stage ended without figures"
+        figures = {**generation, **loss, **accuracy}
         settings = {"tokenizer": self.tokenizer.resolve().name, "recipe": self.recipe, "overrides": list(self.gpt),
                     "guidance": f"{trial.schedule} {trial.scale}" + (" (searched)" if self.scale is None else "")}
         write_results(self.out, Results(title=f"AR probing of {self.tokenizer.resolve().name}", figures=figures,

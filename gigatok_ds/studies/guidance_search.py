@@ -92,9 +92,11 @@ def _search(setup: GenerationSetup, out: Path, launcher: Launcher, schedule: str
         launcher.run(generation_stages(setup, trial, folder))
         if not keep_samples:
             remove_samples(folder)
-        trials[trial] = read_figures(folder)
+        figures = read_figures(folder)
+        assert figures is not None, f"the stages of {folder} ended without figures"
+        trials[trial] = figures
         write_atomically(out / "search.csv", _table(trials).encode())
-        return figure(trials[trial], "gfid")
+        return figure(figures, "gfid")
 
     best = climb(schedule, start, window_start, measure)
     write_atomically(out / "best.json",

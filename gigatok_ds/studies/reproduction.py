@@ -76,7 +76,7 @@ def check_materials(row: Row, materials: Materials) -> None:
     if "model" in materials.allow:
         return
     for kind, recipe, path in (("tokenizer", row.tokenizer, materials.tokenizer), ("gpt", row.gpt, materials.gpt)):
-        if recipe and described_config(path, kind) != load_recipe(recipe).model:
+        if recipe and path and described_config(path, kind) != load_recipe(recipe).model:
             raise InputError(
                 f"{path} is not the model of the recipe {recipe}, which this row is about; give that, or say "
                 "--allow model"
@@ -121,11 +121,12 @@ def _tokenizer(materials: Materials, launcher: Launcher) -> dict[str, float]:
 
 
 def _generator(row: Row, materials: Materials, launcher: Launcher) -> dict[str, float]:
+    guidance, gpt, reference = row.guidance, materials.gpt, materials.reference
+    assert guidance is not None and gpt is not None and reference is not None, "see check_materials"
     setup = GenerationSetup(
-        gpt=materials.gpt, tokenizer=materials.tokenizer, reference=materials.reference, inception=materials.inception,
+        gpt=gpt, tokenizer=materials.tokenizer, reference=reference, inception=materials.inception,
         count=materials.count, batch_size=materials.batch_size, device=materials.device,
         allow=tuple(allowed for allowed in materials.allow if allowed != "model"))
-    guidance = row.guidance
     if guidance.scale is not None:
         trial = Trial(schedule=guidance.schedule, scale=guidance.scale, window_start=guidance.window_start)
         folder = materials.out / "generation"
@@ -137,10 +138,11 @@ def _generator(row: Row, materials: Materials, launcher: Launcher) -> dict[str, 
         print(f"# a search for the guidance scale, from {guidance.start}: see gigatok-ds search-guidance --help")
         figures = {}
     else:
+        assert guidance.start is not None, "neither a scale nor a search"
         _, figures = search_guidance(setup, materials.out / "search", launcher, schedule=guidance.schedule,
                                      start=guidance.start, window_start=guidance.window_start)
-    if materials.train is not None:
-        launcher.run([probe_stage(materials.tokenizer, materials.gpt, materials.train, materials.val,
+    if materials.train is not None and materials.val is not None:
+        launcher.run([probe_stage(materials.tokenizer, gpt, materials.train, materials.val,
                                   materials.out / "probe", materials.device, materials.workers, materials.probe)])
         figures = {**figures, **(read_figures(materials.out / "probe") or {})}
     return figures

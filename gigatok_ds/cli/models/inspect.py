@@ -78,7 +78,9 @@ def _summary(name: str, value: dict | list | None) -> str:
         return value
     if name == "classes":
         return f"{len(value)} names, from {value[0]} to {value[-1]} (--json)"
-    return f"{value['name']} (--json)" if "name" in value else f"{len(value)} settings (--json)"
+    if isinstance(value, dict) and "name" in value:
+        return f"{value['name']} (--json)"
+    return f"{len(value)} settings (--json)"
 
 
 def _value(name: str, value) -> str:

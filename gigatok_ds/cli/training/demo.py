@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.config.load import load_recipe
+    from gigatok_ds.config.recipe import TokenizerRecipe
     from gigatok_ds.demo.demo_report import format_number
     from gigatok_ds.demo.pipeline import Demo
     from gigatok_ds.demo.source import digits_source, folder_source
@@ -39,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.ranks < 1:
         raise InputError(f"--ranks is {args.ranks}; it must be at least 1")
-    image_size = load_recipe("demo_tokenizer", args.tokenizer).model.image_size
-    source = folder_source(args.data) if args.data else digits_source(image_size)
+    recipe = load_recipe("demo_tokenizer", args.tokenizer)
+    assert isinstance(recipe, TokenizerRecipe)
+    source = folder_source(args.data) if args.data else digits_source(recipe.model.image_size)
     if args.tp < 1 or args.ranks % args.tp:
         raise InputError(f"--tp is {args.tp}; it must divide the {args.ranks} ranks of --ranks")
     options = DemoOptions(ranks=args.ranks, tensor=args.tp, stage=args.zero, tokenizer=tuple(args.tokenizer),
