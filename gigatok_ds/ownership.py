@@ -19,11 +19,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 from gigatok_ds.errors import InputError
-
-Value = TypeVar("Value")
 
 OWNER_FILE = ".owner.json"
 BEAT_SECONDS = 5.0
@@ -40,7 +38,7 @@ class Ranks(Protocol):
     @property
     def is_first(self) -> bool: ...
 
-    def from_first(self, value: Value) -> Value: ...
+    def from_first(self, value: Any) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,10 @@ from torch import Tensor
 from gigatok_ds.checkpoint.model_sources import Model
 from gigatok_ds.checkpoint.original import build_on_meta, written_specs
 from gigatok_ds.checkpoint.tensor_files import Spec
+from gigatok_ds.config.model import TokenizerConfig
 from gigatok_ds.errors import InputError
+from gigatok_ds.models.gpt import GPT
+from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.npy_files import read_npz
 from gigatok_ds.untrusted import reading
 
@@ -48,7 +51,7 @@ def _rounded(value: Tensor, spec: Spec) -> Tensor:
     return value.to(spec.dtype)
 
 
-def _network(model: Model, specs: Mapping[str, Spec]) -> torch.nn.Module:
+def _network(model: Model, specs: Mapping[str, Spec]) -> Tokenizer | GPT:
     """In float32, of weights as they are written."""
     network = build_on_meta(model.config)
     usual = written_specs(network)
@@ -59,7 +62,7 @@ def _network(model: Model, specs: Mapping[str, Spec]) -> torch.nn.Module:
 
 def _inputs(model: Model) -> dict[str, Tensor]:
     draw, config = torch.Generator().manual_seed(0), model.config
-    if model.kind == "tokenizer":
+    if isinstance(config, TokenizerConfig):
         return {"images": torch.rand(2, 3, config.image_size, config.image_size, generator=draw) * 2 - 1}
     return {"codes": torch.randint(config.vocab_size, (2, config.sequence_length), generator=draw),
             "classes": torch.randint(config.num_classes, (2,), generator=draw)}
@@ -68,7 +71,7 @@ def _inputs(model: Model) -> dict[str, Tensor]:
 @torch.no_grad()
 def _outputs(model: Model, specs: Mapping[str, Spec], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     network = _network(model, specs)
-    if model.kind == "gpt":
+    if isinstance(network, GPT):
         return {"logits": network(inputs["codes"][:, :-1], inputs["classes"])}
     codes = network.encode(inputs["images"])
     return {"codes": codes, "reconstruction": network.decode(codes)}

@@ -107,6 +107,7 @@ def probe(args: argparse.Namespace, topology: Topology) -> Results:
     """A linear probe's accuracy, trained as far as it is not yet."""
     tokenizer = load_tokenizer(args.tokenizer, device=str(topology.device))
     identity = {"tokenizer_sha256": checkpoint_hash(args.tokenizer)}
+    features: TokenizerFeatures | GPTFeatures
     if args.gpt is None:
         features, name = TokenizerFeatures(tokenizer, args.features or "encoder"), args.tokenizer.resolve().name
     else:
@@ -165,7 +166,7 @@ def _class_grid(samples: ImageSet):
     if samples.labels is None:
         rows = [list(range(min(GRID_PER_CLASS, len(samples))))]
     else:
-        members = {}
+        members: dict[int, list[int]] = {}
         for number, label in enumerate(samples.labels.tolist()):
             members.setdefault(label, []).append(number)
         classes = sorted(members)

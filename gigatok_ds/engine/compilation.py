@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from gigatok_ds.kernels import build
 VERSIONS = 128  # of a function: blocks of different shapes
 
 
-def compile_of(mode: str, device: torch.device, settings: dict, *,
+def compile_of(mode: str, device: torch.device, settings: dict[str, Any], *,
                twice: str | None = None) -> Callable[[nn.Module], list[nn.Module]] | None:
     """What compiles a network as `training.compile` says, under these DeepSpeed settings; None if nothing does.
 
@@ -56,7 +57,7 @@ def called_twice(recipe: Recipe) -> str | None:
     return "cnn_decoder" if isinstance(recipe, TokenizerRecipe) and recipe.loss.auxiliary else None
 
 
-def left_eager(recipe: Recipe, device: torch.device, settings: dict) -> list[str]:
+def left_eager(recipe: Recipe, device: torch.device, settings: dict[str, Any]) -> list[str]:
     """What `training.compile` would compile and does not, and why: a line each."""
     asked = recipe.training.compile
     if asked == "auto" and device.type == "cuda" and (lacking := missing(device)):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gigatok_ds.config.deepspeed_keys import nearest
 from gigatok_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def check_with_deepspeed(settings: Mapping[str, Any], source: str) -> None:
@@ -31,7 +34,7 @@ def check_with_deepspeed(settings: Mapping[str, Any], source: str) -> None:
         _check_section(section, model, path, source)
 
 
-def _check_section(section: Any, model: type, path: str, source: str) -> None:
+def _check_section(section: Any, model: type[BaseModel], path: str, source: str) -> None:
     from pydantic import BaseModel, ValidationError
 
     if not isinstance(section, Mapping):

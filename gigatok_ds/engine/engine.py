@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # DeepSpeed reads both while it is imported.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -39,7 +40,7 @@ from gigatok_ds.parallel.topology import Topology
 class Engine:
     """One network under DeepSpeed, with an optimizer whose learning rate the caller sets at every step."""
 
-    def __init__(self, build: Callable[[], nn.Module], optimizer: OptimizerConfig, settings: dict, *,
+    def __init__(self, build: Callable[[], nn.Module], optimizer: OptimizerConfig, settings: dict[str, Any], *,
                  topology: Topology, seed: int | None = None,
                  compile: Callable[[nn.Module], list[nn.Module]] | None = None,
                  recompute: Callable[[nn.Module], object] | None = None, ema_decay: float | None = None):
@@ -78,7 +79,8 @@ class Engine:
             recompute(network)
         if topology.mpu:
             sum_partial_gradients(network, topology.tensor_group)
-        self._adam = build_optimizer(network, optimizer)
+        # Told by attributes that torch declares nowhere.
+        self._adam: Any = build_optimizer(network, optimizer)
         self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._adam, config=settings, mpu=topology.mpu)
         self._norm: Tensor | float | None = None
         self._told_left_out = False  # whether DeepSpeed has counted the last update as left out
@@ -92,9 +94,10 @@ class Engine:
     @property
     def network(self) -> nn.Module:
         """The bare network: evaluation, and passes whose gradient is not this engine's business."""
-        return self._engine.module
+        network: nn.Module = self._engine.module
+        return network
 
-    def __call__(self, *inputs, **options):
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self._engine(*inputs, **options)
 
     def backward(self, loss: Tensor) -> None:
@@ -113,7 +116,7 @@ class Engine:
             return
         self._state.before_change()
         norm = self._gradients.norm() if self._max_norm is not None else None
-        if self._max_norm:
+        if norm is not None and self._max_norm:
             self._adam.grad_scale = ((norm + 1e-6) / self._max_norm).clamp(min=1.0)
         self._adam.found_inf = left_out
         skipped = self._engine.skipped_steps
@@ -186,7 +189,7 @@ class Engine:
         self._state.restore(SavedEngine(folder), self.ema.fragments if self.ema else None)
 
 
-def decides_on_device(settings: dict) -> bool:
+def decides_on_device(settings: dict[str, Any]) -> bool:
     """Whether an update can be left out without the host: Adam's kernel hears of it where weights and moments are.
 
     In fp16 DeepSpeed scales losses on the host; what is offloaded is updated there.
@@ -195,7 +198,7 @@ def decides_on_device(settings: dict) -> bool:
     return not (settings["fp16"]["enabled"] or zero.get("offload_optimizer") or zero.get("zenflow"))
 
 
-def _clips_by_itself(settings: dict) -> bool:
+def _clips_by_itself(settings: dict[str, Any]) -> bool:
     """Whether the norm and its clipping are computed here. DeepSpeed's own reads the norm on the host; at stage 3, and
     at stage 0 in low precision, it does so in any case."""
     stage = settings.get("zero_optimization", {}).get("stage", 0)
@@ -209,19 +212,22 @@ def build_optimizer(network: nn.Module, optimizer: OptimizerConfig) -> torch.opt
     out.
     """
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer.kind]
-    return kind(parameter_groups(network, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
-                fused=True)
+    adam: torch.optim.Optimizer = kind(parameter_groups(network, optimizer), lr=optimizer.lr, betas=optimizer.betas,
+                                       eps=optimizer.eps, fused=True)
+    return adam
 
 
-def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dict]:
+def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups with and without weight decay, as `optimizer.decay` says."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             dims = len(shape_on_this_rank(parameter))
             decays = {"everything": True, "matrices": dims >= 2, "not_norms": "norm" not in name}[optimizer.decay]
             (decayed if decays else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": optimizer.weight_decay},
+                                    {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

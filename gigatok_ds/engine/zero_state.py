@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ _ENGINE_STATE = ("global_steps", "global_samples", "skipped_steps")
 class LiveState:
     """The state of one DeepSpeed engine: views of it, copies of it, and putting it back."""
 
-    def __init__(self, zero: ZeroStage, whole: Callable[..., AbstractContextManager]):
+    def __init__(self, zero: ZeroStage, whole: Callable[..., AbstractContextManager[Any]]):
         """whole: a context in which a parameter that data ranks share out is whole, and may be changed on the first."""
         self._zero, self._whole_parameter = zero, whole
         self._engine, self._network, self._topology = zero.engine, zero.network, zero.topology
@@ -107,7 +108,8 @@ class LiveState:
             yield Replicated(name, value, True, name not in cuts)
 
     def _adam(self) -> torch.optim.Optimizer:
-        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        adam: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        return adam
 
     def _moment(self, place: Place, moment: str) -> Fragment:
         """Zeros before the first update, when Adam has no state yet."""
@@ -116,13 +118,13 @@ class LiveState:
 
     def _state(self, place: Place) -> dict[str, Tensor]:
         """Adam's state of a holder, which it would make at its first update."""
-        state = self._adam().state[place.holder]
+        state: dict[str, Tensor] = self._adam().state[place.holder]
         if not state:
             state |= {"step": torch.zeros((), device=place.holder.device)}
             state |= {moment: torch.zeros_like(place.holder) for moment in MOMENTS}
         return state
 
-    def _whole(self):
+    def _whole(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers and frozen parameters, which are alike on all data ranks, by name."""
         for name, value in self._network.state_dict(keep_vars=True).items():
             if name in self._zero.trained or not isinstance(value, Tensor):
@@ -146,7 +148,7 @@ class LiveState:
         counts = torch.stack([state["step"] for state in states.values()]).tolist() if states else []
         return dict.fromkeys(self._places, 0) | dict(zip(states, map(int, counts), strict=False))
 
-    def _scaler(self):
+    def _scaler(self) -> Any:
         """What adapts the scale of an fp16 loss; None where nothing does."""
         optimizer = self._engine.optimizer
         scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)

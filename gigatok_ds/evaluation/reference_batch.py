@@ -44,7 +44,7 @@ def default_cache() -> Path:
 def reference_name(images: ImageSet) -> str:
     """ADM's batches are known by what they hold: 10,000 images of 256 pixels, and statistics of all of ImageNet."""
     is_adm = (isinstance(images, NpzImages) and images.statistics is not None and len(images) == ADM_IMAGES
-              and tuple(images.size) == (256, 256))
+              and images.size == (256, 256))
     return "adm" if is_adm else "custom"
 
 
@@ -67,7 +67,7 @@ def load_reference(path: Path, inception: InceptionFeatures, weights_sha256: str
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, save({name: value.contiguous() for name, value in tensors.items()}))
     tensors = {name: value.to(topology.device) for name, value in tensors.items()}
-    return Reference(name=reference_name(images), path=path, sha256=digest, size=tuple(images.size), images=len(images),
+    return Reference(name=reference_name(images), path=path, sha256=digest, size=images.size, images=len(images),
                      pooled=Gaussian(tensors["mu"], tensors["sigma"]),
                      spatial=Gaussian(tensors["mu_s"], tensors["sigma_s"]), features=tensors["features"])
 

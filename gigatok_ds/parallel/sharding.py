@@ -6,6 +6,7 @@ layer to a `TensorShard`. Initialisation, gathering and conversion read it there
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class TensorShard:
     dim: int = 0
     groups: int = 1
 
-    def full_shape(self, local: torch.Size, size: int) -> list[int]:
+    def full_shape(self, local: Sequence[int], size: int) -> list[int]:
         """Shape of the whole tensor, given that of one of `size` equal parts."""
         return [n * size if axis == self.dim else n for axis, n in enumerate(local)]
 

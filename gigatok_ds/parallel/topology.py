@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from gigatok_ds.parallel import flight_recorder
 from gigatok_ds.parallel.cuda_queues import order_kernels
 from gigatok_ds.parallel.layers import PLAIN, Layers, PlainLayers
 from gigatok_ds.parallel.reduce import RankMean
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +86,19 @@ class Topology:
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return float(box)
 
-    def from_first(self, value):
-        """The first rank's `value` (any plain Python object) on every rank."""
+    def from_first(self, value: Any) -> Any:
+        """The first rank's `value` (any plain Python object) on every rank; what others pass does not matter."""
         if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather_objects(self, value) -> list[Any]:
+    def gather_objects(self, value: Value) -> list[Value]:
         """Every rank's `value` (any plain Python object), in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
-        found = [None] * self.world_size
+        found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value)
         return found
 
@@ -142,18 +144,20 @@ def start_process_group(*, tensor_size: int = 1, sequence_parallel: bool = False
         flight_recorder.switch_on()
         backend = "nccl" if device.type == "cuda" else "gloo"
         # With its device NCCL connects at once, and not in the middle of the first step.
-        options = {"timeout": timeout, "device_id": device if device.type == "cuda" else None}
+        device_id = device if device.type == "cuda" else None
         if here.rendezvous:
-            dist.init_process_group(backend, **options)
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it even in a single process
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout,
+                                    device_id=device_id)
     rank, world_size = dist.get_rank(), here.world_size
     if tensor_size > 1:
         return _tensor_parallel(rank, world_size, device, sequence_parallel, tensor_size)
-    layers = PlainLayers(RankMean(dist.group.WORLD, world_size)) if world_size > 1 else PLAIN
+    everybody = dist.group.WORLD
+    layers = PlainLayers(RankMean(everybody, world_size)) if everybody is not None and world_size > 1 else PLAIN
     return Topology(rank=rank, world_size=world_size, device=device, data_rank=rank, data_size=world_size,
-                    data_group=dist.group.WORLD, layers=layers)
+                    data_group=everybody, layers=layers)
 
 
 def join_ranks(device: str, tensor_size: int = 1) -> Topology:
