@@ -23,6 +23,7 @@ class MicroBatch(NamedTuple):
     work: Work
 
     def plus(self, more: MicroBatch, times: int = 1) -> MicroBatch:
+        """With so many times what the other one takes."""
         return MicroBatch(self.kept + times * more.kept, self.flops + times * more.flops,
                           self.model + times * more.model, self.sent + times * more.sent,
                           self.work + times * more.work)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.streams import torch_stream
 
-# Fills a full (not sharded) tensor in place, drawing from the generator; what it returns is nothing to anybody.
+# Fills a full (not sharded) tensor in place, drawing from the generator; nobody asks for what it returns.
 Fill = Callable[[Tensor, torch.Generator], object]
 
 

@@ -8,6 +8,7 @@ import functools
 import http.client
 import io
 import re
+import ssl
 import time
 from collections.abc import Mapping
 from urllib.parse import urljoin, urlsplit
@@ -116,6 +117,8 @@ class _Http(HTTPHandler):
 
 
 class _Https(HTTPSHandler):
+    _context: ssl.SSLContext | None  # HTTPSHandler's own
+
     def https_open(self, req):
         return self.do_open(_SecureConnection, req, context=self._context)
 
