@@ -66,6 +66,8 @@ def handlers_are_left_as_they_were():
     left = {number.name: handler for number in numbers if (handler := signal.getsignal(number)) != before[number]}
     for name in left:
         signal.signal(signal.Signals[name], before[signal.Signals[name]])
+    if left.get("SIGINT") is signal.SIG_DFL:  # an interrupted command's end, at which it may be interrupted again
+        del left["SIGINT"]
     assert not left, f"handlers left behind: {left}"
 
 

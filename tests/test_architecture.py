@@ -28,15 +28,17 @@ ALLOWED = {
                  "monitoring", "parallel", "resilience", "shards"},
     "sampling": {"cluster", "config", "checkpoint", "cpu", "data", "evaluation", "models", "packing", "parallel",
                  "shards"},
+    "measurements": {"checkpoint", "data", "evaluation", "losses", "models", "parallel", "sampling", "shards"},
     "app": {"models", "data", "checkpoint", "evaluation", "sampling"},
     "dry_run": {"config", "engine", "losses", "models", "monitoring", "parallel", "training"},
     "planning": {"cluster", "config", "dry_run", "monitoring"},
     # Runs the others as commands.
     "studies": {"cluster", "config", "data", "shards", "checkpoint", "evaluation"},
-    "demo": {"cluster", "config", "data", "packing", "shards", "checkpoint", "parallel", "evaluation", "monitoring",
-             "sampling", "training", "studies"},
+    "demo": {"cluster", "config", "data", "packing", "shards", "checkpoint", "parallel", "evaluation", "measurements",
+             "monitoring", "sampling", "training", "studies"},
     "cli": {"kernels", "config", "models", "losses", "data", "packing", "shards", "checkpoint", "parallel",
-            "evaluation", "resilience", "sampling", "training", "demo", "cluster", "studies", "app", "planning"},
+            "evaluation", "measurements", "resilience", "sampling", "training", "demo", "cluster", "studies", "app",
+            "planning"},
 }
 MOST_FILES = 15  # of a directory
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from saved_runs import read_ema, read_weights
 from training_runs import partitioning, prepare
 
-from gigatok_ds.checkpoint.export_run import export_run
+from gigatok_ds.checkpoint.conversion import convert
+from gigatok_ds.checkpoint.model_sources import open_model
 from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.checkpoint.standalone import lazy_weights
 from gigatok_ds.config.deepspeed import zero_settings
@@ -134,16 +135,16 @@ def test_an_export_takes_the_average_unless_told_otherwise(runs, tmp_path):
     mean = average(out, "gpt")
     weights = read_weights(engine_folder(out, "gpt"))
     for choice, expected in ((None, mean), ("ema", mean), ("model", weights)):
-        exported = lazy_weights(export_run(out, tmp_path / str(choice), choice=choice))
+        exported = lazy_weights(convert(open_model(out, choice=choice), tmp_path / str(choice)).path)
         assert all(torch.equal(exported[name], expected[name]) for name in mean)
 
 
 def test_without_an_average_none_can_be_exported(runs, tmp_path):
     out = runs.run("gpt", 1, 1, "training.ema_decay=null")
     with pytest.raises(InputError, match=r"training.ema_decay=null"):
-        export_run(out, tmp_path / "export", choice="ema")
+        convert(open_model(out, choice="ema"), tmp_path / "export")
     assert not (tmp_path / "export").exists()
-    export_run(out, tmp_path / "export")
+    convert(open_model(out), tmp_path / "export")
 
 
 def test_a_missing_or_damaged_part_is_named(runs, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from saved_runs import read_weights
 from training_runs import prepare, start
 
 from gigatok_ds import load_gpt, load_tokenizer
-from gigatok_ds.checkpoint.export_run import export_run
+from gigatok_ds.checkpoint.conversion import convert
+from gigatok_ds.checkpoint.model_sources import open_model
 from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
 
 PARTS = {"tokenizer": "generator", "gpt": "gpt"}
@@ -140,7 +142,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(runs, kind):
 @pytest.mark.parametrize("kind, load", [("tokenizer", load_tokenizer), ("gpt", load_gpt)])
 def test_an_export_gives_what_the_trained_model_gave(runs, kind, load):
     folder = runs[0]
-    export_run(folder / kind, folder / f"export-{kind}")
+    convert(open_model(folder / kind), folder / f"export-{kind}")
     model = load(folder / f"export-{kind}")
     probe = dict(np.load(folder / kind / "probe.npz"))
     if kind == "tokenizer":
@@ -202,3 +204,18 @@ def test_a_checkpoint_with_code_in_it_is_not_executed(runs, tmp_path):
         torch.save({"weights": Bomb()}, file)
     code, output = train(folder, data, "gpt", "bombed")
     assert code != 0 and not (tmp_path / "executed").exists(), output
+
+
+def test_what_a_notebook_does_is_as_the_page_says(runs, tmp_path, monkeypatch):
+    """The example of docs/evaluation.md, as it is, on a small run under the same names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo" / "data").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "tokenizer").symlink_to(runs[0] / "tokenizer")
+    (tmp_path / "runs" / "demo" / "data" / "test").symlink_to(runs[0] / "test_images")
+    page = Path(__file__).parents[1] / "docs" / "evaluation.md"
+    example = page.read_text().partition("## From Python")[2].partition("```python\n")[2].partition("```")[0]
+    found = {}
+    exec(example, found)
+    assert "equal bit for bit" in found["verified"] and (tmp_path / "results" / "results.html").is_file()
+    assert {"psnr", "lpips", "rfid_val11_random"} <= found["results"].figures.keys()
+    assert found["tokenizer"] == Path("checkpoints/tokenizer")

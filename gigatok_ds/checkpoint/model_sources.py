@@ -32,12 +32,13 @@ from gigatok_ds.errors import InputError
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """weights are a state_dict of the network that `config` describes, read a tensor at a time; classes are the names
-    of its classes, where they are known."""
+    of its classes, where they are known; place is where it was found."""
 
     config: TokenizerConfig | GPTConfig
     weights: Mapping[str, Tensor]
     provenance: dict[str, Any]
     classes: Sequence[str] = ()
+    place: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError when the weights are too few for such a model: before it is built."""
@@ -78,7 +79,7 @@ def open_model(path: Path, *, choice: str | None = None, recipe: Recipe | None =
         raise InputError(f"{option} chooses from what a run or a .pt holds; {path} holds one set of weights")
     description = read_config(path)
     return Model(config=described_config(path, description["kind"]), weights=lazy_weights(path),
-                 provenance=description["provenance"], classes=description["classes"])
+                 provenance=description["provenance"], classes=description["classes"], place=path)
 
 
 def open_original(path: Path, config: TokenizerConfig | GPTConfig, choice: str | None = None, *,
@@ -86,7 +87,7 @@ def open_original(path: Path, config: TokenizerConfig | GPTConfig, choice: str |
     """The model of an original `.pt`, of that configuration; name is that of its recipe."""
     weights = read_original(path, choice, kind="tokenizer" if isinstance(config, TokenizerConfig) else "gpt")
     config, ours = from_original(config, weights, str(path))
-    return Model(config=config, weights=ours,
+    return Model(config=config, weights=ours, place=path,
                  provenance={"recipe": name, "source": path.name, "weights": choice or "default"})
 
 
@@ -110,7 +111,7 @@ def open_run(path: Path, *, choice: str | None = None, step: int | None = None) 
         raise InputError(f"{checkpoint} holds no averaged weights: the run had training.ema_decay=null")
     provenance = {"recipe": recipe.name, "checkpoint": checkpoint.name, "weights": choice, "metrics": state.metrics}
     return Model(config=recipe.model, weights=saved.tensors(EMA if choice == "ema" else WEIGHTS), provenance=provenance,
-                 classes=read_classes(classes_file) if classes_file else ())
+                 classes=read_classes(classes_file) if classes_file else (), place=path)
 
 
 def _beside(checkpoint: Path, name: str) -> Path | None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gigatok_ds.checkpoint.model_sources import Model
+from gigatok_ds.checkpoint.model_sources import Model, is_run
 from gigatok_ds.checkpoint.original import build_on_meta, written_specs
+from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.checkpoint.tensor_files import Spec
+from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.model import TokenizerConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
@@ -39,6 +41,22 @@ def verify(source: Model, written: Model, *, dtype: torch.dtype | None = None, p
             raise InputError(f"verification failed: the written model gives other {name} for the same input")
     said = f"{len(specs)} tensors and {' and '.join(outputs[0])} are equal bit for bit"
     return said + (_compare_with_probe(written, specs, probe) if probe else "")
+
+
+def training_outputs(model: Model, dtype: torch.dtype) -> Path | None:
+    """The file of what the model in training gave, if its run wrote that for these very weights, in float32."""
+    place = model.place
+    if place is None or place.is_file() or not is_run(place):
+        return None
+    if model.provenance.get("weights") != "model" or dtype != torch.float32:
+        return None
+    run_dir = place if (place / "checkpoints").is_dir() else place.parent.parent
+    if not (run_dir / RECIPE_FILE).is_file():
+        return None  # a checkpoint that was copied out of its run
+    training = load_recipe(str(run_dir / RECIPE_FILE)).training
+    outputs = run_dir / "probe.npz"
+    last = model.provenance["checkpoint"] == f"step-{training.steps:07d}"
+    return outputs if last and training.precision == "fp32" and outputs.is_file() else None
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

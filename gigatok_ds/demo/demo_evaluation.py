@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from gigatok_ds import load_gpt, load_tokenizer
-from gigatok_ds.checkpoint.standalone import checkpoint_hash
 from gigatok_ds.data.codes import CodeDataset
 from gigatok_ds.data.loader import evaluation_batches
 from gigatok_ds.demo.figures import reconstruction_grid, sample_grid
@@ -19,10 +18,10 @@ from gigatok_ds.evaluation.classifier import ImageClassifier
 from gigatok_ds.evaluation.code_metrics import unigram_entropy
 from gigatok_ds.evaluation.cropped import CroppedImages
 from gigatok_ds.evaluation.loss import stored_codes, validation_loss
-from gigatok_ds.evaluation.probing.features import GPTFeatures
-from gigatok_ds.evaluation.probing.linear_probe import ProbeRun, ProbeSettings
+from gigatok_ds.evaluation.probing.linear_probe import ProbeSettings
 from gigatok_ds.evaluation.reconstruction_figures import evaluate_reconstruction
 from gigatok_ds.files import write_atomically
+from gigatok_ds.measurements.measure_probe import ProbedFeatures, measure_probe
 from gigatok_ds.parallel.topology import single_process
 from gigatok_ds.sampling.images import sample_images
 from gigatok_ds.shards.index import ShardIndex
@@ -67,22 +66,22 @@ def evaluate(demo: Workspace) -> dict[str, float]:
         "gpt_validation_loss": validation_loss(gpt, stored_codes(codes, alone, 64), alone)["validation_loss"],
         "unigram_entropy": unigram_entropy(torch.as_tensor(codes.codes[:, 0].astype(np.int64)),
                                            tokenizer.config.quantizer.codebook_size),
-        "probe_accuracy": probe_accuracy(demo, GPTFeatures(tokenizer, gpt)),
+        "probe_accuracy": probe_accuracy(demo),
     }
     write_atomically(demo.out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures
 
 
-def probe_accuracy(demo: Workspace, features: GPTFeatures) -> float:
+def probe_accuracy(demo: Workspace) -> float:
     """Of a linear probe on the training images, on the test images: a third of the published protocol's epochs."""
-    train, alone = ShardIndex.open(demo.shards["train"]), single_process()
+    train = ShardIndex.open(demo.shards["train"])
     settings = ProbeSettings(classes=len(demo.source.classes), epochs=PROBE_EPOCHS, warmup_epochs=PROBE_EPOCHS // 9,
                              base_lr=PROBE_LR, batch_size=min(PROBE_BATCH, len(train)),
                              flip=demo.tokenizer_recipe.data.flip)
-    identity = {"gpt_sha256": checkpoint_hash(demo.exports["gpt"]), "train_sha256": train.identity()}
-    run = ProbeRun(features, train, settings, alone, demo.out / "probe", identity=identity)
-    run.run()
-    return run.accuracy(CroppedImages(demo.shards["validation"], features.tokenizer.config.image_size), 64)
+    features = ProbedFeatures(tokenizer=demo.exports["tokenizer"], gpt=demo.exports["gpt"])
+    results = measure_probe(features, str(demo.shards["train"]), str(demo.shards["validation"]), demo.out / "probe",
+                            settings=settings)
+    return results.figures["probe_top1_percent"] / 100
 
 
 def load_images(shards, size: int) -> tuple[Tensor, Tensor]:

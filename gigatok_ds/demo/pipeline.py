@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 
-from gigatok_ds.checkpoint.export_run import export_run
+from gigatok_ds.checkpoint.conversion import convert
+from gigatok_ds.checkpoint.model_sources import open_model
 from gigatok_ds.checkpoint.standalone import identify, load_tokenizer
 from gigatok_ds.cluster.local_job import free_port, rank_environment
 from gigatok_ds.config.load import recipe_to_dict
@@ -96,7 +97,7 @@ class Demo(Workspace):
     def _export(self, kind: str) -> None:
         if not self.exports[kind].exists():
             announce(f"exporting the {kind}")
-            export_run(self.out / kind, self.exports[kind])
+            convert(open_model(self.out / kind), self.exports[kind])
 
     def _extract_codes(self) -> None:
         recipe = self.tokenizer_recipe

@@ -14,9 +14,16 @@ images, each of which counts once: torchrun --nproc-per-node 8 -m gigatok_ds eva
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gigatok_ds.cli.dtypes import add_dtype
+
+if TYPE_CHECKING:
+    from gigatok_ds.evaluation.results import Results
+    from gigatok_ds.parallel.topology import Topology
 
 HELP = "rFID, gFID, IS, precision, recall, PSNR, LPIPS, validation loss"
 
@@ -51,28 +58,34 @@ BELONGS = {"inception": ("reconstruction", "generation"), "vgg": ("reconstructio
 
 
 def run(args: argparse.Namespace) -> int:
-    from gigatok_ds.cli.measures import MEASURES
-    from gigatok_ds.evaluation.results import check_results, in_words, write_results
-    from gigatok_ds.ownership import owned_by_first
-    from gigatok_ds.parallel.topology import join_ranks, stop_process_group
-    from gigatok_ds.precision import float32_arithmetic
+    from gigatok_ds.evaluation.results import in_words
+    from gigatok_ds.measurements.into_directory import measure_into
 
     _check(args)
-    topology = join_ranks(args.device)
-    try:
-        with float32_arithmetic(), owned_by_first(args.out, topology):
-            if topology.is_first:
-                check_results(args.out)
-            results = MEASURES[args.what](args, topology)
-            if topology.is_first:
-                write_results(args.out, results)
-    finally:
-        stop_process_group(topology)
-    if topology.is_first:
+    results = measure_into(args.out, args.device, _measurement(args))
+    if results:
         for name, value in {**results.settings, **results.figures}.items():
             print(f"{name}: {in_words(value)}")
         print(f"wrote {args.out / 'results.html'}")
     return 0
+
+
+def _measurement(args: argparse.Namespace) -> Callable[[Topology], Results]:
+    """What is measured, but for the ranks that do it."""
+    from gigatok_ds.measurements.feature_networks import FeatureNetworks
+    from gigatok_ds.measurements.measure_generation import measure_generation
+    from gigatok_ds.measurements.measure_loss import measure_loss
+    from gigatok_ds.measurements.measure_reconstruction import measure_reconstruction
+
+    networks = FeatureNetworks(inception=args.inception, vgg=args.vgg)
+    if args.what == "reconstruction":
+        return partial(measure_reconstruction, args.source, args.data, networks=networks, allow=args.allow,
+                       batch_size=args.batch_size, workers=args.workers)
+    if args.what == "generation":
+        return partial(measure_generation, args.source, args.reference, networks=networks, allow=args.allow,
+                       cache=args.cache, batch_size=args.batch_size)
+    return partial(measure_loss, args.source, args.data, tokenizer=args.tokenizer, dtype=args.dtype,
+                   batch_size=args.batch_size, workers=args.workers)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ torchrun --nproc-per-node 8 -m gigatok_ds probe ... --device cuda.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 HELP = "linear-probe accuracy of a GPT's or a tokenizer's features"
@@ -42,28 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gigatok_ds.cli.measures import probe
     from gigatok_ds.errors import InputError
-    from gigatok_ds.evaluation.results import check_results, in_words, write_results
-    from gigatok_ds.ownership import owned_by_first
-    from gigatok_ds.parallel.topology import join_ranks, stop_process_group
-    from gigatok_ds.precision import float32_arithmetic
+    from gigatok_ds.evaluation.probing.linear_probe import ProbeSettings
+    from gigatok_ds.evaluation.results import in_words
+    from gigatok_ds.measurements.into_directory import measure_into
+    from gigatok_ds.measurements.measure_probe import ProbedFeatures, measure_probe
 
     if args.gpt is None and (args.depth is not None or args.no_dropout):
         raise InputError("--depth and --no-dropout belong to --gpt; a tokenizer's features are named by --features")
     if args.gpt is not None and args.features is not None:
         raise InputError("--features are the tokenizer's; with --gpt leave them out")
-    topology = join_ranks(args.device)
-    try:
-        with float32_arithmetic(), owned_by_first(args.out, topology):
-            if topology.is_first:
-                check_results(args.out)
-            results = probe(args, topology)
-            if topology.is_first:
-                write_results(args.out, results)
-    finally:
-        stop_process_group(topology)
-    if topology.is_first:
+    of = ProbedFeatures(tokenizer=args.tokenizer, of_tokenizer=args.features or "encoder", gpt=args.gpt,
+                        depth=args.depth, dropout=not args.no_dropout)
+    settings = ProbeSettings(epochs=args.epochs, warmup_epochs=args.warmup_epochs, base_lr=args.base_lr,
+                             batch_size=args.batch_size, flip=not args.no_flip, seed=args.seed)
+    results = measure_into(args.out, args.device, partial(
+        measure_probe, of, args.train, args.val, args.out, settings=settings, workers=args.workers))
+    if results:
         for name, value in results.figures.items():
             print(f"{name}: {in_words(value)}")
         print(f"wrote {args.out / 'results.html'}")

@@ -17,8 +17,6 @@ file is executed: a .pt that holds anything but tensors and plain data is refuse
 from __future__ import annotations
 
 import argparse
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 from gigatok_ds.cli.dtypes import add_dtype
@@ -51,20 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from gigatok_ds.checkpoint.conversion import convert
     from gigatok_ds.checkpoint.model_sources import open_model
     from gigatok_ds.config.load import load_recipe
+    from gigatok_ds.precision import PRECISIONS
 
     _refuse_useless(args)
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe else None
     model = open_model(args.source, choice=args.weights, recipe=recipe, step=args.step)
     if args.to == "training":
         return _to_training(args, model, recipe)
-    if args.verify:
-        _refuse_damaged(args.source)  # before anything is written
-    said: list[str] = []
-    written = _write(args, model,
-                     lambda aside: said.append(f": {_verified(args, model, aside)}") if args.verify else None)
-    print(f"wrote {written}{''.join(said)}")
+    written, verified = convert(model, args.out, to=args.to, dtype=PRECISIONS[args.dtype], verified=args.verify,
+                                overwrite=args.overwrite)
+    print(f"wrote {written}{': ' if verified else ''}{verified}")
     return 0
 
 
@@ -90,94 +87,14 @@ def _refuse_useless(args: argparse.Namespace) -> None:
         raise InputError("--fresh is for --to training only")
 
 
-def _write(args: argparse.Namespace, model, check) -> Path:
-    from gigatok_ds.checkpoint.original import save_original
-    from gigatok_ds.checkpoint.standalone import save_standalone
-    from gigatok_ds.precision import PRECISIONS
-
-    how = {"dtype": PRECISIONS[args.dtype], "overwrite": args.overwrite, "check": check}
-    with _progress(model.weights) as weights:
-        if args.to == "original":
-            return save_original(args.out, model.config, weights, **how)
-        return save_standalone(args.out, model.config, weights, provenance=model.provenance, classes=model.classes,
-                               **how)
-
-
 def _to_training(args: argparse.Namespace, model, recipe) -> int:
+    from gigatok_ds.checkpoint.conversion import shown
     from gigatok_ds.errors import InputError
     from gigatok_ds.training.warm_start import write_start_point
 
     if model.kind != recipe.kind:
         raise InputError(f"{args.source} holds a {model.kind}, but recipe {recipe.name} trains a {recipe.kind}")
-    with _progress(model.weights) as weights:
+    with shown(model.weights) as weights:
         write_start_point(recipe, weights, args.out, fresh=args.fresh, classes=model.classes)
     print(f"wrote {args.out}; train it with: gigatok-ds train {args.out}/recipe.yaml --out {args.out}")
     return 0
-
-
-def _verified(args: argparse.Namespace, model, aside: Path) -> str:
-    """What was compared of what was written, which has not taken its place yet."""
-    from gigatok_ds.checkpoint.model_sources import open_model, open_original
-    from gigatok_ds.checkpoint.verification import verify
-    from gigatok_ds.errors import InputError
-    from gigatok_ds.precision import PRECISIONS
-
-    try:
-        _refuse_damaged(aside)
-        written = open_original(aside, model.config) if args.to == "original" else open_model(aside)
-        return verify(model, written, dtype=PRECISIONS[args.dtype], probe=_probe(args, model))
-    except InputError as error:
-        raise InputError(str(error).replace(str(aside), str(args.out))) from None
-
-
-def _refuse_damaged(place: Path) -> None:
-    """Standalone weights that are not as they were written; runs are compared when they are opened."""
-    from gigatok_ds.checkpoint.standalone import CONFIG_FILE, damaged_weights
-    from gigatok_ds.errors import InputError
-
-    if (place / CONFIG_FILE).is_file() and (problem := damaged_weights(place)):
-        raise InputError(f"{problem}; copy or convert it again")
-
-
-def _probe(args: argparse.Namespace, model) -> Path | None:
-    """Outputs of the model in training, if the run wrote them for these very weights, in float32."""
-    from gigatok_ds.checkpoint.model_sources import is_run
-    from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
-    from gigatok_ds.config.load import load_recipe
-
-    if args.source.is_file() or not is_run(args.source):
-        return None
-    if model.provenance.get("weights") != "model" or args.dtype != "fp32":
-        return None
-    run_dir = args.source if (args.source / "checkpoints").is_dir() else args.source.parent.parent
-    if not (run_dir / RECIPE_FILE).is_file():
-        return None  # a checkpoint that was copied out of its run
-    training = load_recipe(str(run_dir / RECIPE_FILE)).training
-    last = model.provenance["checkpoint"] == f"step-{training.steps:07d}"
-    return (
-        run_dir / "probe.npz" if last and training.precision == "fp32" and (run_dir / "probe.npz").is_file() else None
-    )
-
-
-@contextmanager
-def _progress(weights):
-    """The weights, showing on a terminal how many of them were read, and telling of those that are not numbers."""
-    import torch
-    from tqdm import tqdm
-
-    from gigatok_ds.checkpoint.tensor_files import LazyTensors, shapes_of
-
-    broken: dict[str, None] = {}
-    with tqdm(total=len(weights), unit="tensor", disable=None) as bar:
-        def read(name):
-            bar.update()
-            value = weights[name]
-            # Both extremes are NaN when any value is.
-            if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
-                broken[name] = None
-            return value
-
-        yield LazyTensors(shapes_of(weights), read)
-    if broken:
-        print(f"warning: {len(broken)} tensors hold values that are not finite, the first of them "
-              f"{next(iter(broken))}; what this model computes will not be finite either", file=sys.stderr)

@@ -40,7 +40,7 @@ STATE = "probe.safetensors"
 class ProbeSettings:
     """The learning rate is base_lr x batch_size / 256, linear from 0 over warmup_epochs, then half a cosine to 0."""
 
-    classes: int
+    classes: int = 0  # 0: as many as the training data have
     epochs: int = 90
     warmup_epochs: int = 10
     base_lr: float = 0.1
