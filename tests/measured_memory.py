@@ -25,12 +25,13 @@ def peak_bytes(recipe, stage, first_step):
     `first_step` on, of whatever is allocated from before the networks are built; and the elements of its trained
     parameters."""
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
-    from gigatok_ds.training.run import _task
+    from gigatok_ds.training.run import open_task
 
     topology = start_process_group(tensor_size=recipe.parallel.tensor, sequence_parallel=recipe.parallel.sequence)
     settings, _ = resolve_deepspeed(settings_of(stage), recipe, data_parallel_size=topology.data_size)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        task = _task(recipe)(recipe, topology, settings, _task(recipe).open_data(recipe, topology, settings))
+        _, build = open_task(recipe, topology, settings)
+        task = build()
         batches = task.micro_batches(first_step - 1)
         for step in (first_step, first_step + 1):
             with torch.profiler.record_function(f"step {step}"):

@@ -112,12 +112,13 @@ def load_and_save(recipe, source, out, settings):
     from gigatok_ds.checkpoint.writer import CheckpointWriter
     from gigatok_ds.config.deepspeed import resolve_deepspeed
     from gigatok_ds.parallel.topology import start_process_group
-    from gigatok_ds.training.run import _task
+    from gigatok_ds.training.run import open_task
 
     use_stand_ins()
     topology = start_process_group(tensor_size=recipe.parallel.tensor, sequence_parallel=recipe.parallel.sequence)
     settings, _ = resolve_deepspeed(settings, recipe, data_parallel_size=topology.data_size)
-    task = _task(recipe)(recipe, topology, settings, _task(recipe).open_data(recipe, topology, settings))
+    _, build = open_task(recipe, topology, settings)
+    task = build()
     step = load_checkpoint(source, task.engines, topology).step
     with CheckpointWriter(out, recipe.checkpoint, topology, stage=0) as writer:
         writer.save(step, 0, task.engines, {})

@@ -135,7 +135,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                 settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
                 held.enter_context(owned_by_first(run_dir, topology))
                 classes = classes_of_run(run_dir, topology, _run_of(branch))
-                identity, build = _opened(recipe, topology, settings, classes)
+                identity, build = open_task(recipe, topology, settings, classes)
                 _begin(recipe, run_dir, settings, warnings, branch, topology, identity)
                 begun.set()
                 task = build()
@@ -203,8 +203,8 @@ def _run_of(branch: Path | None) -> Path | None:
     return branch.parent.parent if branch else None
 
 
-def _opened(recipe: Recipe, topology: Topology, settings: dict,
-            classes: ClassNames) -> tuple[dict[str, str], Callable[[], Task]]:
+def open_task(recipe: Recipe, topology: Topology, settings: dict,
+              classes: ClassNames = ClassNames()) -> tuple[dict[str, str], Callable[[], Task]]:
     """The recipe's data, opened: what tells them from any other, and what makes the task of them."""
     if isinstance(recipe, TokenizerRecipe):
         from gigatok_ds.training.tokenizer_task import TokenizerTask
