@@ -3,9 +3,10 @@
 import contextlib
 import importlib.util
 import sys
-from pathlib import Path
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from places import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @contextlib.contextmanager

@@ -71,6 +71,14 @@ def handlers_are_left_as_they_were():
     assert not left, f"handlers left behind: {left}"
 
 
+@pytest.fixture
+def forked_stages(monkeypatch):
+    """What a study would start as processes of its own, or by torchrun, is forked."""
+    from stage_runs import fork_stages  # here, since it imports torch
+
+    fork_stages(monkeypatch)
+
+
 @pytest.hookimpl(trylast=True)  # after xdist has ended its workers
 def pytest_sessionfinish(session):
     """Tests that leave a process, shared memory or a temporary file behind fail as a whole."""

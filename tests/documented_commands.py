@@ -10,9 +10,9 @@ made, under the names that the documentation uses, and what the commands before 
 import re
 import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from places import ROOT
+
 README = ROOT / "README.md"
 # In the order in which a reader of the README meets them: what one page's commands leave, the next page's read.
 _LISTED = [ROOT / path for path in dict.fromkeys(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text()))]

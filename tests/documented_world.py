@@ -4,10 +4,10 @@ names.
 
 import numpy as np
 import torch
-from documented_commands import ROOT
+from imagenet_files import devkit, tar_bytes
+from places import ROOT
 from small_models import small_gpt, small_tokenizer
-from test_shards import encoded, make_images
-from test_sources import devkit, tar_bytes
+from small_shards import encoded, make_images
 from training_runs import GPT, TOKENIZER
 
 from gigatok_ds.checkpoint.original import to_original

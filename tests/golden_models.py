@@ -1,17 +1,15 @@
 """Networks filled with the golden weights, through the same reader that imports original checkpoints."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 from golden_weights import tensor
+from places import GOLDEN
 
 from gigatok_ds.checkpoint.original import build_on_meta, from_original, to_original
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def manifest(name):

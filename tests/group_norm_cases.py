@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
+# Of the largest value: rounding to the result's type, and in float32 what the mean's own rounding makes of a map far
+# from zero.
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True, kw_only=True)

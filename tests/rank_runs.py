@@ -13,6 +13,8 @@ import time
 import traceback
 from pathlib import Path
 
+from places import HELPERS
+
 from gigatok_ds.cluster.local_job import free_port
 
 OTHERS_SECONDS = 30  # for the other ranks, once one has failed
@@ -56,7 +58,7 @@ def _server_environment():
     """Variables as the server is to see them: it starts with the first process. It finds modules by PYTHONPATH alone.
     """
     before = dict(os.environ)
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(HELPERS), *filter(None, [before.get("PYTHONPATH")])])
     os.environ.update(ON_CPU, PYTHONPATH=path)
     try:
         yield

@@ -4,14 +4,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
 from rank_runs import run_main
 
 from gigatok_ds.studies import stages
 
 
-@pytest.fixture
-def forked_stages(monkeypatch):
+def fork_stages(monkeypatch):
     """What a study would start as processes of its own, or by torchrun, is forked."""
     monkeypatch.setattr(stages, "subprocess", SimpleNamespace(run=_run))
 

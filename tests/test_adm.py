@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from feature_vectors import features
 from golden_weights import image
 from sklearn.neighbors import NearestNeighbors
-from test_distribution import features
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.adm import gaussian_of, inception_score, precision_recall, squared_distances

@@ -3,9 +3,8 @@
 import ast
 from collections import Counter
 from graphlib import TopologicalSorter
-from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "gigatok_ds"
+from places import PACKAGE
 
 # Each room may import itself and the rooms named here; the arrows point one way.
 ALLOWED = {

@@ -3,8 +3,7 @@
 import logging
 
 import pytest
-from test_reader import with_bad_images
-from test_shards import incomplete_tars, plain_tar, samples
+from small_shards import incomplete_tars, plain_tar, samples, with_bad_images
 from training_runs import prepare, start
 
 from gigatok_ds.data import bad_samples

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from one_rank import ALONE
 from rank_runs import RanksFailed, run_ranks
 
 from gigatok_ds.checkpoint import fragments
@@ -18,9 +19,6 @@ from gigatok_ds.checkpoint.run_directory import complete_checkpoints, load_check
 from gigatok_ds.checkpoint.writer import CheckpointWriter
 from gigatok_ds.config.checkpoint import CheckpointConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.parallel.topology import Topology
-
-ALONE = Topology(rank=0, world_size=1, device=torch.device("cpu"), data_rank=0, data_size=1)
 
 
 class Part:

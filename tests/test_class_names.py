@@ -5,9 +5,9 @@ import tarfile
 
 import numpy as np
 import pytest
+from one_rank import ALONE
 from small_models import small_tokenizer
-from test_code_sources import ALONE
-from test_shards import encoded, make_images, plain_tar
+from small_shards import encoded, make_images, packed, plain_tar
 from training_runs import prepare
 
 from gigatok_ds.checkpoint.standalone import save_standalone
@@ -16,17 +16,8 @@ from gigatok_ds.data.codes import CodeDataset, CodeSample, write_code_shards
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.cropped import CroppedImages
 from gigatok_ds.packing.checking import check_shards
-from gigatok_ds.packing.image_sources import open_source as open_images
-from gigatok_ds.packing.pack_shards import Packing, pack
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.training.code_sources import open_source
-
-
-def packed(tmp_path, name, classes):
-    folder = make_images(tmp_path / f"{name}-files", {f"{label}/{i}.png": encoded(i, "PNG", (16, 16))
-                                                      for label in classes for i in range(2)})
-    pack(open_images(folder), tmp_path / name, Packing(), workers=0)
-    return tmp_path / name
 
 
 def test_images_of_fewer_classes_get_the_numbers_of_their_names(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from layout_runs import Layout, LayoutRuns, largest_differences
+from one_rank import ALONE
 from small_models import small_tokenizer
 from training_runs import code_shards, prepare
 
@@ -14,13 +15,10 @@ from gigatok_ds.config.load import load_recipe
 from gigatok_ds.data.codes import CodeBatches, CodeDataset
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
-from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import numpy_stream
 from gigatok_ds.training.code_sources import check_sources, open_source
 from gigatok_ds.training.run import check_run
-
-ALONE = Topology(rank=0, world_size=1, device=torch.device("cpu"), data_rank=0, data_size=1)
 
 
 @pytest.fixture(scope="module")

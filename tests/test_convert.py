@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from golden_models import original_weights
+from rank_processes import wait_for
 from rank_runs import run_ranks, start_rank
 from safetensors.torch import load_file
 from small_models import small_gpt, small_tokenizer
-from test_rank_failure import wait_for
 from training_runs import GPT as GPT_RECIPE
 from training_runs import prepare
 

@@ -8,10 +8,9 @@ import zlib
 
 import numpy as np
 import pytest
+from made_pictures import encode, photograph
 from PIL import Image
-from test_fast import photograph
-from test_shards import make_images, plain_tar
-from test_transforms import encode
+from small_shards import make_images, plain_tar
 
 from gigatok_ds.data.damage import damage_of
 from gigatok_ds.data.transforms import decode_image

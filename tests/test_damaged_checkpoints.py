@@ -7,8 +7,8 @@ import random
 import shutil
 
 import pytest
+from one_rank import ALONE
 from rank_runs import run_ranks
-from test_checkpoints import ALONE
 from training_runs import prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import STATE_FILE, checkpoint_path, damage, read_state

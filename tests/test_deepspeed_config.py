@@ -5,10 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 from gigatok_ds import InputError
 from gigatok_ds.config.deepspeed import (
@@ -21,7 +21,7 @@ from gigatok_ds.config.deepspeed import (
 from gigatok_ds.config.deepspeed_keys import DECIDED_ELSEWHERE, KNOWN_KEYS
 from gigatok_ds.config.load import load_recipe
 
-FOLDER = Path(__file__).parent.parent / "ds_configs"
+FOLDER = ROOT / "ds_configs"
 RECIPE = load_recipe("VQ_SS256")  # global batch 128, fp16, clipping at 10
 
 

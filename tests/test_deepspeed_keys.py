@@ -6,10 +6,10 @@ import json
 import os
 import random
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from rank_runs import run_ranks
 from saved_runs import read_everything
 from training_runs import partitioning, prepare, start
@@ -21,7 +21,7 @@ from gigatok_ds.config.deepspeed_keys import DECIDED_ELSEWHERE, KNOWN_KEYS
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.training.run import run_training, told_reason
 
-PAGE = (Path(__file__).parent.parent / "docs" / "parallelism.md").read_text()
+PAGE = (ROOT / "docs" / "parallelism.md").read_text()
 
 
 def settings(stage=1, **change):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from disturbed_runs import DISTURBANCES, Command, check_disturbed, content, moments
 from small_models import small_gpt, small_tokenizer
-from test_shards import encoded, make_images
+from small_shards import encoded, make_images
 from training_runs import image_shards
 
 import gigatok_ds

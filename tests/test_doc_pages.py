@@ -8,7 +8,8 @@ import typing
 
 import pytest
 import torch
-from documented_commands import PAGES, ROOT
+from documented_commands import PAGES
+from places import PACKAGE, ROOT
 from rank_runs import run_ranks
 from torch import nn
 from training_runs import TOKENIZER, image_shards
@@ -58,9 +59,9 @@ def test_files_and_anchors_that_a_page_names_exist(page):
     for path in re.findall(r"`((?:gigatok_ds|tests|launch|docs|ds_configs|tools|benchmarks)/[\w./-]+)", text):
         assert (ROOT / path).exists(), path
     if page.name == "architecture.md":
-        rooms = "|".join(child.name for child in (ROOT / "gigatok_ds").iterdir() if child.is_dir())
+        rooms = "|".join(child.name for child in PACKAGE.iterdir() if child.is_dir())
         for path in re.findall(rf"`((?:{rooms})/[\w./]*)`", text):
-            assert (ROOT / "gigatok_ds" / path).exists(), path
+            assert (PACKAGE / path).exists(), path
     for target, anchor in re.findall(r"\]\(([\w/.-]*)#([\w-]+)\)", text):
         other = (page.parent / target) if target else page
         headings = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
@@ -70,7 +71,7 @@ def test_files_and_anchors_that_a_page_names_exist(page):
 
 def test_every_room_is_on_the_page_of_the_architecture():
     page = (DOCS / "architecture.md").read_text()
-    rooms = {path.name for path in (ROOT / "gigatok_ds").iterdir() if (path / "__init__.py").exists()}
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert set(re.findall(r"^\| `(\w+)/`", page, re.MULTILINE)) == rooms
 
 

@@ -16,7 +16,6 @@ import documented_world
 import pytest
 from documented_commands import (
     EVERYWHERE,
-    ROOT,
     RULES,
     after_variables,
     blocks,
@@ -26,8 +25,8 @@ from documented_commands import (
     rule_of,
     small_form,
 )
+from places import ROOT
 from rank_runs import run_main
-from stage_runs import forked_stages  # noqa: F401 (a fixture)
 
 from gigatok_ds.cli.main import COMMANDS, main, parse
 from gigatok_ds.cluster.local_job import free_port

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from command_runs import figures, on_ranks, refused
 from PIL import Image
 from rank_runs import run_ranks
 from small_models import small_gpt, small_tokenizer
-from test_validation import data  # noqa: F401 (a fixture)
+from validation_data import validation_data
 
 from gigatok_ds.checkpoint.standalone import save_standalone
-from gigatok_ds.cli.main import main
 from gigatok_ds.data.transforms import scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.adm import gaussian_of, inception_score, precision_recall
@@ -26,6 +26,11 @@ from gigatok_ds.evaluation.inception import load_inception
 from gigatok_ds.losses.perceptual import load_lpips
 
 SAMPLES, REFERENCES, PHOTOS = 9, 5, 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return validation_data(tmp_path_factory.mktemp("validation"))
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +50,6 @@ def batches(tmp_path_factory):
     np.savez(folder / "samples.npz", pixels, np.arange(SAMPLES) % 3)
     np.savez(folder / "reference.npz", rng.integers(60, 256, (REFERENCES, 16, 16, 3), dtype=np.uint8))
     return folder
-
-
-def on_ranks(arguments):
-    return main([str(argument) for argument in arguments])
-
-
-def figures(out):
-    return json.loads((out / "results.json").read_text())["figures"]
-
-
-def refused(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def generation(batches, out, *more):
@@ -188,7 +180,7 @@ def photos(tmp_path_factory):
     return root
 
 
-def test_reconstructions_have_the_figures_of_all_images(models, photos, tmp_path, data):  # noqa: F811
+def test_reconstructions_have_the_figures_of_all_images(models, photos, tmp_path, data):
     vgg = data[0] / "vgg.pth"
     arguments = ["evaluate", "reconstruction", models / "tok", photos, "--inception", "random", "--vgg", vgg, "--allow",
                  "count", "--batch-size", "2", "--out"]

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from made_pictures import encode, photograph, picture
 from PIL import Image
-from test_transforms import encode, picture
 
 from gigatok_ds.data import fast
 from gigatok_ds.data.decoding import training_transform
@@ -15,14 +15,6 @@ from gigatok_ds.errors import InputError
 
 SIZE = 64
 EXACT, FAST = (training_transform(SIZE, (0.5, 1.0), True, decoding) for decoding in ("exact", "fast"))
-
-
-def photograph(width, height, seed=0):
-    """Smooth at several scales, with some noise, as photographs are."""
-    rng = np.random.default_rng(seed)
-    pixels = sum(np.asarray(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC), np.float64) / weight for side, weight in ((4, 2), (17, 4), (90, 8)))
-    return Image.fromarray((pixels + rng.normal(0, 2, pixels.shape)).clip(0, 255).astype(np.uint8))
 
 
 def both(data, seed=0):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_pictures import corrupted, encode, picture
 from PIL import Image
-from test_shards import plain_tar
-from test_transforms import encode, picture
+from small_shards import plain_tar
 from training_runs import forget_shared_memory
 
 from gigatok_ds.data.decoding import training_transform
@@ -55,31 +55,6 @@ def whole_images():
     yield encode(small, "WEBP", lossless=True)
     yield encode(small, "WEBP", save_all=True, append_images=[small.transpose(Image.Transpose.ROTATE_180)])
     yield encode(small, "BMP")
-
-
-def corrupted(data, rng):
-    """Some bytes changed, cut off, left out, put in, repeated or overwritten; more often near the beginning."""
-    data = bytearray(data)
-    for _ in range(int(rng.integers(1, 4))):
-        at = int(len(data) * rng.random() ** 3)
-        length = int(rng.integers(1, 64))
-        match int(rng.integers(7)):
-            case 0:
-                data[at] ^= 1 << int(rng.integers(8))
-            case 1:
-                data = data[: max(at, 1)]
-            case 2:
-                del data[at : at + length]
-            case 3:
-                data[at:at] = rng.bytes(length)
-            case 4:
-                data[at:at] = data[at : at + length]
-            case 5:
-                data[at : at + length] = rng.bytes(len(data[at : at + length]))
-            case 6:
-                data[at : at + length] = [b"\0", b"\xff"][length % 2] * len(data[at : at + length])
-        data = data or bytearray(b"\0")
-    return bytes(data)
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from imagenet_files import devkit
+from made_pictures import corrupted
 from small_models import small_gpt
-from test_fuzz import corrupted
-from test_shards import plain_tar
-from test_sources import devkit
+from small_shards import plain_tar
 from training_runs import GPT
 
 from gigatok_ds.checkpoint.class_names import classes_bytes, read_classes

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from dispatch_modes import Counter
-from group_norm_cases import CASES
+from group_norm_cases import CASES, ROUNDING
+from places import HELPERS
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -20,11 +21,7 @@ from gigatok_ds.kernels import group_norm_ops
 from gigatok_ds.models.cnn_blocks import AdaptiveGroupNorm, ResidualBlock
 from gigatok_ds.models.group_norm import GroupNorm, GroupNormSiLU
 
-TESTS = Path(__file__).parent
 needs_triton = pytest.mark.skipif(not group_norm_ops.HAS_TRITON, reason="no Triton on this machine")
-# Of the largest value: rounding to the result's type, and in float32 what the mean's own rounding makes of a map far
-# from zero.
-ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @functools.cache
@@ -33,7 +30,7 @@ def interpreted(cases):
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.pt"
         environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, TESTS / "group_norm_cases.py", cases, results], env=environment, check=True)
+        subprocess.run([sys.executable, HELPERS / "group_norm_cases.py", cases, results], env=environment, check=True)
         return torch.load(results)
 
 

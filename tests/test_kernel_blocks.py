@@ -2,16 +2,16 @@
 
 import ctypes
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernel_ops import TEMPERATURE, assert_close, materialised, penalty, problem
+from places import TESTS
+from quantizer_problems import CASES, TEMPERATURE, assert_close, materialised, penalty, problem
 
 from gigatok_ds.kernels import build, reference
 
-SOURCE = Path(__file__).parent / "native" / "blocks.cpp"
+SOURCE = TESTS / "native" / "blocks.cpp"
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +48,6 @@ def block_search(blocks, latents, codebook, wanted):
     indices = torch.full((len(latents),), -7)
     blocks.block_search(*sizes(latents, codebook), wanted, address(indices))
     return indices
-
-
-CASES = [(1, 1, 8, "unit"), (1, 700, 8, "unit"), (257, 300, 4, "unit"), (300, 1000, 8, "unit"), (130, 513, 8, "raw"),
-         (200, 512, 8, "duplicates"), (150, 400, 5, "unit"), (200, 256, 8, "collapsed")]
 
 
 @pytest.mark.parametrize("wanted", [1, 7, 100])

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from quantizer_problems import TEMPERATURE, assert_close, distances, materialised, penalty, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -19,9 +20,6 @@ from gigatok_ds.kernels.ops import (
     nearest_code,
 )
 from gigatok_ds.models.quantizer import VectorQuantizer
-
-TEMPERATURE = 0.01
-
 
 ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda-torch", "cuda-native")]
 
@@ -49,45 +47,6 @@ def device(request, monkeypatch):
 @pytest.fixture
 def on_torch(monkeypatch):
     monkeypatch.setenv("GIGATOK_KERNELS", "torch")
-
-
-def problem(count, size, dim, kind="unit", seed=0):
-    """Latents (count, dim) and a codebook (size, dim) in float32."""
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(count, dim, generator=generator)
-    codebook = torch.randn(size, dim, generator=generator)
-    if kind == "raw":
-        return latents / 3, codebook / 3
-    if kind == "collapsed":
-        codebook = codebook[:1] + 1e-3 * codebook
-    if kind == "duplicates":
-        codebook = codebook[: size // 4].repeat(4, 1)
-    return F.normalize(latents, dim=1), F.normalize(codebook, dim=1)
-
-
-def distances(latents, codebook):
-    return (latents[:, None] - codebook[None]).square().sum(2)
-
-
-def materialised(latents, codebook):
-    """Distances, entropy, average probability and log-sum-exp by their definitions."""
-    d = distances(latents, codebook)
-    log_p = (-d / TEMPERATURE).log_softmax(1)
-    return d, -(log_p.exp() * log_p).sum(1), log_p.exp().mean(0), (-d / TEMPERATURE).logsumexp(1)
-
-
-def penalty(entropy, average, upstream=None):
-    """The entropy penalty, or with `upstream` any weighting of entropies and probabilities."""
-    if upstream is None:
-        return entropy.mean() + (average * (average + 1e-5).log()).sum()
-    return (entropy * upstream[0].to(entropy)).sum() + (average * upstream[1].to(average)).sum()
-
-
-def assert_close(ours, expected, tolerance):
-    """Largest error relative to the largest expected value."""
-    expected = expected.to(ours.device)
-    error = (ours.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
-    assert error <= tolerance, f"{error:.2e} > {tolerance:.0e}"
 
 
 GRID = [

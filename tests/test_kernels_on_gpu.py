@@ -5,8 +5,7 @@ them.
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernel_blocks import CASES
-from test_kernel_ops import materialised, problem
+from quantizer_problems import CASES, materialised, problem
 
 from gigatok_ds.kernels import native, reference
 from gigatok_ds.kernels.ops import assignment_statistics, code_histogram, entropy_penalty, nearest_code

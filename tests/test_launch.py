@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from gigatok_ds.cluster.hostfile import Host, Rendezvous, read_hostfile, rendezvous
 from gigatok_ds.cluster.ssh_environment import export_statements, for_deepspeed, rank_variables
 from gigatok_ds.errors import InputError
 
-LAUNCH = Path(__file__).parent.parent / "launch"
+LAUNCH = ROOT / "launch"
 SCRIPTS = ("train.sh", "train_tokenizer.sh", "train_gpt.sh", "torchrun.sh", "slurm.sbatch")
 BIN = str(Path(sys.executable).parent)
 AWKWARD = ["runs/a b", "optimizer.betas=[0.9,0.95]", 'name="q" $HOME `id` \\ \'s\'', "it's", "a*{b,c};(d)", "100%h %n",
@@ -137,11 +138,11 @@ def test_dry_run_of_several_hosts(hostfile, tmp_path):
         str(Path(BIN) / "deepspeed"), "--no_local_rank", "--master_port", "4000", "--hostfile", hostfile,
         "--master_addr", "worker-1", "--module", "gigatok_ds", "train", "GPT-B", "--out", "runs/x"]]
     given = {line.removeprefix("#   ") for line in finished.stdout.splitlines() if line.startswith("#   ")}
-    assert given == {"NCCL_DEBUG=WARN", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=2", f"PYTHONPATH={LAUNCH.parent}"}
-    assert f"export PYTHONPATH={LAUNCH.parent}" in finished.stdout.splitlines()
+    assert given == {"NCCL_DEBUG=WARN", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=2", f"PYTHONPATH={ROOT}"}
+    assert f"export PYTHONPATH={ROOT}" in finished.stdout.splitlines()
     (tmp_path / ".deepspeed_env").write_text("PYTHONPATH=/mine\n")
     again = launch("train.sh", "--dry-run", "GPT-B", folder=tmp_path, HOSTFILE=hostfile)
-    assert f"#   PYTHONPATH={LAUNCH.parent}:/mine" in again.stdout.splitlines()
+    assert f"#   PYTHONPATH={ROOT}:/mine" in again.stdout.splitlines()
 
 
 def test_dry_run_of_one_host(tmp_path):
@@ -217,7 +218,7 @@ def test_nothing_of_a_path_is_executed(text, tmp_path):
         assert (
             finished.returncode == 2 and f"{variable} is" in finished.stderr and len(finished.stderr.splitlines()) == 1
         )
-    launch("slurm.sbatch", "--dry-run", text, folder=tmp_path, SLURM_JOB_ID=text, SLURM_SUBMIT_DIR=str(LAUNCH.parent))
+    launch("slurm.sbatch", "--dry-run", text, folder=tmp_path, SLURM_JOB_ID=text, SLURM_SUBMIT_DIR=str(ROOT))
     assert not (tmp_path / "pwned").exists()
 
 
@@ -227,7 +228,7 @@ def test_a_slurm_job_starts_torchrun_on_each_node(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "16",
-           "SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
+           "SLURM_SUBMIT_DIR": str(ROOT)}
     spooled = tmp_path / "slurm_script"  # Slurm runs a copy
     spooled.write_text((LAUNCH / "slurm.sbatch").read_text())
     finished = launch(spooled, "GPT-B", "a b", folder=tmp_path, path=[str(tmp_path)], **job)
@@ -297,6 +298,6 @@ def test_arguments_and_environment_arrive_through_deepspeed_and_a_shell(hostfile
     assert words[words.index("train") + 1:] == AWKWARD + LINES
     assert not (tmp_path / "pwned").exists()
     assert "--node_rank=1" in words and folder == str(tmp_path)
-    assert environment["MINE"] == "x y" and environment["PYTHONPATH"] == str(LAUNCH.parent)
+    assert environment["MINE"] == "x y" and environment["PYTHONPATH"] == str(ROOT)
     assert {name: environment[name] for name in given} == given
     assert [path.name for path in tmp_path.glob(".*")] == [".deepspeed_env"]

@@ -8,7 +8,7 @@ import shutil
 import threading
 
 import pytest
-from test_shards import CLASSES, encoded, plain_tar, samples, write
+from small_shards import CLASSES, encoded, plain_tar, samples, write
 
 from gigatok_ds.cli.main import main
 from gigatok_ds.data.loader import evaluation_batches

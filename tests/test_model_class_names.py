@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from small_models import small_gpt, small_tokenizer
-from test_class_names import packed
+from small_shards import packed
 from training_runs import prepare, start
 
 import gigatok_ds

@@ -6,8 +6,8 @@ import os
 import tarfile
 
 import pytest
-from test_shards import encoded, make_images, plain_tar
-from test_sources import tar_bytes
+from imagenet_files import tar_bytes
+from small_shards import encoded, make_images, plain_tar
 
 from gigatok_ds.cli.main import main
 from gigatok_ds.errors import InputError

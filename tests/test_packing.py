@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_shards import encoded, make_images, tree
+from small_shards import encoded, make_images, tree
 
 from gigatok_ds import InputError
 from gigatok_ds.packing import pack_shards as packing_module

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from command_runs import figures, on_ranks, refused
 from PIL import Image
+from probe_world import probe_world
 from rank_runs import run_ranks
 from safetensors.torch import load_file
 from small_models import small_gpt, small_gpt_config, small_tokenizer
-from test_evaluate import figures, on_ranks, refused
 
-from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.demo.digits import CLASSES, digits_splits
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.probing import linear_probe
@@ -29,17 +29,7 @@ SETTINGS = ProbeSettings(classes=5, epochs=90, warmup_epochs=10, batch_size=512)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Small models with dropout in the GPT, and digits of 16 pixels: 5 classes, 40 training and 13 test images."""
-    folder = tmp_path_factory.mktemp("probe")
-    tokenizer, gpt = small_tokenizer(), initialise_(GPT(small_gpt_config(residual_dropout=0.1, token_dropout=0.1)),
-                                                    seed=0)
-    save_standalone(folder / "tok", tokenizer.config, tokenizer.state_dict())
-    save_standalone(folder / "gpt", gpt.config, gpt.state_dict())
-    train, test = digits_splits(16)
-    for name, samples, count in (("train", train, 40), ("val", test, 13)):
-        chosen = [sample for sample in samples if sample.label < 5][:count]
-        write_shards(iter(chosen), folder / name, prefix=name, classes=CLASSES[:5])
-    return folder
+    return probe_world(tmp_path_factory.mktemp("probe"))
 
 
 def command(world, out, *more):

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_evaluate import figures, on_ranks
+from command_runs import figures, on_ranks
 
 FILES = {"GIGATOK_ADM_SAMPLES": "admnet_guided_upsampled_imagenet256.npz",
          "GIGATOK_ADM_REFERENCE": "VIRTUAL_imagenet256_labeled.npz",

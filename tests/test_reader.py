@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_shards import plain_tar, samples, without_end, write
+from small_shards import with_bad_images, write
 
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import MAX_REPLACEMENTS, ImageBatches, evaluation_batches
@@ -222,17 +222,6 @@ def test_reading_leaves_the_global_generator_alone(shards, workers):
     before = torch.get_rng_state()
     take(image_batches(ShardIndex.open(shards), workers=workers), 2)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def with_bad_images(directory, bad, count=23, tars=1):
-    """Plain shards in which the samples numbered in `bad` cannot be decoded."""
-    members = [[] for _ in range(tars)]
-    for i, sample in enumerate(samples(count)):
-        data = without_end(sample.image_bytes) if i in bad else sample.image_bytes
-        members[i * tars // count] += [(f"{sample.key}.jpg", data), (f"{sample.key}.cls", str(sample.label).encode())]
-    for number, part in enumerate(members):
-        plain_tar(directory / f"x{number}.tar", part)
-    return ShardIndex.open(directory)
 
 
 def test_undecodable_images_are_replaced_counted_and_named(tmp_path, caplog):

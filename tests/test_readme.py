@@ -1,9 +1,7 @@
 """The README's set-up commands are CI's. test_documented_commands.py runs the others, test_doc_pages.py looks at names.
 """
 
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
+from places import ROOT
 
 
 def test_ci_runs_the_command_that_the_readme_gives():

@@ -2,15 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from places import GOLDEN
 
 from gigatok_ds.checkpoint.original import build_on_meta, original_entry
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.load import load_recipe, recipe_names, recipe_summary
-
-GOLDEN = Path(__file__).parent / "golden"
 
 # iterations, precision, "epochs" of 5000 iterations at batch 256. Not stated: the nearest model's.
 TOKENIZERS = {

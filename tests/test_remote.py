@@ -1,7 +1,6 @@
 """Shards from URLs and commands: what is fetched when, and what happens when that goes wrong."""
 
 import contextlib
-import http.server
 import importlib.util
 import itertools
 import json
@@ -16,9 +15,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from one_rank import ALONE
+from shard_server import Server, copies, only_error
 from small_models import small_tokenizer
-from test_code_sources import ALONE
-from test_shards import CLASSES, samples, tree, write
+from small_shards import CLASSES, samples, tree, write
 from training_runs import prepare
 
 from gigatok_ds.checkpoint.standalone import save_standalone
@@ -27,7 +27,6 @@ from gigatok_ds.config.load import differing_keys, load_recipe
 from gigatok_ds.data.codes import CodeDataset, CodeSample, write_code_shards
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
-from gigatok_ds.errors import InputError, MachineError
 from gigatok_ds.kernels.build import cache_directory
 from gigatok_ds.packing.checking import check_shards
 from gigatok_ds.sampling.augmented_views import views_of
@@ -43,75 +42,6 @@ from gigatok_ds.training.run import check_run
 
 TARS = [f"demo-{number:06d}.tar" for number in range(5)]
 PATTERN = "demo-{000000..000004}.tar"
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `folder`, remembers what was asked for, and fails as `failures` says: for a name, the statuses to come.
-
-    The status "cut" breaks the connection in the middle, "slow" sends half and then nothing more.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, folder):
-        self.folder, self.requests, self.failures = folder, [], {}
-        self.ranges, self.starts = None, []  # whether parts are served (None: nothing is said of them), and from where
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def close(self):
-        self.shutdown()
-        self.server_close()
-
-    def fetched(self):
-        return sorted(name for method, name in self.requests if method == "GET" and name.endswith(".tar"))
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def __init__(self, request, address, server):
-        super().__init__(request, address, server, directory=server.folder)
-
-    def do_GET(self):
-        name = self.path.rpartition("/")[2].partition("?")[0]
-        self.server.requests.append(("GET", name))
-        left = self.server.failures.get(name, [])
-        failure = left.pop(0) if left else None
-        if isinstance(failure, int):
-            self.send_error(failure)
-        elif failure == "busy":
-            self.send_response(429)
-            self.send_header("Retry-After", "1")
-            self.end_headers()
-        elif failure or (name.endswith(".tar") and self.server.ranges is not None):
-            self.send_part(name, failure)
-        else:
-            super().do_GET()
-
-    def send_part(self, name, failure):
-        """All of a tar, or half of it, or from a place on if that is asked for and it has not changed."""
-        path = self.server.folder / name
-        data, tag = path.read_bytes(), f'"{path.stat().st_mtime_ns}"'
-        asked = self.headers["Range"] if self.server.ranges and self.headers["If-Range"] == tag else None
-        start = int(asked[6:-1]) if asked else 0
-        self.server.starts.append(start)
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(data) - start))
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        if self.server.ranges is not None:
-            self.send_header("ETag", tag)
-        self.end_headers()
-        self.wfile.write(data[start : len(data) // 2 if failure else None])
-        self.wfile.flush()
-        time.sleep(60 if failure == "slow" else 0)
-
-    def do_HEAD(self):
-        self.server.requests.append(("HEAD", self.path.rpartition("/")[2]))
-        super().do_HEAD()
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(autouse=True)
@@ -149,25 +79,10 @@ def cache(tmp_path):
     return ShardCache(tmp_path / "cache")
 
 
-def copies(cache):
-    return sorted(path.name for path in cache.root.glob("*/*.tar"))
-
-
 def assert_same(index, reference):
     assert index.shards == reference.shards and index.identity() == reference.identity()
     assert len(index) == len(reference) and index.labels.tolist() == reference.labels.tolist()
     assert all((index.key(i), index.read(i)) == (reference.key(i), reference.read(i)) for i in range(len(index)))
-
-
-def only_error(function, *words):
-    """The one line, with these words, of an error that the user has to mend, or of one that may pass: after attempts.
-    """
-    with pytest.raises((InputError, MachineError)) as caught:
-        function()
-    text = str(caught.value)
-    assert isinstance(caught.value, MachineError) == ("attempts (" in text)
-    assert "\n" not in text and all(word in text for word in words), text
-    return text
 
 
 # What is fetched when ---

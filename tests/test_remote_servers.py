@@ -11,8 +11,9 @@ from functools import partial
 from urllib.request import Request
 
 import pytest
-from test_remote import cache, copies, only_error, settings, shards  # noqa: F401 (fixtures)
-from test_shards import samples
+from shard_server import copies, only_error
+from small_shards import samples
+from test_remote import cache, settings, shards  # noqa: F401 (fixtures)
 
 from gigatok_ds.cli.main import main
 from gigatok_ds.shards import http_client, transports

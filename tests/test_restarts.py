@@ -8,8 +8,9 @@ import threading
 import time
 
 import pytest
-from test_rank_failure import ranks_below, wait_for
-from training_runs import LAUNCHER, launch, prepare
+from places import ROOT
+from rank_processes import ranks_below, wait_for
+from training_runs import launch, prepare
 
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints
 from gigatok_ds.cli.launcher import main
@@ -153,7 +154,7 @@ restarts.FIRST_WAIT = 0.1
 sys.exit(launcher.main(sys.argv[1:]))
 """
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "HOSTFILE": "hosts",
-                                "PYTHONPATH": str(LAUNCHER.parent.parent)}
+                                "PYTHONPATH": str(ROOT)}
 
     def run(*options):
         (tmp_path / "starts").unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from places import ROOT, TESTS
 from rank_runs import RanksFailed, run_ranks
 from training_runs import prepare, start, train_with_faults
 
@@ -18,8 +19,6 @@ from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.monitoring.history import read_history
 from gigatok_ds.training.run import run_training
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +141,7 @@ def test_the_tests_that_the_docs_name_exist():
     named = re.findall(r"`tests/(test_\w+\.py)(?:::(\w+))?`", text)
     assert len([name for _, name in named if name]) >= 20
     for file, name in named:
-        tree = ast.parse((ROOT / "tests" / file).read_text())
+        tree = ast.parse((TESTS / file).read_text())
         functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         assert not name or name in functions, f"{file} has no {name}"
     for table, lines in (("Scenarios", 20), ("Nothing lost", 27), ("No image lost", 23)):

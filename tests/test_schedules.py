@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from golden_models import GOLDEN
+from places import GOLDEN
 
 from gigatok_ds.config.recipe import ScheduleConfig
 from gigatok_ds.training.schedules import lr_of_iteration, scheduled_lr

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_remote import Server
+from shard_server import Server
 from training_runs import prepare, start
 
 from gigatok_ds.cli.main import main

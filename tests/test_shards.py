@@ -1,9 +1,7 @@
 """Folders, shards, their index, and the command that makes them."""
 
 import argparse
-import functools
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -14,7 +12,7 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
+from small_shards import CLASSES, encoded, incomplete_tars, make_images, plain_tar, samples, tree, without_end, write
 
 from gigatok_ds.cli.data import make_shards
 from gigatok_ds.data.folder import scan_image_folder
@@ -24,53 +22,10 @@ from gigatok_ds.shards import index as index_module
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.tar_scan import is_safe_key, safe_key, scan_tar
 
-CLASSES = ["bird", "cat", "dog"]
-
-
-@functools.cache
-def encoded(seed, kind="JPEG", size=(40, 34)):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def samples(count):
-    for i in range(count):
-        kind, extension = (("PNG", "png"), ("JPEG", "JPEG"))[i % 2]
-        yield Sample(key=f"s{i:04d}", image_bytes=encoded(i, kind), extension=extension, label=i % 3)
-
-
-def write(directory, count=23, per_shard=5):
-    return write_shards(samples(count), directory, prefix="demo", samples_per_shard=per_shard,
-                        classes=CLASSES)
-
 
 @pytest.fixture
 def shards(tmp_path):
     return write(tmp_path / "shards").directory
-
-
-def plain_tar(path, members):
-    """A tar of (name, bytes) or ready TarInfo members, as other programs make them."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for name, data in members:
-            member = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path.parent
-
-
-def tree(directory):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
-
-
-def make_images(root, layout):
-    for name, data in layout.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
 
 
 # Folders ---
@@ -138,10 +93,6 @@ def test_the_same_samples_give_the_same_bytes(tmp_path):
     with tarfile.open(tmp_path / "a/demo-000000.tar") as tar:
         stamps = {(m.mtime, m.mode, m.uid, m.gid, m.uname, m.gname) for m in tar}
     assert stamps == {(0, 0o444, 0, 0, "gigatok", "gigatok")}
-
-
-def without_end(data):
-    return data[: len(data) * 2 // 3]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -507,16 +458,6 @@ def test_make_shards_names_the_bad_file(tmp_path):
     with pytest.raises(InputError, match=r"data/cat/bad.jpg: cannot decode"):
         run_command(root, "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
-def incomplete_tars(path):
-    """Ten samples of which three lack something, and a tar of others that lack nothing."""
-    members = [member for sample in samples(10) for member in (
-        (f"{sample.key}.jpg", sample.image_bytes), (f"{sample.key}.cls", str(sample.label).encode()))]
-    plain_tar(path / "b.tar", [(name.replace("s", "t", 1), data) for name, data in members[10:14]])
-    del members[19], members[4]  # the label of the last one, the data of the third
-    members[1] = members[1][0], b"cat"
-    return plain_tar(path / "a.tar", members)
 
 
 def test_what_samples_lack_is_tolerated_up_to_a_fraction(tmp_path, caplog):

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from benchmark_scripts import BENCHMARKS
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "soak.py"
+SCRIPT = BENCHMARKS / "soak.py"
 
 
 @pytest.mark.slow

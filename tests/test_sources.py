@@ -1,12 +1,9 @@
 """Where images to be packed come from: every kind of source lists the same images with the same labels."""
 
-import io
-import tarfile
 
-import numpy as np
 import pytest
-from scipy.io import savemat
-from test_shards import encoded, make_images, plain_tar
+from imagenet_files import devkit, tar_bytes
+from small_shards import encoded, make_images, plain_tar
 
 from gigatok_ds import InputError
 from gigatok_ds.packing.image_sources import open_source
@@ -15,16 +12,6 @@ from gigatok_ds.packing.pack_shards import Packing, pack
 IMAGES = {"n00000002": {"n00000002_7.JPEG": encoded(1), "n00000002_30.JPEG": encoded(2)},
           "n00000001": {"n00000001_5.JPEG": encoded(3)}}
 FLAT = {name: data for group in IMAGES.values() for name, data in group.items()}
-
-
-def tar_bytes(members):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def content(source):
@@ -63,20 +50,6 @@ def test_classes_are_in_the_order_of_their_names_and_images_too(tmp_path, make):
 def val_tar(tmp_path):
     path = tmp_path / "val.tar"
     path.write_bytes(tar_bytes({f"ILSVRC2012_val_0000000{i}.JPEG": encoded(i) for i in (2, 1, 3)}))
-    return path
-
-
-def devkit(tmp_path, truth=(30, 10, 30), synsets=((10, "n00000009", 0), (30, "n00000004", 0), (31, "n00000005", 2))):
-    synsets = np.array(list(synsets), dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("num_children", "i4")])
-    buffer = io.BytesIO()
-    savemat(buffer, {"synsets": synsets})
-    path = tmp_path / "devkit.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in (("meta.mat", buffer.getvalue()),
-                           ("ILSVRC2012_validation_ground_truth.txt", "\n".join(map(str, truth)).encode())):
-            member = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
     return path
 
 

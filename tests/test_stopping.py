@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_processes import ranks_below, wait_for
 from rank_runs import RanksFailed, run_ranks
 from saved_runs import read_everything
-from test_rank_failure import ranks_below, wait_for
 from training_runs import forget_shared_memory, launch, prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import complete_checkpoints

@@ -1,5 +1,6 @@
 """The stream of samples is one and the same, for any number of ranks and workers and wherever it was interrupted."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import HELPERS
+from small_shards import with_bad_images
 from stream_ranks import GLOBAL_BATCH, image_batches, lines
-from test_reader import take, with_bad_images
 
 from gigatok_ds.cluster.local_job import free_port
 from gigatok_ds.data.decoding import training_transform
@@ -21,7 +23,7 @@ from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, epoch_order
 from gigatok_ds.shards.index import ShardIndex
 
-RANKS = Path(__file__).parent / "stream_ranks.py"
+RANKS = HELPERS / "stream_ranks.py"
 
 
 @st.composite
@@ -176,7 +178,7 @@ def test_four_ranks_of_two_workers_killed_and_resumed_as_two_of_one_read_the_sam
     assert int(consumed.read_text()) == before + 12 * GLOBAL_BATCH
     read += [line for path in tmp_path.glob("rank-*.txt") for line in path.read_text().splitlines()]
     index = ShardIndex.open(shards)
-    alone = take(image_batches(shards, micro_batch_size=GLOBAL_BATCH), before // GLOBAL_BATCH + 12)
+    alone = list(itertools.islice(image_batches(shards, micro_batch_size=GLOBAL_BATCH), before // GLOBAL_BATCH + 12))
     expected = [line for batch in alone for line in lines(index, batch)]
     assert sorted(read, key=lambda line: int(line.split()[0])) == expected
     assert any(batch["replaced"].any() for batch in alone)

@@ -4,10 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from command_runs import figures, on_ranks, refused
+from probe_world import probe_world
 from small_models import small_gpt, small_tokenizer
-from stage_runs import forked_stages  # noqa: F401 (a fixture)
-from test_evaluate import figures, on_ranks, refused
-from test_probe import world  # noqa: F401 (a fixture)
 
 from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
@@ -98,7 +97,12 @@ def test_rectangular_windows_are_the_grid():
 
 
 @pytest.fixture(scope="module")
-def setting(world, tmp_path_factory):  # noqa: F811
+def world(tmp_path_factory):
+    return probe_world(tmp_path_factory.mktemp("probe"))
+
+
+@pytest.fixture(scope="module")
+def setting(world, tmp_path_factory):
     """world, with a sharper GPT, a reference and weights-free Inception as arguments."""
     folder = tmp_path_factory.mktemp("studies")
     gpt = small_gpt()
@@ -118,7 +122,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_stages_are_started_as_a_user_would(setting, tmp_path, capfd):
-    world, _, _ = setting  # noqa: F811
+    world, _, _ = setting
     codes = tmp_path / "codes"
     words = ["extract-codes", world / "tok", world / "val", "--crops", "center", "--out"]
     stages.Launcher(ranks=2).run([
@@ -132,7 +136,7 @@ def test_stages_are_started_as_a_user_would(setting, tmp_path, capfd):
 
 @pytest.mark.usefixtures("forked_stages")
 def test_a_stage_that_fails_or_leaves_nothing_is_named(setting, tmp_path):
-    world, _, _ = setting  # noqa: F811
+    world, _, _ = setting
     words = ["extract-codes", world / "tok", world / "val", "--out", tmp_path / "codes"]
     with pytest.raises(InputError, match=r"codes failed \(exit code 2\)"):
         stages.Launcher().run([stages.Stage(name="codes", arguments=[*words, "--crops", "twelve"], done=None)])
@@ -143,7 +147,7 @@ def test_a_stage_that_fails_or_leaves_nothing_is_named(setting, tmp_path):
 
 @pytest.mark.usefixtures("forked_stages")
 def test_a_search_finishes_resumes_and_leaves_a_table(setting, tmp_path, capfd):
-    world, gpt, judged = setting  # noqa: F811
+    world, gpt, judged = setting
     command = ["search-guidance", "--gpt", gpt, "--tokenizer", world / "tok", *judged, "--schedule", "constant",
                "--start", "1", "--out", tmp_path / "out"]
     assert on_ranks(command) == 0
@@ -164,7 +168,7 @@ def test_a_search_finishes_resumes_and_leaves_a_table(setting, tmp_path, capfd):
 
 @pytest.mark.usefixtures("forked_stages")
 def test_a_tokenizers_row(setting, tmp_path, capfd):
-    world, _, _ = setting  # noqa: F811
+    world, _, _ = setting
     plain = ["reproduce", "S-S", "--tokenizer", world / "tok", "--val", world / "val", "--inception", "random", "--vgg",
              "random", "--out", tmp_path / "out"]
     assert "is not the model of the recipe VQ_SS256" in refused(capfd, *plain)
@@ -183,7 +187,7 @@ def test_a_tokenizers_row(setting, tmp_path, capfd):
 
 @pytest.mark.usefixtures("forked_stages")
 def test_a_generators_row(setting, tmp_path, capfd):
-    world, gpt, judged = setting  # noqa: F811
+    world, gpt, judged = setting
     command = ["reproduce", "GPT-B/XL-XXL", "--tokenizer", world / "tok", "--gpt", gpt, *judged, "--allow", "model",
                "--train", world / "train", "--val", world / "val", "--probe=--epochs", "--probe=2",
                "--probe=--warmup-epochs", "--probe=1", "--probe=--batch-size", "--probe=8", "--out", tmp_path / "out"]
@@ -209,7 +213,7 @@ checkpoint: {every: 2}
 
 @pytest.mark.usefixtures("forked_stages")
 def test_ar_probing_in_one_command(setting, tmp_path, capfd):
-    world, _, judged = setting  # noqa: F811
+    world, _, judged = setting
     (tmp_path / "tiny.yaml").write_text(GPT_RECIPE)
     command = ["ar-probe", world / "tok", "--train", world / "train", "--val", world / "val", *judged, "--recipe",
                tmp_path / "tiny.yaml", "--gpt", "training.steps=4", "--gpt", "training.log_every=2", "--crops", "flip",
@@ -236,7 +240,7 @@ def test_ar_probing_in_one_command(setting, tmp_path, capfd):
 
 @pytest.mark.usefixtures("forked_stages")
 def test_a_failing_stage_is_named(setting, tmp_path, capfd):
-    world, _, judged = setting  # noqa: F811
+    world, _, judged = setting
     command = ["ar-probe", world / "tok", "--train", world / "train", "--val", world / "val", *judged, "--crops",
                "twelve", "--out", tmp_path / "out"]
     assert main([str(word) for word in command]) == 2
@@ -247,7 +251,7 @@ def test_a_failing_stage_is_named(setting, tmp_path, capfd):
 
 
 def test_models_must_match(tmp_path, setting, capsys):
-    world, _, _judged = setting  # noqa: F811
+    world, _, _judged = setting
     tokenizer = small_tokenizer(latent_tokens=4)
     save_standalone(tmp_path / "other", tokenizer.config, tokenizer.state_dict())
     assert "they do not match" in refused(capsys, "probe", tmp_path / "other", "--gpt", world / "gpt", "--train",

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from rank_runs import run_ranks
 from small_models import small_gpt, small_tokenizer
-from test_shards import encoded, make_images
+from small_shards import encoded, make_images
 from training_runs import TOKENIZER, image_shards, prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, damage, read_state
@@ -24,7 +25,6 @@ from gigatok_ds.monitoring.history import read_history, tell
 from gigatok_ds.parallel.topology import single_process
 from gigatok_ds.resilience.watchdog import Watchdog
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = ["checkpoint.every=2", "training.validate_every=2"]
 
 

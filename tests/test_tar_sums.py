@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_shards import encoded
+from small_shards import encoded
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.packing.checking import check_shards

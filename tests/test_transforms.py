@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from made_pictures import encode, picture
 from PIL import Image
 
 from gigatok_ds.data import transforms
@@ -30,21 +31,6 @@ from gigatok_ds.data.transforms import (
     to_tensor,
 )
 from gigatok_ds.errors import InputError
-
-
-def picture(width, height, mode="RGB", seed=0):
-    """Smooth content (so that JPEG keeps it) with a different colour in each corner."""
-    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    phase = np.random.default_rng(seed).uniform(0, 0.2, 3)
-    rgb = np.stack([x * 200 + 20, y * 200 + 20, 120 + 80 * np.sin(4 * (x + y))], axis=-1) + phase
-    return Image.fromarray(rgb.astype(np.uint8)).convert(mode)
-
-
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
 
 EXIF_ODDITIES = {  # tags beside Orientation, of types that they should not have: (tag, type, count, value)
     "Software as a fraction": (0x131, 5, 1, None), "Make as a double": (0x10F, 12, 1, None),

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from group_norm_cases import CASES, EPS
-from test_group_norm_kernels import ROUNDING
+from group_norm_cases import CASES, EPS, ROUNDING
 
 from gigatok_ds.kernels import group_norm_ops
 from gigatok_ds.kernels.addressed_dropout import addressed_dropout

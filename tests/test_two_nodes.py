@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import HELPERS, ROOT
 from saved_runs import read_weights
 from training_runs import LAUNCHER, partitioning, prepare
 
@@ -22,7 +23,7 @@ from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
 
 pytestmark = pytest.mark.slow
 
-TWO_NODES = Path(__file__).parent / "two_nodes.sh"
+TWO_NODES = HELPERS / "two_nodes.sh"
 IMPOSSIBLE = 77
 PARTS = {"tokenizer": "generator", "gpt": "gpt"}
 SECONDS = 900
@@ -64,7 +65,7 @@ def check_cluster(folder, out, *arguments):
     """check-cluster on node-a; `out` may name $NODE_LOCAL, the directory that the nodes do not share."""
     words = [sys.executable, "-m", "gigatok_ds", "check-cluster", *arguments]
     script = f'"$@" --hostfile "$HOSTFILE" --out "{out}"'
-    return run([TWO_NODES, "bash", "-c", script, "_", *words], folder, PYTHONPATH=str(LAUNCHER.parent.parent))
+    return run([TWO_NODES, "bash", "-c", script, "_", *words], folder, PYTHONPATH=str(ROOT))
 
 
 def rows(output):

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from feature_vectors import distance_of_few
 from rank_runs import run_ranks
-from test_distribution import distance_of_few
-from torchvision.models import vgg16
-from training_runs import image_shards, prepare
+from validation_data import FEW_IMAGES, validation_data
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe, save_resolved
@@ -23,23 +22,10 @@ from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.training import validation_pass
 from gigatok_ds.training.run import check_run, run_training
 
-IMAGES = 5
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folder with a recipe and 11 validation images (few/: 5), the arguments that name them, and a file of VGG16's
-    weights.
-    """
-    folder = tmp_path_factory.mktemp("validation")
-    arguments = prepare(folder)["tokenizer"]
-    image_shards(folder / "few", IMAGES)
-    with torch.device("meta"):
-        shapes = {f"features.{name}": value.shape for name, value in vgg16().features.state_dict().items()}
-    stream = torch.Generator().manual_seed(0)
-    torch.save({name: torch.randn(shape, generator=stream) * (2 / shape[1:].numel()) ** 0.5 / 2
-                for name, shape in shapes.items()}, folder / "vgg.pth")
-    return folder, arguments
+    return validation_data(tmp_path_factory.mktemp("validation"))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +87,7 @@ def alone(data, few):
 
 def test_figures_are_those_of_the_whole_set(data, few, alone):
     images, restored, codes = whole_set(few)
-    assert restored.abs().max() > 1.2 and len(images) == IMAGES
+    assert restored.abs().max() > 1.2 and len(images) == FEW_IMAGES
     with torch.no_grad():
         lpips = load_lpips(data[0] / "vgg.pth").eval()(images, restored)
     inception = load_inception("random", "here")

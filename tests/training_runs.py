@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from places import ROOT
 from rank_runs import run_main
 
 from gigatok_ds.cluster.local_job import free_port
@@ -17,7 +18,7 @@ from gigatok_ds.packing.shard_writer import Sample, write_shards
 from gigatok_ds.resilience.fault_injection import parse_fault
 from gigatok_ds.training.run import run_training
 
-LAUNCHER = Path(__file__).parent.parent / "launch" / "train.sh"
+LAUNCHER = ROOT / "launch" / "train.sh"
 
 TOKENIZER = """
 kind: tokenizer
