@@ -97,7 +97,7 @@ def shares(names: Sequence[str], minutes: float) -> dict[str, float]:
 def surroundings(wheels: Path | None) -> Iterator[dict[str, str]]:
     """Variables of the sections' processes: this checkout, and what is in the wheels, can be imported."""
     with tempfile.TemporaryDirectory(prefix="gigatok-wheels-") as folder:
-        paths = [str(CHECKOUT), str(CHECKOUT / "tests")]
+        paths = [str(CHECKOUT), str(CHECKOUT / "tests" / "helpers")]
         if wheels is not None:
             install(wheels, Path(folder))
             paths.append(folder)

@@ -17,6 +17,13 @@ if workers > 1:  # before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
 
+# What helpers assert is told in full, too. Before any of them is imported.
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py")))
+
+# Whole files go to workers, in this order: were a long one among the last, the other worker would have nothing to do.
+LONG_FILES = ("test_gpu_acceptance.py", "test_layouts.py", "test_disturbed.py", "test_demo.py", "test_elastic.py",
+              "test_graphs.py", "test_documented_commands.py", "test_rank_failure.py", "test_stopping.py",
+              "test_restarts.py")
 SESSION = "GIGATOK_TEST_SESSION"  # in the environment of whatever a session starts
 LEFT_SECONDS = 20.0  # for what ends by itself when a session does
 # Of temporary files: pytest's own, what torch compiled, logs that torchrun never removes, a file of onnxruntime's, and
@@ -47,6 +54,11 @@ def pytest_sessionstart(session):
     if not hasattr(session.config, "workerinput"):
         os.environ[SESSION] = uuid.uuid4().hex
         session.config.shared_memory_before = set(os.listdir("/dev/shm"))
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_runtest_setup(item):

@@ -8,7 +8,8 @@ from processes import CHECKOUT
 from acceptance.findings import Findings
 from acceptance.section import Setting
 
-FILES = ("test_kernel_ops.py", "test_kernels_on_gpu.py", "test_triton_on_gpu.py", "test_prefetch.py")
+FILES = ("kernels/test_kernel_ops.py", "kernels/test_kernels_on_gpu.py", "kernels/test_triton_on_gpu.py",
+         "data/test_prefetch.py")
 # On a CPU: that tests run and are told of.
 _QUICK = "cpu-native and (ties or every_bit or histogram or not_finite)"
 

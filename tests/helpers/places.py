@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-TESTS = Path(__file__).parent
 HELPERS = Path(__file__).parent  # modules and scripts that tests use
+TESTS = HELPERS.parent
 GOLDEN = TESTS / "golden"
 ROOT = TESTS.parent
 PACKAGE = ROOT / "gigatok_ds"

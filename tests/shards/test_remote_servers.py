@@ -13,12 +13,13 @@ from urllib.request import Request
 import pytest
 from shard_server import copies, only_error
 from small_shards import samples
-from test_remote import cache, settings, shards  # noqa: F401 (fixtures)
 
 from gigatok_ds.cli.main import main
 from gigatok_ds.shards import http_client, transports
 from gigatok_ds.shards.remote import open_shards
 from gigatok_ds.shards.shard_cache import ShardCache
+
+pytestmark = pytest.mark.usefixtures("remote_settings")
 
 TAR = "demo-000000.tar"
 
@@ -69,12 +70,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(shards):  # noqa: F811
+def server(shards):
     with contextlib.closing(Server(shards)) as server:
         yield server
 
 
-def first(server, cache):  # noqa: F811
+def first(server, cache):
     """The first sample, which is in TAR."""
     return open_shards(server.url, cache=cache).read(0)
 
@@ -108,7 +109,7 @@ def part(said, tag='"v1"', start=0, length=None):
 
 
 @pytest.mark.parametrize("name", [TAR, "index.json", "index.npz", ""])
-def test_a_redirect_to_another_scheme_is_refused_at_once(name, server, shards, tmp_path):  # noqa: F811
+def test_a_redirect_to_another_scheme_is_refused_at_once(name, server, shards, tmp_path):
     (shards / "secret").write_bytes((shards / TAR).read_bytes())
     if name == "":
         (shards / "index.json").unlink()
@@ -119,7 +120,7 @@ def test_a_redirect_to_another_scheme_is_refused_at_once(name, server, shards, t
         assert [asked for asked, _ in server.asked].count(name) == 1 and copies(empty) == []
 
 
-def test_redirects_within_http_are_followed_and_loops_end(server, cache):  # noqa: F811
+def test_redirects_within_http_are_followed_and_loops_end(server, cache):
     server.answers[TAR] = [moved(f"{server.url}/{TAR}?again", 307)]
     assert first(server, cache) == next(samples(1)).image_bytes
     server.answers["demo-000001.tar"] = [moved("/demo-000001.tar")]
@@ -154,7 +155,7 @@ def trickle(handler, data, before=b""):
 
 
 @pytest.mark.parametrize("where", ["body", "headers", "chunks"])
-def test_a_server_that_trickles_is_given_up_and_tried_again(where, server, cache, monkeypatch, caplog):  # noqa: F811
+def test_a_server_that_trickles_is_given_up_and_tried_again(where, server, cache, monkeypatch, caplog):
     monkeypatch.setattr(http_client, "TIMEOUT", 0.2)
 
     def slow(handler, data):
@@ -184,7 +185,7 @@ def test_a_trickling_server_ends_within_data_patience(server, tmp_path, monkeypa
     assert time.monotonic() - started < 20 and not (tmp_path / "run").exists()
 
 
-def test_a_large_file_that_comes_steadily_is_not_slow(server, cache, monkeypatch):  # noqa: F811
+def test_a_large_file_that_comes_steadily_is_not_slow(server, cache, monkeypatch):
     """Longer than the time-out in all, with pauses shorter than that."""
     monkeypatch.setattr(http_client, "TIMEOUT", 0.2)
 
@@ -214,7 +215,7 @@ def endless(handler, data):
 
 @pytest.mark.parametrize("early", [cut, chunked, endless, lambda handler, data: None,
                                    lambda handler, data: handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Le")])
-def test_a_connection_that_closes_early_is_tried_again(early, server, cache, caplog):  # noqa: F811
+def test_a_connection_that_closes_early_is_tried_again(early, server, cache, caplog):
     server.answers[TAR] = [early, early, good]
     assert first(server, cache) == next(samples(1)).image_bytes
     assert caplog.text.count(f"{TAR}: attempt ") == 2
@@ -224,7 +225,7 @@ def test_a_connection_that_closes_early_is_tried_again(early, server, cache, cap
 
 
 @pytest.mark.parametrize("name", ["index.json", "index.npz"])
-def test_small_files_that_are_cut_off_are_no_files(name, server, cache):  # noqa: F811
+def test_small_files_that_are_cut_off_are_no_files(name, server, cache):
     server.answers[name] = [cut, chunked, good]
     assert first(server, cache) == next(samples(1)).image_bytes
 
@@ -243,7 +244,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_part_that_was_not_asked_for_is_not_taken(kind, server, cache, caplog):  # noqa: F811
+def test_a_part_that_was_not_asked_for_is_not_taken(kind, server, cache, caplog):
     server.answers[TAR] = [cut, WRONG[kind], good]
     assert first(server, cache) == next(samples(1)).image_bytes
     size = (server.folder / TAR).stat().st_size
@@ -251,13 +252,13 @@ def test_a_part_that_was_not_asked_for_is_not_taken(kind, server, cache, caplog)
     assert "answered with" in caplog.text or "has nothing from byte" in caplog.text
 
 
-def test_parts_without_having_asked_are_named_and_bounded(server, cache):  # noqa: F811
+def test_parts_without_having_asked_are_named_and_bounded(server, cache):
     server.answers[TAR] = [part("bytes 7-{last}/{size}", start=7)]
     text = only_error(lambda: first(server, cache), f"{server.url}/{TAR} cannot be read after 6 attempts", "'bytes 7-")
     assert "geheim" not in text and copies(cache) == []
 
 
-def test_a_shorter_part_than_there_is_goes_on_from_its_end(server, cache):  # noqa: F811
+def test_a_shorter_part_than_there_is_goes_on_from_its_end(server, cache):
     size = (server.folder / TAR).stat().st_size
     half, quarter = size // 2, size // 4
 
@@ -278,7 +279,7 @@ def announced(length):
     return lambda handler, data: handler.answer(200, data, Content_Length=length, ETag='"v1"')
 
 
-def test_more_announced_than_sent_is_tried_again_from_the_start(server, cache, caplog):  # noqa: F811
+def test_more_announced_than_sent_is_tried_again_from_the_start(server, cache, caplog):
     size = (server.folder / TAR).stat().st_size
     server.answers[TAR] = [announced(size + 100), lambda handler, data: handler.answer(416, b""), good]
     assert first(server, cache) == next(samples(1)).image_bytes
@@ -296,7 +297,7 @@ def raising(error):
 
 
 @pytest.mark.parametrize("length", ["3000", "-7", "1e3", "9" * 5000])
-def test_lengths_that_are_none_or_too_small_give_no_wrong_copy(length, server, cache):  # noqa: F811
+def test_lengths_that_are_none_or_too_small_give_no_wrong_copy(length, server, cache):
     server.answers[TAR] = [announced(length)]
     try:
         assert first(server, cache) == next(samples(1)).image_bytes
@@ -307,7 +308,7 @@ def test_lengths_that_are_none_or_too_small_give_no_wrong_copy(length, server, c
         assert copies(cache) == []
 
 
-def test_what_never_ends_is_left_after_what_was_indexed(server, cache):  # noqa: F811
+def test_what_never_ends_is_left_after_what_was_indexed(server, cache):
     sent = []
 
     def without_end(handler, data):
@@ -321,7 +322,7 @@ def test_what_never_ends_is_left_after_what_was_indexed(server, cache):  # noqa:
     assert sum(sent) < 2**27 and copies(cache) == []
 
 
-def test_small_files_and_listings_are_bounded(server, shards, cache, monkeypatch):  # noqa: F811
+def test_small_files_and_listings_are_bounded(server, shards, cache, monkeypatch):
     monkeypatch.setattr("gigatok_ds.shards.remote.RemoteTars.read.__defaults__", (None, 100))
     only_error(lambda: first(server, cache), f"{server.url}/index.json has more than the 100 bytes")
     (shards / "index.json").unlink()

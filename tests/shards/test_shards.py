@@ -22,12 +22,6 @@ from gigatok_ds.shards import index as index_module
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.tar_scan import is_safe_key, safe_key, scan_tar
 
-
-@pytest.fixture
-def shards(tmp_path):
-    return write(tmp_path / "shards").directory
-
-
 # Folders ---
 
 

@@ -27,11 +27,10 @@ from gigatok_ds.config.load import differing_keys, load_recipe
 from gigatok_ds.data.codes import CodeDataset, CodeSample, write_code_shards
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
-from gigatok_ds.kernels.build import cache_directory
 from gigatok_ds.packing.checking import check_shards
 from gigatok_ds.sampling.augmented_views import views_of
 from gigatok_ds.sampling.extract import extract_codes
-from gigatok_ds.shards import http_client, shard_cache, transports
+from gigatok_ds.shards import http_client, transports
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.patterns import expanded
 from gigatok_ds.shards.remote import check_data, open_shards, short_name
@@ -40,23 +39,10 @@ from gigatok_ds.training.code_sources import open_source
 from gigatok_ds.training.environment import write_environment
 from gigatok_ds.training.run import check_run
 
+pytestmark = pytest.mark.usefixtures("remote_settings")
+
 TARS = [f"demo-{number:06d}.tar" for number in range(5)]
 PATTERN = "demo-{000000..000004}.tar"
-
-
-@pytest.fixture(autouse=True)
-def settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(transports, "BACKOFF", 0.002)
-    monkeypatch.setattr(shard_cache, "PATIENCE", 0.0)  # six attempts
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    # The default cache is the test's own; compiled kernels stay where they are.
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache_directory().parent))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture
-def shards(tmp_path):
-    return write(tmp_path / "shards").directory
 
 
 @pytest.fixture
@@ -72,11 +58,6 @@ def bare(shards, tmp_path):
 def serve():
     with contextlib.ExitStack() as servers:
         yield lambda folder: servers.enter_context(contextlib.closing(Server(folder)))
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return ShardCache(tmp_path / "cache")
 
 
 def assert_same(index, reference):
