@@ -1,4 +1,5 @@
-"""All that is changed in other libraries while they run; `tests/test_compat.py` fails when a change is needed no more.
+"""All that is changed in other libraries while they run; `tests/repository/test_compat.py` fails when a change is
+needed no more.
 
 Each says the version that was seen to need it, and where its makers speak of it.
 """

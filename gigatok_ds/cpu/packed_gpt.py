@@ -1,8 +1,9 @@
 """A GPT with its projections packed for decoding on a CPU.
 
 The plain product is not made for the few rows of a decoding step. The packed ones are faster, and add up each row's
-products in the same order for any number of rows (from two on) and any number of threads (tests/test_sampling.py). So
-the codes of an image do not depend on its company. They are our native kernel or, without it, oneDNN's.
+products in the same order for any number of rows (from two on) and any number of threads
+(tests/sampling/test_sampling.py). So the codes of an image do not depend on its company. They are our native kernel or,
+without it, oneDNN's.
 """
 
 from __future__ import annotations

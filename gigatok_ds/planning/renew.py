@@ -3,7 +3,7 @@ minutes):
 
   python -m gigatok_ds.planning.renew
 
-`tests/test_plan.py` computes them again and compares.
+`tests/planning/test_plan.py` computes them again and compares.
 """
 
 from __future__ import annotations

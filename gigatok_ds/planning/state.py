@@ -1,5 +1,5 @@
 """What DeepSpeed keeps of one network on each rank, by ZeRO stage; measured by benchmarks/zero_memory.py and
-tests/test_plan.py.
+tests/planning/test_plan.py.
 
 Rajbhandari et al. 2020, arXiv:1910.02054, sections 3.1 and 5, with what DeepSpeed 0.19.8 does otherwise: stages 1 to 3
 keep float32 master weights beside parameters that are float32 already.

@@ -1,6 +1,6 @@
 """A checkpoint of any layout continues at any other, as if nothing had happened.
 
-Some pairs of layouts always; all of them with `pytest -m slow tests/test_elastic.py`.
+Some pairs of layouts always; all of them with `pytest -m slow tests/checkpoint/test_elastic.py`.
 """
 
 import json

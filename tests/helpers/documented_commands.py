@@ -1,7 +1,7 @@
 """The commands of README.md and docs/*.md, and how each is run in a small form: the table that their test reads.
 
-To document a new command: write it in a ```bash block, and run tests/test_documented_commands.py. If no rule begins as
-the command does, add one to RULES: most need no more than `Rule("gigatok-ds COMMAND")`. The small form is the
+To document a new command: write it in a ```bash block, and run tests/repository/test_documented_commands.py. If no rule
+begins as the command does, add one to RULES: most need no more than `Rule("gigatok-ds COMMAND")`. The small form is the
 documented command with `replace` and `add` of its rule and with EVERYWHERE, word for word; whatever is not replaced
 stays, so that an option that no longer exists fails. It is run in a folder that holds what `documented_world.build`
 made, under the names that the documentation uses, and what the commands before it left there.
@@ -109,15 +109,16 @@ _PROBE_OF_A_STUDY = " ".join(f"--probe={word}" for word in _SMALL_PROBE.split())
 
 RULES = [
     Rule("python3.11 -m venv .venv && .venv/bin/pip install -e .[demo]", run="covered",
-         by="tests/test_demo.py::test_a_run_on_my_own_images_is_self_contained"),
+         by="tests/demo/test_demo.py::test_a_run_on_my_own_images_is_self_contained"),
     Rule("python3.11 -m venv .venv && .venv/bin/pip install -e .[test]", run="covered",
-         by="tests/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
+         by="tests/repository/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
     Rule(".venv/bin/pip install -e .[app]", run="covered",
-         by="tests/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
+         by="tests/repository/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
     Rule("pip install -e .[app]", run="covered",
-         by="tests/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
-    Rule("gigatok-ds app", run="covered", by="tests/test_app.py::test_over_http_the_page_gives_what_the_views_give"),
-    Rule("ssh -L", run="covered", by="tests/test_app.py::test_over_http_the_page_gives_what_the_views_give"),
+         by="tests/repository/test_readme.py::test_ci_runs_the_command_that_the_readme_gives"),
+    Rule("gigatok-ds app", run="covered",
+         by="tests/app/test_app.py::test_over_http_the_page_gives_what_the_views_give"),
+    Rule("ssh -L", run="covered", by="tests/app/test_app.py::test_over_http_the_page_gives_what_the_views_give"),
     Rule("gigatok-ds plan", replace={"VQ_XLXXL256": "small/tokenizer.yaml", "GPT-XXL": "small/gpt.yaml"},
          add="training.global_batch_size=1024"),
     Rule("gigatok-ds doctor"),
@@ -173,10 +174,11 @@ RULES = [
     Rule("python benchmarks/quantizer.py", run="shell", add="--quick --latents 64 --repeats 1 --seconds 0 --threads 1 "
                                                             "--tasks search"),
     Rule("python benchmarks/cuda_resources.py", run="covered",
-         by="tests/test_cuda_kernels.py::test_the_script_tells_what_all_of_them_take"),
+         by="tests/kernels/test_cuda_kernels.py::test_the_script_tells_what_all_of_them_take"),
     Rule("python benchmarks/gpu_acceptance.py", run="covered",
-         by="tests/test_gpu_acceptance.py::test_every_section_in_its_small_form"),
-    Rule("kill -USR1", run="covered", by="tests/test_stopping.py::test_a_signal_to_one_of_two_ranks_stops_both"),
+         by="tests/repository/test_gpu_acceptance.py::test_every_section_in_its_small_form"),
+    Rule("kill -USR1", run="covered",
+         by="tests/resilience/test_stopping.py::test_a_signal_to_one_of_two_ranks_stops_both"),
 ]
 
 

@@ -18,8 +18,8 @@ from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.models.tokenizer import Tokenizer
 
 CHECKOUT = ("launch", "benchmarks", "tools", "ds_configs", "gigatok_ds")
-# The tokenizer of tests/training_runs.py with the frozen networks that the published ones have: VGG16 and a teacher, a
-# small one.
+# The tokenizer of tests/helpers/training_runs.py with the frozen networks that the published ones have: VGG16 and a
+# teacher, a small one.
 SMALL_TOKENIZER = """
 base: whole.yaml
 name: small_tokenizer

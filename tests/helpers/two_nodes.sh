@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Two nodes on one machine: run a command on the first of them, where HOSTFILE names both.
 #
-#   tests/two_nodes.sh gigatok-ds check-cluster --hostfile ...
-#   tests/two_nodes.sh bash -c 'launch/train.sh ... '
+#   tests/helpers/two_nodes.sh gigatok-ds check-cluster --hostfile ...
+#   tests/helpers/two_nodes.sh bash -c 'launch/train.sh ... '
 #
 # Each node, node-a and node-b, has a network, process numbers, a host name and an sshd of its own; a veth pair joins
 # them. As on Debian, a node's own name is a loopback address to itself, so gloo needs GLOO_SOCKET_IFNAME=eth0. They

@@ -1,6 +1,6 @@
 """Every layout trains like a single process: losses, gradient norms and gathered weights after ten steps in fp32.
 
-A few layouts always; all of them with `pytest -m slow tests/test_layouts.py`.
+A few layouts always; all of them with `pytest -m slow tests/parallel/test_layouts.py`.
 """
 
 import pytest

@@ -4,7 +4,7 @@ import ast
 from collections import Counter
 from graphlib import TopologicalSorter
 
-from places import PACKAGE
+from places import HELPERS, PACKAGE, TESTS
 
 # Each room may import itself and the rooms named here; the arrows point one way.
 ALLOWED = {
@@ -40,6 +40,7 @@ ALLOWED = {
             "planning"},
 }
 MOST_FILES = 15  # of a directory
+MOST_TEST_FILES = 20
 
 
 def imports(path):
@@ -114,3 +115,20 @@ def test_no_two_files_or_classes_share_a_name():
 def test_files_stay_small():
     long = {path.name: count for path in files() if (count := len(path.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_tests_lie_in_the_rooms_of_what_they_test():
+    """Modules of tests are imported by their names alone, so no two share one."""
+    tests = list(TESTS.rglob("test_*.py"))
+    count = Counter(path.parent.relative_to(TESTS).as_posix() for path in tests)
+    assert count.keys() <= ALLOWED.keys() | {"repository"}
+    assert not {room: number for room, number in count.items() if number > MOST_TEST_FILES}
+    names = Counter(path.name for path in [*tests, *HELPERS.glob("*.py")])
+    assert not {name: number for name, number in names.items() if number > 1}
+
+
+def test_no_test_imports_another():
+    """What several of them need is in tests/helpers, or a fixture of a conftest.py."""
+    modules = {path.stem for path in TESTS.rglob("test_*.py")} | {"conftest"}
+    assert not [f"{path.name} imports {name}" for path in TESTS.rglob("*.py") for name in imports(path)
+                if name.partition(".")[0] in modules]

@@ -9,7 +9,7 @@ import typing
 import pytest
 import torch
 from documented_commands import PAGES
-from places import PACKAGE, ROOT
+from places import PACKAGE, ROOT, TESTS
 from rank_runs import run_ranks
 from torch import nn
 from training_runs import TOKENIZER, image_shards
@@ -80,6 +80,32 @@ def test_options_of_benchmarks_in_the_text_are_theirs(page):
     for script, options in re.findall(r"`python (benchmarks/\w+\.py)([^`]*)`", page.read_text()):
         for option in re.findall(r"--[\w-]+", options):
             assert f'"{option}"' in (ROOT / script).read_text(), (script, option)
+
+
+def texts():
+    """(path, text) of what is written in this repository."""
+    folders = ("gigatok_ds", "tests", "benchmarks", "tools", "launch", "docs", ".github")
+    paths = [*ROOT.glob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    for path in sorted(paths):
+        if path.suffix in (".cpp", ".md", ".py", ".sh", ".toml", ".yaml", ".yml"):
+            yield path.relative_to(ROOT).as_posix(), path.read_text()
+
+
+def test_the_tests_that_are_named_somewhere_exist():
+    named = {(*found, path) for path, text in texts()
+             for found in re.findall(r"\btests/([\w/-]+(?:\.\w+)?)(?:::(\w+))?", text)}
+    assert len([name for _, name, path in named if name and path == "docs/reliability.md"]) >= 20
+    for file, name, path in named:
+        assert (TESTS / file).exists(), f"{path} names tests/{file}"
+        assert not name or f"def {name}(" in (TESTS / file).read_text(), f"{file} has no {name}, which {path} names"
+
+
+def test_every_line_of_the_tables_of_faults_has_its_test():
+    text = (DOCS / "reliability.md").read_text()
+    for table, lines in (("Scenarios", 20), ("Nothing lost", 27), ("No image lost", 23)):
+        section = text.partition(f"\n## {table}")[2].partition("\n## ")[0]
+        rows = re.findall(r"^\| (\d+) \|.*`tests/.*\|$", section, re.MULTILINE)
+        assert list(map(int, rows)) == list(range(1, lines + 1)), f"each line of {table} has its test"
 
 
 def choices(settings, name):

@@ -76,7 +76,7 @@ def ours(words):
 def test_it_means_something_as_it_stands(command):
     """Not only in its small form: options are known, recipes have the settings; and there is a rule to run it by."""
     assert NAMED[command], (
-        f"no rule begins like {' '.join(command.words)!r}; add one to RULES in tests/documented_commands.py"
+        f"no rule begins like {' '.join(command.words)!r}; add one to RULES in tests/helpers/documented_commands.py"
     )
     assert "..." not in command.words, "a reader cannot run dots"
     if words := ours(command.words):
