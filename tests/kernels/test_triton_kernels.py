@@ -70,14 +70,14 @@ def test_kernels_compute_their_formulas(kernel):
 
 
 COMPILED = [
-    ("dropout_kernel", "drop_kernel",
+    ("dropout_triton", "drop_kernel",
      {"x": "*bf16", "out": "*bf16", "samples": "*i64", "rule": "*i32",
       **dict.fromkeys(("count", "batch", "width", "token", "feature"), "i32")},
       {"WHOLE": False, "ROWS": 2, "COLUMNS": 1024}, 4),
-    ("cross_entropy_kernel", "totals_kernel",
+    ("cross_entropy_triton", "totals_kernel",
      {"logits": "*bf16", "targets": "*i64", "totals": "*fp32", "picked": "*fp32", "vocabulary": "i32"},
      {"COLUMNS": 4096}, 8),
-    ("cross_entropy_kernel", "gradient_kernel",
+    ("cross_entropy_triton", "gradient_kernel",
      {"logits": "*bf16", "targets": "*i64", "totals": "*fp32", "gradient": "*fp32", "vocabulary": "i32"},
      {"COLUMNS": 4096}, 8),
 ]
@@ -91,7 +91,7 @@ def test_kernels_compile_for_gpus(module, name, arguments, constants, warps, cap
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"gigatok_ds.parallel.{module}"), name)
+    kernel = getattr(importlib.import_module(f"gigatok_ds.kernels.{module}"), name)
     source = ASTSource(kernel, arguments | dict.fromkeys(constants, "constexpr"), constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     assert compiled.asm["cubin"]

@@ -14,8 +14,9 @@ from gigatok_ds.cli.main import main
 from gigatok_ds.config.model import GPTConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
+from gigatok_ds.parallel.topology import join_ranks
 from gigatok_ds.sampling.batch_size import default_batch_size, fitting_batch_size
-from gigatok_ds.sampling.many import SamplingJob, class_labels, draw_many, join_ranks, runs
+from gigatok_ds.sampling.many import SamplingJob, class_labels, draw_many, runs
 
 SETTINGS = {"cfg_scale": 2.0, "cfg_schedule": "constant", "top_k": 0}
 COUNT = 11
