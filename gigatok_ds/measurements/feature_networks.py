@@ -6,9 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from gigatok_ds.evaluation.inception import inception_file, load_inception, origin_of
+from gigatok_ds.evaluation.inception import InceptionFeatures, inception_file, load_inception, origin_of
 from gigatok_ds.losses.perceptual import LPIPS, load_lpips, vgg_file
 from gigatok_ds.models.frozen.pretrained_files import WeightFile
 from gigatok_ds.parallel.topology import Topology
@@ -23,7 +21,7 @@ class FeatureNetworks:
     inception: str | None = None
     vgg: str | None = None
 
-    def load_inception(self, topology: Topology) -> tuple[nn.Module | None, dict[str, Any], str]:
+    def load_inception(self, topology: Topology) -> tuple[InceptionFeatures | None, dict[str, Any], str]:
         """The network on the rank's device, what is to be said of it, and the suffix of its figures. Collective.
 
         Raises InputError for weights that are not there, or are not those.

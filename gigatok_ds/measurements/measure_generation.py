@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.generation import check_comparable, evaluate_generation
@@ -62,7 +62,7 @@ def _sampling_record(samples: Path) -> dict[str, Any]:
     return {"sampling": read_json(path)}
 
 
-def _class_grid(samples: ImageSet) -> Tensor:
+def _class_grid(samples: ImageSet) -> np.ndarray:
     """The first images of up to ten classes, evenly spaced among those there are; without labels, the first images."""
     if samples.labels is None:
         rows = [list(range(min(GRID_PER_CLASS, len(samples))))]

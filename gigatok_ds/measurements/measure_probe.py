@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from gigatok_ds.checkpoint.standalone import checkpoint_hash, load_gpt, load_tokenizer
 from gigatok_ds.evaluation.cropped import CroppedImages
@@ -23,7 +24,7 @@ class ProbedFeatures:
     """
 
     tokenizer: Path
-    of_tokenizer: str = "encoder"  # or "cnn", "decoder"
+    of_tokenizer: Literal["encoder", "cnn", "decoder"] = "encoder"
     gpt: Path | None = None
     depth: int | None = None
     dropout: bool = True  # of the GPT in training, as the original leaves it

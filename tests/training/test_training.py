@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 from saved_runs import read_weights
 from training_runs import prepare, start
 
@@ -212,7 +213,7 @@ def test_what_a_notebook_does_is_as_the_page_says(runs, tmp_path, monkeypatch):
     (tmp_path / "runs" / "demo" / "data").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "tokenizer").symlink_to(runs[0] / "tokenizer")
     (tmp_path / "runs" / "demo" / "data" / "test").symlink_to(runs[0] / "test_images")
-    page = Path(__file__).parents[1] / "docs" / "evaluation.md"
+    page = ROOT / "docs" / "evaluation.md"
     example = page.read_text().partition("## From Python")[2].partition("```python\n")[2].partition("```")[0]
     found = {}
     exec(example, found)
