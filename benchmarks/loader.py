@@ -54,6 +54,7 @@ from torchvision.datasets import ImageFolder
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
+from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.data.transforms import open_image, resize_short_side
 from gigatok_ds.shards.index import ShardIndex
 
@@ -176,9 +177,9 @@ def webdataset_batches(root: Path, args: argparse.Namespace) -> Iterator[Tensor]
 
 
 def our_batches(root: Path, args: argparse.Namespace, decoding: str) -> Iterator[Tensor]:
-    batches = ImageBatches(ShardIndex.open(root / "shards"), training_transform(SIZE, SCALE, True, decoding), seed=0,
-                           global_batch_size=args.batch, micro_batch_size=args.batch, workers=args.workers,
-                           stop_step=-(-args.images // args.batch))
+    batches = ImageBatches(ShardIndex.open(root / "shards"), training_transform(SIZE, SCALE, True, decoding),
+                           ReadingPlan(global_batch_size=args.batch, micro_batch_size=args.batch,
+                                       stop_step=-(-args.images // args.batch)), seed=0, workers=args.workers)
     for batch in batches:
         yield batch["images"]
 
@@ -195,9 +196,9 @@ def resume(root: Path, args: argparse.Namespace) -> dict:
     start = time.perf_counter()
     index = ShardIndex.open(root / "large")
     memory = memory_mb("VmHWM") - before
-    batches = ImageBatches(index, training_transform(SIZE), seed=0, global_batch_size=args.batch,
-                           micro_batch_size=args.batch, workers=args.workers,
-                           start_step=int(0.9 * len(index)) // args.batch)
+    plan = ReadingPlan(global_batch_size=args.batch, micro_batch_size=args.batch,
+                       start_step=int(0.9 * len(index)) // args.batch)
+    batches = ImageBatches(index, training_transform(SIZE), plan, seed=0, workers=args.workers)
     batch = next(iter(batches))
     assert int(batch["position"][0]) == int(0.9 * len(index)) // args.batch * args.batch
     return {"seconds": time.perf_counter() - start, "memory": memory}

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from gigatok_ds.data.loader import TrainingBatches, address_fields
-from gigatok_ds.data.reader import SampleAddress
+from gigatok_ds.data.reader import ReadingPlan, SampleAddress
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
 from gigatok_ds.shards.index import ShardIndex
@@ -212,9 +213,10 @@ class CodeBatches(TrainingBatches):
     """Codes with one augmentation per sample and epoch, drawn from a stream of (seed, epoch, sample).
 
     Yields `codes` int64 (B, T), `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,). With
-    `second`, codes of the same images under other augmentations, half the accesses take theirs. The keyword
-    arguments are those of TrainingBatches.
+    `second`, codes of the same images under other augmentations, half the accesses take theirs. `loading` are the
+    workers and pin_memory of BatchLoader.
     """
 
-    def __init__(self, data: CodeDataset, second: CodeDataset | None = None, *, seed: int, **arguments):
-        super().__init__(_AugmentedCodes(data, second, seed), len(data), seed=seed, **arguments)
+    def __init__(self, data: CodeDataset, plan: ReadingPlan, second: CodeDataset | None = None, *, seed: int,
+                 **loading: Any):
+        super().__init__(_AugmentedCodes(data, second, seed), len(data), plan, seed=seed, **loading)

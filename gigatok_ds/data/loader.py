@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from gigatok_ds.cluster.share import WHOLE, Share
 from gigatok_ds.compat import sockets_without_files
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.data.bad_samples import BadSample, BadSamples
-from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, SampleAddress
+from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, ReadingPlan, SampleAddress
 from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError, MachineError
 from gigatok_ds.shards.index import ShardIndex
@@ -127,20 +128,17 @@ class BatchLoader:
 
 
 class TrainingBatches(BatchLoader):
-    """Micro batches of one data-parallel rank from global batch `start_step` (0-based) on, before `stop_step` or
-    endless.
+    """The micro batches that a plan says, of `count` samples.
 
-    `dataset` maps a SampleAddress to a dictionary. `micro_steps` consecutive micro batches are the rank's
-    share of one global batch. Order and content depend on neither `workers`, nor the layout, nor where the
-    run resumed. Raises InputError when the batch size does not fit the number of samples or the layout.
+    `dataset` maps a SampleAddress to a dictionary. `micro_steps` consecutive micro batches are the reader's share of
+    one global batch. Order and content depend on neither `workers`, nor the layout, nor where the run resumed. Raises
+    InputError when the batch size does not fit the number of samples or the layout.
     """
 
-    def __init__(self, dataset: Dataset, count: int, *, global_batch_size: int, micro_batch_size: int,
-                 seed: int, data_rank: int = 0, data_size: int = 1, start_step: int = 0,
-                 stop_step: int | None = None, workers: int = 0, shuffle: bool = True,
+    def __init__(self, dataset: Dataset, count: int, plan: ReadingPlan, *, seed: int, workers: int = 0,
                  locality: Locality | None = None, pin_memory: bool = False):
-        self.batches = GlobalBatches(count, global_batch_size, seed, shuffle, locality=locality)
-        sampler = MicroBatches(self.batches, micro_batch_size, data_rank, data_size, start_step, stop_step)
+        self.batches = GlobalBatches(count, plan.global_batch_size, seed, plan.shuffle, locality=locality)
+        sampler = MicroBatches(self.batches, plan)
         self.micro_steps = sampler.micro_steps
         super().__init__(dataset, sampler, workers=workers, pin_memory=pin_memory)
 
@@ -207,18 +205,18 @@ class ImageBatches(TrainingBatches):
     Yields `images` float32 (B, 3, S, S) in [-1, 1] or, with `as_bytes`, uint8 of that shape, which `on_device` makes
     floats of; `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,), and `replaced` bool (B,): samples whose
     place the next one in the data has taken, because they cannot be decoded or have no label. `max_bad_fraction` of the
-    rank's samples may be so. With `shuffle_shards` each tar is read ahead as a whole. The other keyword arguments are
-    those of TrainingBatches. Raises InputError when too many samples are bad, when one has a label that is not below
+    reader's samples may be so. With `shuffle_shards` each tar is read ahead as a whole. `loading` are the workers and
+    pin_memory of BatchLoader. Raises InputError when too many samples are bad, when one has a label that is not below
     `num_classes`, and when a shard has changed since it was indexed.
     """
 
-    def __init__(self, index: ShardIndex, transform: TrainingTransform, *, seed: int, num_classes: int | None = None,
-                 max_bad_fraction: float | None = None, shuffle_shards: int | None = None, as_bytes: bool = False,
-                 data_size: int = 1, **arguments):
+    def __init__(self, index: ShardIndex, transform: TrainingTransform, plan: ReadingPlan, *, seed: int,
+                 num_classes: int | None = None, max_bad_fraction: float | None = None,
+                 shuffle_shards: int | None = None, as_bytes: bool = False, **loading: Any):
         self.as_bytes = as_bytes
-        self.bad_samples = BadSamples(index, max_bad_fraction, len(index) / data_size)
+        self.bad_samples = BadSamples(index, max_bad_fraction, len(index) / plan.share.size)
         dataset = _AugmentedImages(index, transform, seed, num_classes, read_ahead=shuffle_shards is not None)
-        super().__init__(dataset, len(index), seed=seed, data_size=data_size, **arguments,
+        super().__init__(dataset, len(index), plan, seed=seed, **loading,
                          locality=None if shuffle_shards is None else Locality(index.shard_numbers, shuffle_shards))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -243,19 +241,19 @@ class _FloatImages(BatchLoader):
         return map(as_floats, super().__iter__())
 
 
-def evaluation_batches(index: ShardIndex, size: int, batch_size: int, data_rank: int = 0, data_size: int = 1,
-                       *, images: int | None = None, as_bytes: bool = False, workers: int = 0,
+def evaluation_batches(index: ShardIndex, size: int, batch_size: int, share: Share = WHOLE, *,
+                       images: int | None = None, as_bytes: bool = False, workers: int = 0,
                        pin_memory: bool = False) -> BatchLoader:
-    """Center-cropped images in the order of the index; `len` is the number of batches, equal on all ranks.
+    """Center-cropped images in the order of the index; `len` is the number of batches, equal for all shares.
 
     `images` takes so many of them, evenly spaced, since data is often sorted by class; None takes all. Batch b of rank
-    r holds the taken images (b * data_size + r) * batch_size onwards. Yields `images` float32
+    r holds the taken images (b * share.size + r) * batch_size onwards. Yields `images` float32
     (batch_size, 3, size, size) in [-1, 1] or, with `as_bytes`, uint8, which `on_device` makes floats of; `labels` and
     `sample` int64 (batch_size,); and `valid` bool (batch_size,), False for the copies of the last one that fill up the
     end, behind all others. Raises InputError for an undecodable image: leaving it out would falsify the result.
     """
-    images, per_round = len(index) if images is None else images, batch_size * data_size
-    starts = range(data_rank * batch_size, -(-images // per_round) * per_round, per_round)
+    images, per_round = len(index) if images is None else images, batch_size * share.size
+    starts = range(share.rank * batch_size, -(-images // per_round) * per_round, per_round)
     positions = [list(range(start, start + batch_size)) for start in starts]
     kind = BatchLoader if as_bytes else _FloatImages
     return kind(_EvaluationImages(index, size, images), positions, workers=workers, pin_memory=pin_memory)

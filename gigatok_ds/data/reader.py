@@ -7,11 +7,13 @@ Samples form one endless stream of global positions 0, 1, 2, ...; global batch n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from gigatok_ds.cluster.share import WHOLE, Share
 from gigatok_ds.errors import InputError
 from gigatok_ds.streams import numpy_stream
 
@@ -101,40 +103,55 @@ def micro_steps(global_batch_size: int, data_size: int, micro_batch: int) -> int
     return global_batch_size // (data_size * micro_batch)
 
 
-def rank_slice(batch: np.ndarray, data_rank: int, data_size: int, micro_batch: int,
-               micro_index: int) -> np.ndarray:
+def rank_slice(batch: np.ndarray, share: Share, micro_batch: int, micro_index: int) -> np.ndarray:
     """The part of a global batch that one rank takes in one micro step: (micro_batch,).
 
-    Micro step m of rank r takes the positions (m * data_size + r) * micro_batch onwards. The parts put
+    Micro step m of rank r takes the positions (m * share.size + r) * micro_batch onwards. The parts put
     together, micro steps outside and ranks inside, are the batch in its order, so that layouts with the same
-    data_size x micro_batch even agree on every micro step. Raises InputError when the parts do not fill the
+    share.size x micro_batch even agree on every micro step. Raises InputError when the parts do not fill the
     batch.
     """
-    steps = micro_steps(len(batch), data_size, micro_batch)
-    assert 0 <= data_rank < data_size and 0 <= micro_index < steps
-    start = (micro_index * data_size + data_rank) * micro_batch
+    steps = micro_steps(len(batch), share.size, micro_batch)
+    assert 0 <= share.rank < share.size and 0 <= micro_index < steps
+    start = (micro_index * share.size + share.rank) * micro_batch
     return batch[start : start + micro_batch]
 
 
-class MicroBatches:
-    """A batch sampler: one data-parallel rank's micro batches of the global batches from `start_step` on.
+@dataclass(frozen=True, kw_only=True)
+class ReadingPlan:
+    """Which micro batches one reader takes: those of global batch `start_step` (0-based) on.
 
-    Without `stop_step`, which is not read any more, there is no end.
+    Readers share out each global batch. Without `stop_step`, which is not read any more, there is no end.
     """
 
-    def __init__(self, batches: GlobalBatches, micro_batch: int, data_rank: int = 0, data_size: int = 1,
-                 start_step: int = 0, stop_step: int | None = None):
-        self.batches = batches
-        self.micro_steps = micro_steps(batches.global_batch_size, data_size, micro_batch)
-        self.layout = (data_rank, data_size, micro_batch)
-        self.start_step, self.stop_step = start_step, stop_step
+    global_batch_size: int
+    micro_batch_size: int
+    share: Share = WHOLE
+    start_step: int = 0
+    stop_step: int | None = None
+    shuffle: bool = True
+
+    @property
+    def micro_steps(self) -> int:
+        """How many consecutive micro batches are the reader's share of one global batch; see `micro_steps`."""
+        return micro_steps(self.global_batch_size, self.share.size, self.micro_batch_size)
+
+    def steps(self) -> Iterable[int]:
+        return itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
+
+
+class MicroBatches:
+    """A batch sampler: one reader's micro batches. Raises InputError when they do not fill the global batches."""
+
+    def __init__(self, batches: GlobalBatches, plan: ReadingPlan):
+        self.batches, self.plan, self.micro_steps = batches, plan, plan.micro_steps
 
     def __iter__(self) -> Iterator[list[SampleAddress]]:
-        steps = itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
-        for step in steps:
+        plan = self.plan
+        for step in plan.steps():
             epochs, samples = self.batches.locate(step)
             first = step * self.batches.global_batch_size
             addresses = np.stack([first + np.arange(len(samples)), epochs, samples], axis=1)
             for micro_index in range(self.micro_steps):
-                share = rank_slice(addresses, *self.layout, micro_index)
-                yield [SampleAddress(*row) for row in share.tolist()]
+                part = rank_slice(addresses, plan.share, plan.micro_batch_size, micro_index)
+                yield [SampleAddress(*row) for row in part.tolist()]

@@ -47,7 +47,7 @@ class Rates(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Share:
+class GroupShare:
     """A part of some work: how often operations are started, and what they take together."""
 
     calls: float = 0.0
@@ -105,16 +105,16 @@ class Work:
         """Seconds of those for which the GPU waits because its kernels are shorter than it takes to start them."""
         return self.seconds(rates) - self.seconds(rates._replace(launch=0.0))
 
-    def shared(self, by: Callable[[Operation], str], rates: Rates | None = None) -> dict[str, Share]:
+    def shared(self, by: Callable[[Operation], str], rates: Rates | None = None) -> dict[str, GroupShare]:
         """By what `by` says of an operation; seconds are 0 without rates."""
-        shares: dict[str, Share] = {}
+        shares: dict[str, GroupShare] = {}
         for operation, count in self.calls.items():
-            share = shares.setdefault(by(operation), Share())
+            share = shares.setdefault(by(operation), GroupShare())
             share.calls += count
             share.flops += count * self.scale * operation.flops
             share.bytes += count * self.scale * (operation.read + operation.written)
             share.seconds += count * rates.seconds(operation, self.scale) if rates else 0.0
-        return shares or {"": Share()}
+        return shares or {"": GroupShare()}
 
     @property
     def bytes(self) -> float:

@@ -10,27 +10,15 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigatok_ds.cluster.share import WHOLE, Share
 from gigatok_ds.kernels.addressed_dropout import addressed_dropout
 from gigatok_ds.kernels.dropout_mask import dropped, rule_of
 from gigatok_ds.streams import stream_key
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Part `rank` of `size` equal ones along an axis."""
-
-    rank: int = 0
-    size: int = 1
-
-
-WHOLE = Part()
-
 
 # Seed and samples; not thread-local: autograd runs backward passes on threads of its own.
 _address: tuple[int, Tensor] | None = None
@@ -65,7 +53,7 @@ class Dropout(nn.Module):
 
     whole_samples = False
 
-    def __init__(self, probability: float, *, tokens: Part = WHOLE, features: Part = WHOLE):
+    def __init__(self, probability: float, *, tokens: Share = WHOLE, features: Share = WHOLE):
         super().__init__()
         self.probability, self.tokens, self.features = probability, tokens, features
         self.drops = probability > 0  # compiled code asks for this, and is the same for every probability

@@ -11,8 +11,9 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from gigatok_ds.cluster.share import WHOLE, Share
 from gigatok_ds.parallel.cross_entropy import head_cross_entropy
-from gigatok_ds.parallel.dropout import WHOLE, Dropout, Part
+from gigatok_ds.parallel.dropout import Dropout
 from gigatok_ds.parallel.partial import mark_partial
 from gigatok_ds.parallel.reduce import RankMean
 from gigatok_ds.parallel.sharding import SHARDS, TensorShard, column_shards, row_shards, vocab_shards
@@ -153,7 +154,7 @@ class TensorParallelLayers:
 
     def __init__(self, rank: int, size: int, *, sequence_parallel: bool):
         self.tensor_parallel_size, self.sequence_parallel = size, sequence_parallel
-        self.part = Part(rank=rank, size=size)
+        self.part = Share(rank=rank, size=size)
 
     def dropout(self, probability: float, *, hidden: bool = False) -> Dropout:
         if hidden:

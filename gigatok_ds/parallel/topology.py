@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gigatok_ds.cluster.launched import launched_rank
+from gigatok_ds.cluster.share import Share
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel import flight_recorder
 from gigatok_ds.parallel.cuda_queues import order_kernels
@@ -49,6 +50,18 @@ class Topology:
     def is_first(self) -> bool:
         """The rank that writes logs and metadata."""
         return self.rank == 0
+
+    @property
+    def data_share(self) -> Share:
+        """This data rank's of the samples of a batch."""
+        return Share(rank=self.data_rank, size=self.data_size)
+
+    @property
+    def image_share(self) -> Share:
+        """This rank's of the images of a batch: a data rank's tensor ranks, which are neighbours, share its samples in
+        their order.
+        """
+        return Share(rank=self.rank, size=self.world_size)
 
     def barrier(self) -> None:
         if self.world_size > 1:

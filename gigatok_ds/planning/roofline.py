@@ -10,7 +10,7 @@ from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.dry_run.by_layers import rehearse
 from gigatok_ds.dry_run.dry_run import Rehearsal
 from gigatok_ds.dry_run.floor import Floor
-from gigatok_ds.dry_run.work import GROUPS, Operation, Rates, Share
+from gigatok_ds.dry_run.work import GROUPS, GroupShare, Operation, Rates
 from gigatok_ds.planning.cluster import Cluster
 from gigatok_ds.planning.phases import Phase
 from gigatok_ds.planning.planner import NOTHING, Plan, PlannedLayout, Planner
@@ -54,14 +54,14 @@ class Roofline:
     def _utilisation(self, seconds: float) -> float:
         return self.plan.accumulation * self.model / seconds / self.peak
 
-    def groups(self) -> dict[str, Share]:
+    def groups(self) -> dict[str, GroupShare]:
         """What a step takes, by each of work.GROUPS that takes anything."""
         shares = self.plan.micro.work.shared(lambda operation: operation.group, self.rates)
         times, time = self.plan.accumulation, self.plan.time
-        found = {group: Share(calls=times * share.calls, flops=times * share.flops, bytes=times * share.bytes,
+        found = {group: GroupShare(calls=times * share.calls, flops=times * share.flops, bytes=times * share.bytes,
                               seconds=times * share.seconds) for group, share in shares.items()}
-        found["optimizer"] = Share(bytes=time.update * self.rates.bandwidth, seconds=time.update)
-        found["communication"] = Share(bytes=self.plan.traffic.total,
+        found["optimizer"] = GroupShare(bytes=time.update * self.rates.bandwidth, seconds=time.update)
+        found["communication"] = GroupShare(bytes=self.plan.traffic.total,
                                        seconds=time.tensor_traffic + time.exposed_data_traffic)
         return {group: found[group] for group in GROUPS if group in found and found[group].seconds}
 

@@ -20,6 +20,7 @@ from gigatok_ds.data.codes import CODE_EXTENSIONS, CodeBatches, CodeDataset
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.prefetch import on_device
+from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.shards.remote import check_data, open_shards
@@ -112,19 +113,10 @@ class ExtractedCodes:
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         training, topology = self.recipe.training, self.topology
-        batches = CodeBatches(
-            self.train,
-            self.second,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=training.seed,
-            workers=self.recipe.data.workers,
-            pin_memory=topology.device.type == "cuda",
-            data_rank=topology.data_rank,
-            data_size=topology.data_size,
-            start_step=start_step,
-            stop_step=training.steps,
-        )
+        plan = ReadingPlan(global_batch_size=training.global_batch_size, micro_batch_size=self.micro_batch_size,
+                           share=topology.data_share, start_step=start_step, stop_step=training.steps)
+        batches = CodeBatches(self.train, plan, self.second, seed=training.seed, workers=self.recipe.data.workers,
+                              pin_memory=topology.device.type == "cuda")
         return on_device(batches, ("codes", "labels"), topology.device)
 
     def validation(self) -> tuple[np.ndarray, np.ndarray]:
@@ -160,23 +152,19 @@ class TokenizedImages:
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology
-        # A data rank's tensor ranks are neighbours, so all ranks in their order share its micro batch in its order.
+        plan = ReadingPlan(global_batch_size=training.global_batch_size, micro_batch_size=self.own_images,
+                           share=topology.image_share, start_step=start_step, stop_step=training.steps)
         batches = ImageBatches(
             self.train,
             training_transform(self.tokenizer.config.image_size, decoding=data.decoding),
+            plan,
             num_classes=self.recipe.model.num_classes,
             shuffle_shards=data.shuffle_shards,
             max_bad_fraction=data.max_bad_fraction,
             as_bytes=True,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=self.own_images,
             seed=training.seed,
-            workers=self.recipe.data.workers,
+            workers=data.workers,
             pin_memory=topology.device.type == "cuda",
-            data_rank=topology.rank,
-            data_size=topology.world_size,
-            start_step=start_step,
-            stop_step=training.steps,
         )
         for batch in on_device(batches, ("images", "labels"), topology.device):
             codes, labels = self._encode(batch)
@@ -194,7 +182,7 @@ class TokenizedImages:
         """Of the center crops; encoded once, by all ranks together."""
         if self._encoded is None:
             batches = evaluation_batches(self.held_out, self.tokenizer.config.image_size, VALIDATION_BATCH,
-                                         self.topology.rank, self.topology.world_size, workers=self.recipe.data.workers,
+                                         self.topology.image_share, workers=self.recipe.data.workers,
                                          pin_memory=self.topology.device.type == "cuda")
             rounds = [[self.topology.gather_data(part).cpu() for part in self._encode(batch)] for batch in batches]
             # What fills up the last round comes last.

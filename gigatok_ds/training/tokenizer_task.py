@@ -16,6 +16,7 @@ from gigatok_ds.cpu.convolution import use_winograd
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.prefetch import on_device
+from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.engine.compilation import called_twice, compile_of
 from gigatok_ds.engine.engine import Engine
 from gigatok_ds.evaluation.code_metrics import perplexity
@@ -96,22 +97,18 @@ class TokenizerTask:
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology
-        # A data rank's tensor ranks are neighbours, so all ranks in their order share its micro batch in its order.
+        plan = ReadingPlan(global_batch_size=training.global_batch_size, micro_batch_size=self.own_images,
+                           share=topology.image_share, start_step=start_step, stop_step=training.steps)
         batches = ImageBatches(
             self.train_index,
             training_transform(self.recipe.model.image_size, data.crop_scale, data.flip, data.decoding),
+            plan,
             shuffle_shards=data.shuffle_shards,
             max_bad_fraction=data.max_bad_fraction,
             as_bytes=True,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=self.own_images,
             seed=training.seed,
             workers=data.workers,
             pin_memory=topology.device.type == "cuda",
-            data_rank=topology.rank,
-            data_size=topology.world_size,
-            start_step=start_step,
-            stop_step=training.steps,
         )
         return on_device(batches, ("images",), topology.device)
 

@@ -75,8 +75,8 @@ class TokenizerValidation:
         already.
         """
         device = self.topology.device
-        batches = evaluation_batches(self.index, self.recipe.model.image_size, self.batch_size, self.topology.rank,
-                                     self.topology.world_size, images=self.images, as_bytes=True,
+        batches = evaluation_batches(self.index, self.recipe.model.image_size, self.batch_size,
+                                     self.topology.image_share, images=self.images, as_bytes=True,
                                      workers=self.recipe.data.workers, pin_memory=device.type == "cuda")
         return on_device(batches, ("images",), device)
 

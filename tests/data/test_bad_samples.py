@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from reading_plans import planned
 from small_shards import incomplete_tars, plain_tar, samples, with_bad_images
 from training_runs import prepare, start
 
@@ -16,7 +17,7 @@ from gigatok_ds.shards.index import ShardIndex
 
 def batches(index, **arguments):
     settings = {"seed": 0, "global_batch_size": 5, "micro_batch_size": 5, "shuffle": False}
-    return ImageBatches(index, training_transform(16), **settings | arguments)
+    return planned(ImageBatches, index, training_transform(16), **settings | arguments)
 
 
 def refusal(call):

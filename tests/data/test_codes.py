@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from reading_plans import planned
 
+from gigatok_ds.cluster.share import Share
 from gigatok_ds.data.codes import CodeBatches, CodeDataset, CodeSample, code_dtype, write_code_shards
 from gigatok_ds.errors import InputError
 from gigatok_ds.shards.index import ShardIndex
@@ -177,7 +179,7 @@ def take(batches, number):
 
 
 def code_batches(data, **arguments):
-    return CodeBatches(data, **{"global_batch_size": 8, "micro_batch_size": 8, "seed": 3} | arguments)
+    return planned(CodeBatches, data, **{"global_batch_size": 8, "micro_batch_size": 8, "seed": 3} | arguments)
 
 
 def test_batches_are_what_the_addresses_say(directory):
@@ -198,7 +200,7 @@ def test_batches_are_what_the_addresses_say(directory):
 def test_codes_do_not_depend_on_layout_workers_or_resuming(directory, ranks, micro):
     data = CodeDataset.open(directory)
     expected, _ = take(code_batches(data), 6)
-    parts = [code_batches(data, micro_batch_size=micro, data_rank=rank, data_size=ranks, start_step=2,
+    parts = [code_batches(data, micro_batch_size=micro, share=Share(rank=rank, size=ranks), start_step=2,
                           workers=1 if rank == ranks - 1 else 0) for rank in range(ranks)]
     streams = [take(part, 4 * part.micro_steps)[1] for part in parts]
     for name, reference in expected.items():

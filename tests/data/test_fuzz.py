@@ -15,6 +15,7 @@ from training_runs import forget_shared_memory
 
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
+from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.errors import InputError
 from gigatok_ds.shards.index import ShardIndex
@@ -101,8 +102,8 @@ def test_workers_replace_what_cannot_be_decoded(bad_images, decodable, decoding,
         for key, image in ((f"{number:04d}-bad", data), (f"{number:04d}-good", good)):
             members += [(f"{key}.jpg", image), (f"{key}.cls", b"1")]
     index = ShardIndex.open(plain_tar(tmp_path / "shards" / "x.tar", members))
-    batches = ImageBatches(index, training_transform(32, decoding=decoding), seed=0, global_batch_size=28,
-                           micro_batch_size=28, workers=2, shuffle=False, stop_step=2 * IMAGES // 28)
+    plan = ReadingPlan(global_batch_size=28, micro_batch_size=28, shuffle=False, stop_step=2 * IMAGES // 28)
+    batches = ImageBatches(index, training_transform(32, decoding=decoding), plan, seed=0, workers=2)
     replaced = []
     for batch in batches:
         limit(30)
@@ -176,8 +177,8 @@ def children():
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
 def test_a_worker_that_is_killed_ends_the_run(small_tar, tmp_path, limit):
     index = ShardIndex.open(shutil.copytree(small_tar.parent, tmp_path / "shards"))
-    loader, before = ImageBatches(index, training_transform(8), seed=0, global_batch_size=2, micro_batch_size=2,
-                                  workers=1), children()
+    plan, before = ReadingPlan(global_batch_size=2, micro_batch_size=2), children()
+    loader = ImageBatches(index, training_transform(8), plan, seed=0, workers=1)
     batches = iter(loader)
     next(batches)
     worker, = children() - before

@@ -10,11 +10,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from reading_plans import planned
 from small_shards import with_bad_images, write
 
+from gigatok_ds.cluster.share import WHOLE, Share
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import MAX_REPLACEMENTS, ImageBatches, evaluation_batches
-from gigatok_ds.data.reader import GlobalBatches, MicroBatches, epoch_order, micro_steps, rank_slice
+from gigatok_ds.data.reader import GlobalBatches, MicroBatches, ReadingPlan, epoch_order, micro_steps, rank_slice
 from gigatok_ds.data.transforms import center_crop, decode_image, to_tensor
 from gigatok_ds.errors import InputError
 from gigatok_ds.shards.index import ShardIndex
@@ -32,6 +34,15 @@ def random_cases(number):
 
 
 CASES = list(random_cases(40))
+
+
+def whole(size):
+    return ReadingPlan(global_batch_size=size, micro_batch_size=size, share=WHOLE)
+
+
+def part(size, micro, rank, ranks, start=0):
+    return ReadingPlan(global_batch_size=size, micro_batch_size=micro, share=Share(rank=rank, size=ranks),
+                       start_step=start)
 
 
 def take(sampler, number):
@@ -57,7 +68,7 @@ def test_slices_put_together_are_the_batch_in_its_order(case, drop_last):
     for step in (0, 1, 7):
         batch = batches.batch(step)
         assert batch.shape == (size,)
-        parts = [rank_slice(batch, rank, ranks, micro, index)
+        parts = [rank_slice(batch, Share(rank=rank, size=ranks), micro, index)
                  for index in range(micro_steps(size, ranks, micro)) for rank in range(ranks)]
         assert all(len(part) == micro for part in parts)
         assert (np.concatenate(parts) == batch).all()
@@ -68,9 +79,9 @@ def test_every_layout_reads_what_one_process_reads(case):
     count, size, ranks, micro, seed = case
     batches = GlobalBatches(count, size, seed)
     steps = 5
-    alone = [address for addresses in take(MicroBatches(batches, size), steps) for address in addresses]
+    alone = [address for addresses in take(MicroBatches(batches, whole(size)), steps) for address in addresses]
     per_rank = micro_steps(size, ranks, micro)
-    layout = [take(MicroBatches(batches, micro, rank, ranks), steps * per_rank) for rank in range(ranks)]
+    layout = [take(MicroBatches(batches, part(size, micro, rank, ranks)), steps * per_rank) for rank in range(ranks)]
     together = [address for parts in zip(*layout, strict=True) for part in parts for address in part]
     assert together == alone
     assert [address.position for address in alone] == list(range(steps * size))
@@ -104,8 +115,9 @@ def test_without_drop_last_every_epoch_reads_everything_once(case):
 def test_resuming_gives_the_same_batches(case):
     count, size, ranks, micro, seed = case
     per_step, resumed_at, steps = micro_steps(size, ranks, micro), 4, 9
-    whole = take(MicroBatches(GlobalBatches(count, size, seed), micro, ranks - 1, ranks), steps * per_step)
-    rest = take(MicroBatches(GlobalBatches(count, size, seed), micro, ranks - 1, ranks, resumed_at),
+    whole = take(MicroBatches(GlobalBatches(count, size, seed), part(size, micro, ranks - 1, ranks)),
+                 steps * per_step)
+    rest = take(MicroBatches(GlobalBatches(count, size, seed), part(size, micro, ranks - 1, ranks, resumed_at)),
                 (steps - resumed_at) * per_step)
     assert rest == whole[resumed_at * per_step :]
 
@@ -142,7 +154,7 @@ def test_a_layout_that_does_not_divide_the_batch_is_refused(ranks, micro):
     with pytest.raises(InputError, match="not a multiple"):
         micro_steps(8, ranks, micro)
     with pytest.raises(InputError, match="not a multiple"):
-        rank_slice(np.arange(8), 0, ranks, micro, 0)
+        rank_slice(np.arange(8), Share(size=ranks), micro, 0)
 
 
 # Loaders ---
@@ -167,7 +179,7 @@ def assert_equal(first, second):
 
 def image_batches(index, **arguments):
     defaults = {"global_batch_size": 8, "micro_batch_size": 8, "seed": 3}
-    return ImageBatches(index, TRANSFORM, **defaults | arguments)
+    return planned(ImageBatches, index, TRANSFORM, **defaults | arguments)
 
 
 def test_image_batches_are_what_the_addresses_say(shards):
@@ -198,7 +210,7 @@ def test_augmentation_changes_with_the_epoch(shards):
 def test_images_do_not_depend_on_the_layout(shards, ranks, micro):
     index = ShardIndex.open(shards)
     expected = joined(take(image_batches(index), 3))
-    parts = [image_batches(index, micro_batch_size=micro, data_rank=rank, data_size=ranks)
+    parts = [image_batches(index, micro_batch_size=micro, share=Share(rank=rank, size=ranks))
              for rank in range(ranks)]
     streams = [take(part, 3 * part.micro_steps) for part in parts]
     assert_equal(joined([batch for group in zip(*streams, strict=True) for batch in group]), expected)
@@ -259,7 +271,7 @@ def test_too_little_data_for_a_batch(shards):
 @pytest.mark.parametrize("ranks, batch", [(1, 1), (1, 5), (1, 23), (1, 40), (2, 4), (3, 5), (7, 2), (30, 1)])
 def test_evaluation_reads_everything_once_in_equal_numbers_of_batches(shards, ranks, batch):
     index = ShardIndex.open(shards)
-    loaders = [evaluation_batches(index, 16, batch, rank, ranks) for rank in range(ranks)]
+    loaders = [evaluation_batches(index, 16, batch, Share(rank=rank, size=ranks)) for rank in range(ranks)]
     streams = [list(loader) for loader in loaders]
     number = -(-23 // (ranks * batch))
     assert {len(stream) for stream in streams} == {len(loader) for loader in loaders} == {number}

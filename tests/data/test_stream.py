@@ -14,13 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import HELPERS
+from reading_plans import planned
 from small_shards import with_bad_images
 from stream_ranks import GLOBAL_BATCH, image_batches, lines
 
 from gigatok_ds.cluster.local_job import free_port
+from gigatok_ds.cluster.share import Share
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
-from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, epoch_order
+from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, ReadingPlan, epoch_order
 from gigatok_ds.shards.index import ShardIndex
 
 RANKS = HELPERS / "stream_ranks.py"
@@ -40,7 +42,9 @@ def layouts(draw):
 
 def addresses(batches, micro, ranks, start, stop):
     """What all ranks read together, in the order of the global stream."""
-    streams = [list(MicroBatches(batches, micro, rank, ranks, start, stop)) for rank in range(ranks)]
+    plans = [ReadingPlan(global_batch_size=batches.global_batch_size, micro_batch_size=micro,
+                         share=Share(rank=rank, size=ranks), start_step=start, stop_step=stop) for rank in range(ranks)]
+    streams = [list(MicroBatches(batches, plan)) for plan in plans]
     assert len({len(stream) for stream in streams}) == 1
     return [address for turn in zip(*streams, strict=False) for part in turn for address in part]
 
@@ -98,12 +102,12 @@ def test_real_workers_change_nothing(shards, case):
     start, stop, index = int(rng.integers(0, 6)), int(rng.integers(6, 9)), ShardIndex.open(shards)
 
     def batches(**arguments):
-        return ImageBatches(index, training_transform(16), seed=case, global_batch_size=size,
-                            shuffle_shards=[None, 1, 2][case % 3], **arguments)
+        return planned(ImageBatches, index, training_transform(16), seed=case, global_batch_size=size,
+                       shuffle_shards=[None, 1, 2][case % 3], **arguments)
 
     alone = list(batches(micro_batch_size=size, start_step=start, stop_step=stop))
     assert len(alone) == stop - start
-    parts = [list(batches(micro_batch_size=micro, data_rank=rank, data_size=ranks, start_step=start, stop_step=stop,
+    parts = [list(batches(micro_batch_size=micro, share=Share(rank=rank, size=ranks), start_step=start, stop_step=stop,
                           workers=workers)) for rank in range(ranks)]
     for name in ("images", "labels", "position", "sample", "replaced"):
         together = torch.cat([part[name] for turn in zip(*parts, strict=True) for part in turn])
@@ -118,7 +122,8 @@ def test_evaluation_has_equal_numbers_of_batches(count, ranks, batch, part):
             return count
 
     images = min(part, count)
-    loaders = [evaluation_batches(Index(), 16, batch, rank, ranks, images=images) for rank in range(ranks)]
+    loaders = [evaluation_batches(Index(), 16, batch, Share(rank=rank, size=ranks), images=images)
+               for rank in range(ranks)]
     assert len({len(loader) for loader in loaders}) == 1
     taken = [position for loader in loaders for rows in loader.batch_sampler for position in rows if position < images]
     assert sorted(taken) == list(range(images))

@@ -14,17 +14,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from gigatok_ds.cluster.share import Share
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
+from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.files import write_atomically
 from gigatok_ds.shards.index import ShardIndex
 
 GLOBAL_BATCH, MICRO_BATCH, SIZE, SEED = 8, 1, 16, 5
 
 
-def image_batches(shards, **arguments):
-    return ImageBatches(ShardIndex.open(shards), training_transform(SIZE), seed=SEED, global_batch_size=GLOBAL_BATCH,
-                        shuffle_shards=2, **arguments)
+def image_batches(shards, workers=0, **arguments):
+    plan = ReadingPlan(global_batch_size=GLOBAL_BATCH, **arguments)
+    return ImageBatches(ShardIndex.open(shards), training_transform(SIZE), plan, seed=SEED, shuffle_shards=2,
+                        workers=workers)
 
 
 def lines(index, batch):
@@ -39,7 +42,7 @@ def main(shards, out, workers, steps):
     start = int(consumed.read_text()) // GLOBAL_BATCH if consumed.exists() else 0
     index = ShardIndex.open(shards)
     loader = image_batches(shards, micro_batch_size=MICRO_BATCH, workers=workers, start_step=start,
-                           data_rank=dist.get_rank(), data_size=dist.get_world_size())
+                           share=Share(rank=dist.get_rank(), size=dist.get_world_size()))
     batches = iter(loader)
     with open(out / f"rank-{dist.get_rank()}.txt", "a") as log:
         for step in range(start, start + steps):

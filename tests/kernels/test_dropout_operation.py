@@ -6,9 +6,10 @@ import pytest
 import torch
 from operation_costs import Costs
 
+from gigatok_ds.cluster.share import Share
 from gigatok_ds.kernels.addressed_dropout import addressed_dropout
 from gigatok_ds.kernels.dropout_mask import dropped, rule_of
-from gigatok_ds.parallel.dropout import Dropout, DropPath, Part, dropout_at, name_dropouts
+from gigatok_ds.parallel.dropout import Dropout, DropPath, dropout_at, name_dropouts
 
 SAMPLES = torch.tensor([3, 2**33 + 1, 70, 2**62 - 5])
 RULE = torch.tensor(rule_of(2**31 + 9, 0.3), dtype=torch.int32)
@@ -51,7 +52,7 @@ def test_compiled_it_drops_alike_and_layers_share_what_is_compiled():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
-    network = torch.nn.Sequential(*(Dropout(0.1 * number, features=Part(rank=1, size=2)) for number in range(1, 5)))
+    network = torch.nn.Sequential(*(Dropout(0.1 * number, features=Share(rank=1, size=2)) for number in range(1, 5)))
     name_dropouts(network)
     x = values(7, 4, 40)
     with dropout_at(3, SAMPLES):

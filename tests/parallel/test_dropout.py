@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from gigatok_ds.cluster.share import Share
 from gigatok_ds.kernels.dropout_mask import keep_mask, rule_of
-from gigatok_ds.parallel.dropout import Dropout, Part, dropout_at, name_dropouts
+from gigatok_ds.parallel.dropout import Dropout, dropout_at, name_dropouts
 
 SAMPLES = torch.tensor([3, 2**33 + 1, 70, 71])
 
@@ -80,8 +81,8 @@ def test_another_seed_sample_or_layer_drops_others():
 def test_parts_are_parts_of_the_whole():
     x = torch.ones(8, 4, 16)
     whole = Dropout(0.3)
-    tokens = [Dropout(0.3, tokens=Part(rank=rank, size=2)) for rank in range(2)]
-    features = [Dropout(0.3, features=Part(rank=rank, size=2)) for rank in range(2)]
+    tokens = [Dropout(0.3, tokens=Share(rank=rank, size=2)) for rank in range(2)]
+    features = [Dropout(0.3, features=Share(rank=rank, size=2)) for rank in range(2)]
     for module in (whole, *tokens, *features):
         name_dropouts(module)
     with dropout_at(0, SAMPLES):

@@ -17,7 +17,7 @@ ALLOWED = {
     "cpu": {"kernels", "models"},
     "losses": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "parallel"},
-    "data": {"config", "cpu", "shards"},
+    "data": {"cluster", "config", "cpu", "shards"},
     "packing": {"cluster", "config", "data", "parallel", "shards"},
     "engine": {"config", "checkpoint", "cpu", "kernels", "models", "parallel"},
     "evaluation": {"config", "models", "losses", "data", "shards", "checkpoint", "parallel"},

@@ -27,6 +27,7 @@ from gigatok_ds.config.load import differing_keys, load_recipe
 from gigatok_ds.data.codes import CodeDataset, CodeSample, write_code_shards
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
+from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.packing.checking import check_shards
 from gigatok_ds.sampling.augmented_views import views_of
 from gigatok_ds.sampling.extract import extract_codes
@@ -410,8 +411,8 @@ def test_an_index_cannot_lead_out_of_the_cache(name, shards, serve, cache):
 
 
 def read_in_workers(index):
-    batches = ImageBatches(index, training_transform(16, (0.8, 1.0), True), seed=3, global_batch_size=8,
-                           micro_batch_size=8, workers=2)
+    batches = ImageBatches(index, training_transform(16, (0.8, 1.0), True),
+                           ReadingPlan(global_batch_size=8, micro_batch_size=8), seed=3, workers=2)
     stream = iter(batches)
     return [next(stream) for _ in range(4)]
 

@@ -10,11 +10,13 @@ from training_runs import code_shards, prepare
 
 from gigatok_ds import InputError, load_tokenizer
 from gigatok_ds.checkpoint.standalone import save_standalone
+from gigatok_ds.cluster.share import Share
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.data.codes import CodeBatches, CodeDataset
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
+from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import numpy_stream
 from gigatok_ds.training.code_sources import check_sources, open_source
@@ -46,8 +48,8 @@ def test_codes_are_those_of_the_augmented_images(folder):
     recipe = load_recipe(folder / "gpt.yaml", on_the_fly(folder))
     source = open_source(recipe, ALONE, 4)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    images = iter(ImageBatches(ShardIndex.open(folder / "images"), training_transform(16), global_batch_size=8,
-                               micro_batch_size=4, seed=recipe.training.seed))
+    images = iter(ImageBatches(ShardIndex.open(folder / "images"), training_transform(16),
+                               ReadingPlan(global_batch_size=8, micro_batch_size=4), seed=recipe.training.seed))
     batches = source.micro_batches(0)
     seen = []
     for _ in range(6):
@@ -112,7 +114,7 @@ def test_half_of_the_accesses_take_the_second_set(folder, tmp_path):
     first = CodeDataset.open(folder / "codes")
     code_shards(tmp_path / "second", 40, seed=5)
     second = CodeDataset.open(tmp_path / "second")
-    batches = iter(CodeBatches(first, second, global_batch_size=8, micro_batch_size=4, seed=3))
+    batches = iter(CodeBatches(first, ReadingPlan(global_batch_size=8, micro_batch_size=4), second, seed=3))
     taken = []
     for batch in (next(batches) for _ in range(50)):
         for codes, epoch, sample in zip(batch["codes"], batch["epoch"].tolist(), batch["sample"].tolist(), strict=True):
@@ -121,8 +123,9 @@ def test_half_of_the_accesses_take_the_second_set(folder, tmp_path):
             assert codes.tolist() == (second if of_second else first).codes[sample, row].tolist()
             taken.append(of_second)
     assert len(taken) == 200 and 70 < sum(taken) < 130
-    share = iter(CodeBatches(first, second, global_batch_size=8, micro_batch_size=4, seed=3, data_rank=1, data_size=2))
-    batches = iter(CodeBatches(first, second, global_batch_size=8, micro_batch_size=8, seed=3))
+    half = ReadingPlan(global_batch_size=8, micro_batch_size=4, share=Share(rank=1, size=2))
+    share = iter(CodeBatches(first, half, second, seed=3))
+    batches = iter(CodeBatches(first, ReadingPlan(global_batch_size=8, micro_batch_size=8), second, seed=3))
     assert torch.equal(next(share)["codes"], next(batches)["codes"][4:])
 
 

@@ -19,6 +19,7 @@ from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
+from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.losses import composition
 from gigatok_ds.models.discriminators import dino
 from gigatok_ds.models.initialisation import initialise_
@@ -79,8 +80,8 @@ def first_batch(recipe):
     training = recipe.training
     batches = ImageBatches(
         ShardIndex.open(recipe.data.train), training_transform(recipe.model.image_size, recipe.data.crop_scale, True),
-        global_batch_size=training.global_batch_size, micro_batch_size=training.global_batch_size, seed=training.seed,
-        workers=0, pin_memory=False, data_rank=0, data_size=1, start_step=0)
+        ReadingPlan(global_batch_size=training.global_batch_size, micro_batch_size=training.global_batch_size),
+        seed=training.seed)
     return next(iter(batches))
 
 

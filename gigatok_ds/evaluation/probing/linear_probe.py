@@ -21,6 +21,7 @@ from tqdm import tqdm
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches
 from gigatok_ds.data.prefetch import on_device
+from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.data.transforms import scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.cropped import CroppedImages
@@ -142,12 +143,12 @@ class ProbeRun:
 
     def _batches(self) -> ImageBatches:
         settings, topology = self.settings, self.topology
+        plan = ReadingPlan(global_batch_size=settings.batch_size, share=topology.image_share, start_step=self.step,
+                           micro_batch_size=settings.batch_size // topology.world_size, stop_step=self.steps)
         return ImageBatches(
-            self.train_index, training_transform(self.features.tokenizer.config.image_size, flip=settings.flip),
+            self.train_index, training_transform(self.features.tokenizer.config.image_size, flip=settings.flip), plan,
             num_classes=settings.classes, as_bytes=True, seed=settings.seed, workers=self.workers,
-            pin_memory=topology.device.type == "cuda", global_batch_size=settings.batch_size,
-            micro_batch_size=settings.batch_size // topology.world_size, data_rank=topology.rank,
-            data_size=topology.world_size, start_step=self.step, stop_step=self.steps)
+            pin_memory=topology.device.type == "cuda")
 
     def _save(self) -> None:
         if self.topology.is_first:
