@@ -47,6 +47,14 @@ class OneDNNLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 
+def with_steady_rows(gpt: GPT) -> tuple[GPT, int | None]:
+    """What to decode with, and how many rows it needs at least for a row's logits not to depend on its company.
+
+    Here that is a packed copy; where none is possible, the model itself and None: they do depend on it.
+    """
+    return (packed(gpt), FEWEST_ROWS) if can_pack(gpt) else (gpt, None)
+
+
 def can_pack(gpt: GPT) -> bool:
     """On a CPU, in float32, with whole layers none of which has a bias, and something to multiply packed layers."""
     weight = gpt.output.get_parameter("weight")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gigatok_ds.cpu.packed_gpt import FEWEST_ROWS, can_pack, packed
+from gigatok_ds.cpu.packed_gpt import with_steady_rows
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT, Modulations
 from gigatok_ds.sampling.cache import DynamicKVCache
@@ -48,16 +48,16 @@ class Sampler:
         _check_batch_size(batch_size)
         self.gpt, self.batch_size = gpt, batch_size
         self.device = gpt.norm.weight.device
-        packs = can_pack(gpt) and not compile
+        eager, fewest = (gpt, None) if compile else with_steady_rows(gpt)
         # Whether batches are filled up, so that codes may depend on batch_size in near-ties.
-        self.fills = not packs
-        self.fewest = batch_size if self.fills else FEWEST_ROWS
+        self.fills = fewest is None
+        self.fewest = fewest or batch_size
         whole = isinstance(gpt.output, nn.Linear)  # and not one of tensor ranks
         self.decoder: StaticDecoder | EagerDecoder
         if compile or (whole and self.device.type == "cuda"):
             self.decoder = StaticDecoder(gpt, batch_size, compile=compile)
         else:
-            self.decoder = EagerDecoder(packed(gpt) if packs else gpt)
+            self.decoder = EagerDecoder(eager)
 
     @torch.no_grad()
     @without_autocast

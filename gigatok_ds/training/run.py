@@ -1,4 +1,4 @@
-"""A training run from a recipe: check everything, prepare the run directory, build the task, train."""
+"""A training run from a recipe: prepare the run directory, build the task, train; `run_checks` comes first."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 from gigatok_ds.checkpoint.class_names import ClassNames, classes_of_run, record_classes
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
-from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe, save_resolved
-from gigatok_ds.config.location import is_masked, masked
-from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
-from gigatok_ds.errors import InputError
+from gigatok_ds.config.load import save_resolved
+from gigatok_ds.config.location import masked
+from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.files import write_atomically
-from gigatok_ds.monitoring.wandb_log import check_wandb
 from gigatok_ds.ownership import is_ours, owned_by_first
 from gigatok_ds.parallel.cuda_queues import order_kernels
-from gigatok_ds.training.branch import OWN_KEYS, check_branch, record_branch
+from gigatok_ds.training.branch import record_branch
+from gigatok_ds.training.run_checks import check_run
 
 if TYPE_CHECKING:
     from gigatok_ds.parallel.topology import Topology
@@ -30,74 +29,6 @@ if TYPE_CHECKING:
     from gigatok_ds.training.loop import Task
 
 DEEPSPEED_FILE = "deepspeed.json"
-
-
-def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) -> Path | None:
-    """Refuse what can be refused before any rank starts: missing data, weights or packages, or another recipe's
-    directory.
-
-    Downloads the weights of frozen networks that the recipe wants downloaded. Returns the checkpoint of another run
-    that this one continues from, if it does.
-    """
-    from gigatok_ds.training.frozen_weights import check_frozen
-
-    check_wandb(recipe.monitor.wandb_project)
-    warmup, steps = recipe.schedule.warmup_steps, recipe.training.steps
-    if warmup > steps:
-        raise InputError(f"schedule.warmup_steps is {warmup}, but training.steps is {steps}: the learning rate would "
-                         "never be reached; make the warm-up shorter, or the run longer")
-    for name, place in (("--out", run_dir), ("data.train", recipe.data.train),
-                        ("data.validation", recipe.data.validation)):
-        _check_text(name, str(place))
-    _check_data(recipe)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"{run_dir} exists and is not a directory")
-    earlier = run_dir / RECIPE_FILE
-    if earlier.is_file():
-        differing = [key for key in differing_keys(load_recipe(str(earlier)), recipe) if key not in DATA_LOCATIONS]
-        if differing:
-            branch = ("" if set(differing) - set(OWN_KEYS) else
-                      f", and continue there from this run's constant learning rate with --branch-from {run_dir}")
-            raise InputError(f"{run_dir} was started with another recipe: {', '.join(differing)} differ; "
-                             f"choose another --out{branch}")
-    check_frozen(recipe)
-    return check_branch(recipe, run_dir, branch_from)
-
-
-def _check_text(name: str, place: str) -> None:
-    """Refuse a path that no file of a run can name, and TensorBoard cannot write to: bytes that are no text."""
-    try:
-        place.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{name} is {place}, whose bytes are no text as this shell has it "
-                         f"({sys.getfilesystemencoding()}); choose another name, or set LC_ALL=C.UTF-8") from None
-
-
-def _check_data(recipe: Recipe) -> None:
-    from gigatok_ds.data.codes import CODE_EXTENSIONS
-    from gigatok_ds.data.decoding import training_transform
-    from gigatok_ds.shards.remote import check_data
-    from gigatok_ds.shards.shard_cache import ShardCache
-    from gigatok_ds.shards.tar_scan import IMAGE_EXTENSIONS
-
-    data = recipe.data
-    for name in DATA_LOCATIONS:
-        if is_masked(location := getattr(data, name.removeprefix("data."), None)):
-            raise InputError(f"{name} is {location}, as a run writes it down without its secrets; give {name}=... as "
-                             "when the run was begun")
-    training_transform(1, decoding=data.decoding)
-    of_codes = isinstance(recipe, GPTRecipe) and recipe.data.tokenizer is None
-    for split in ("train", "validation"):
-        location = getattr(data, split)
-        if location is None:
-            raise InputError(f"data.{split} is not set; give data.{split}=DIR, a directory of shards")
-        check_data(f"data.{split}", location, CODE_EXTENSIONS if of_codes else IMAGE_EXTENSIONS,
-                   ShardCache.of(data.cache, data.cache_gb, data.patience),
-                   max_bad_fraction=data.max_bad_fraction if split == "train" and not of_codes else 0.0)
-    if isinstance(recipe, GPTRecipe):
-        from gigatok_ds.training.code_sources import check_sources
-
-        check_sources(recipe)
 
 
 def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_from: Path | None = None,

@@ -223,8 +223,8 @@ def test_the_first_rank_says_it_and_others_wait(monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(main_module.time, "sleep", waited.append)
     for rank, local, wait in (("0", "0", []), ("1", "1", [12.0]), ("8", "0", [6.0])):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", local)
+        for name, value in {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": "16"}.items():
+            monkeypatch.setenv(name, value)
         for words in (["train", "NO_SUCH", "--out", "x"], ["train", "--zero", "9"]):
             waited.clear()
             try:
@@ -253,18 +253,18 @@ def test_a_json_with_a_byte_order_mark_is_read(model, tmp_path):
 
 def test_other_steps_are_refused_with_the_way_that_exists(tmp_path, monkeypatch):
     from gigatok_ds.config.load import save_resolved
-    from gigatok_ds.training import run
+    from gigatok_ds.training import run_checks
 
-    monkeypatch.setattr(run, "_check_data", lambda recipe: None)
+    monkeypatch.setattr(run_checks, "CHECKS", [run_checks.check_directory])
     save_resolved(load_recipe("GPT-B", ["training.steps=10000"]), tmp_path / "recipe.yaml")
     with pytest.raises(InputError, match=f"training.steps differ; .*--branch-from {re.escape(str(tmp_path))}$"):
-        run.check_run(load_recipe("GPT-B", ["training.steps=20000"]), tmp_path)
+        run_checks.check_run(load_recipe("GPT-B", ["training.steps=20000"]), tmp_path)
     with pytest.raises(InputError, match=r"choose another --out$"):
-        run.check_run(load_recipe("GPT-B", ["optimizer.lr=1"]), tmp_path)
+        run_checks.check_run(load_recipe("GPT-B", ["optimizer.lr=1"]), tmp_path)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(tmp_path):
-    from gigatok_ds.training.run import check_run
+    from gigatok_ds.training.run_checks import check_run
 
     recipe = load_recipe("GPT-B", ["training.steps=100", "schedule.warmup_steps=101"])
     with pytest.raises(InputError, match=r"schedule.warmup_steps is 101, but training.steps is 100"):

@@ -11,7 +11,7 @@ from gigatok_ds.config.load import load_recipe, recipe_to_yaml, save_resolved
 from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError
 from gigatok_ds.monitoring import observer
-from gigatok_ds.training.run import check_run
+from gigatok_ds.training.run_checks import check_run
 
 LOCATIONS = ["https://geheim:geheim@host/train", "s3://bucket/train?X-Amz-Signature=geheim",
              "https://host/a.tar?t=geheim::https://host/b.tar",

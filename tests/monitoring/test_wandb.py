@@ -12,7 +12,7 @@ from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.monitoring import wandb_log
 from gigatok_ds.monitoring.metrics import Monitor
-from gigatok_ds.training.run import check_run
+from gigatok_ds.training.run_checks import check_run
 
 
 def test_a_missing_package_is_refused_before_anything_starts(tmp_path, monkeypatch):

@@ -50,11 +50,11 @@ os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
 import torch
 asked = []
 torch.cuda.is_available = torch.cuda.device_count = lambda: asked.append(1) or 0
-from gigatok_ds.training import run
+from gigatok_ds.training import run_checks
 def check_run(recipe, *_):
     print(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"), asked, torch.cuda.is_initialized())
     sys.exit(0)
-run.check_run = check_run
+run_checks.check_run = check_run
 from gigatok_ds.cli.main import main
 main(["train", "GPT-B", "--out", "none", "--tp", sys.argv[1]])
 """

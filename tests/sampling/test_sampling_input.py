@@ -33,7 +33,7 @@ def at(gpt, position, value, monkeypatch, row=1):
 
     monkeypatch.setattr(gpt, "decode_step", broken)
     # The copy with packed layers, which a CPU would decode with, has a decode_step of its own.
-    monkeypatch.setattr("gigatok_ds.sampling.generate.can_pack", lambda _: False)
+    monkeypatch.setattr("gigatok_ds.cpu.packed_gpt.can_pack", lambda _: False)
 
 
 @pytest.mark.parametrize("settings",

@@ -38,7 +38,7 @@ from gigatok_ds.shards.remote import check_data, open_shards, short_name
 from gigatok_ds.shards.shard_cache import ShardCache
 from gigatok_ds.training.code_sources import open_source
 from gigatok_ds.training.environment import write_environment
-from gigatok_ds.training.run import check_run
+from gigatok_ds.training.run_checks import check_run
 
 pytestmark = pytest.mark.usefixtures("remote_settings")
 

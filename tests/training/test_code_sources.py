@@ -20,7 +20,7 @@ from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import numpy_stream
 from gigatok_ds.training.code_sources import check_sources, open_source
-from gigatok_ds.training.run import check_run
+from gigatok_ds.training.run_checks import check_run
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from gigatok_ds.monitoring.metrics import read_metrics
 from gigatok_ds.parallel.topology import start_process_group, stop_process_group
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.training import validation_pass
-from gigatok_ds.training.run import check_run, run_training
+from gigatok_ds.training.run import run_training
+from gigatok_ds.training.run_checks import check_run
 
 
 @pytest.fixture(scope="module")

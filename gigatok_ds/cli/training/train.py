@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.config.deepspeed import zero_settings
     from gigatok_ds.config.load import load_recipe
     from gigatok_ds.parallel.cuda_queues import order_kernels
-    from gigatok_ds.training.run import check_run, run_training
+    from gigatok_ds.training.run import run_training
+    from gigatok_ds.training.run_checks import check_run
 
     faults = []
     if args.inject:
