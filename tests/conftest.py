@@ -33,8 +33,11 @@ EXPECTED = re.compile(r"pytest-of-|torchinductor_|torchelastic_|\.ses|cc\w{6}\.(
 
 def pytest_configure(config):
     """Temporary files of a session and of all that it starts lie in a directory of their own, which is removed if it
-    passes.
+    passes. Signals do what they do in a fresh process: a shell's `&` and nohup have them ignored.
     """
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     if not hasattr(config, "workerinput"):
         config.temporary = tempfile.mkdtemp(prefix="gtk-")  # short: sockets lie in it, whose names may have 107 bytes
         config.passed = True  # until a session says otherwise; --help has none
