@@ -41,7 +41,8 @@ KINDS = ("kill", "raise", "hang", "term", "usr1", "kill-worker", "hang-worker", 
 STARTED_HERE = (REQUEUE, 2)  # exit codes that the launcher leaves to others
 MOST_STARTS = 200
 IMAGE_SIZE = 32
-KILLED_COMPILER = re.compile(r"cc\w{6}\.(s|o|res|c|ld|le)")  # leaves them: DeepSpeed asks it what it can do
+# Of temporary files: what torch compiled, and those of a compiler that was killed when DeepSpeed asked what it can do.
+EXPECTED = re.compile(r"torchinductor_.*|cc\w{6}\.(s|o|res|c|ld|le)")
 
 
 def schedule(minutes: float, mean: float, ranks: int, seed: int) -> list[str]:
@@ -111,7 +112,7 @@ class Soak:
         found = [f"process {pid}" for pid in filter(str.isdigit, os.listdir("/proc"))
                  if str(self.folder / "disturbed").encode() in _command_line(pid)]
         found += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_before]
-        found += [str(path) for path in (self.folder / "tmp").iterdir() if not KILLED_COMPILER.fullmatch(path.name)]
+        found += [str(path) for path in (self.folder / "tmp").iterdir() if not EXPECTED.fullmatch(path.name)]
         return found + [str(path) for path in (self.folder / "disturbed").rglob("*partial*")]
 
 

@@ -151,7 +151,8 @@ def test_a_head_of_another_width_and_an_unknown_teacher_are_told_first():
 def test_only_the_first_rank_of_a_host_downloads(monkeypatch, published):
     ours = weight_file(published, "download")
     monkeypatch.setattr("gigatok_ds.training.frozen_weights.weight_files", lambda loss: [ours])
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     check_frozen(recipe())
     assert ours.wants_download
     monkeypatch.setenv("LOCAL_RANK", "0")
