@@ -130,7 +130,7 @@ def test_a_tokenizers_passes_do_not_wait(discriminator, step):
                          [f"loss.adversarial.discriminator={discriminator}", "data.train=x", "data.validation=x"])
     rehearsal = Rehearsal(recipe)
     with Waits("meta") as waits:
-        rehearsal._tokenizer(8, step)
+        rehearsal._tokenizer(recipe, 8, step)
     assert waits.found == []
 
 
