@@ -50,8 +50,8 @@ def measure_probe(of: ProbedFeatures, train: str, val: str, out: Path, topology:
     """Top-1 accuracy, in percent, of a linear classifier of frozen features, trained as far as it is not yet.
 
     train, val: images with labels, as shards; `val` may be a directory. out: where the probe is kept while it trains.
-    topology: as in `measure_reconstruction`. Raises InputError for
-    settings and models that do not fit, and for data without labels.
+    topology: as in `measure_reconstruction`. Raises InputError for settings and models that do not fit, and for data
+    without labels.
     """
     topology = topology or single_process()
     features = of.load(topology)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from saved_models import save_models
 from small_models import small_gpt, small_gpt_config, small_tokenizer
 
 from gigatok_ds.app import page as page_module
@@ -51,10 +52,7 @@ def spread_tokenizer(**changes):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    for name, model in (("tokenizer", spread_tokenizer()), ("gpt", small_gpt())):
-        save_standalone(folder / name, model.config, model.state_dict())
-    return folder
+    return save_models(tmp_path_factory.mktemp("export"), tokenizer=spread_tokenizer(), gpt=small_gpt())
 
 
 @pytest.fixture(scope="module")

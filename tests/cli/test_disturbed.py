@@ -12,20 +12,19 @@ from pathlib import Path
 
 import pytest
 from disturbed_runs import DISTURBANCES, Command, check_disturbed, content, moments
+from saved_models import save_models
 from small_models import small_gpt, small_tokenizer
 from small_shards import encoded, make_images
 from training_runs import image_shards
 
 import gigatok_ds
-from gigatok_ds.checkpoint.standalone import save_standalone
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Small models, images in directories, as shards and as codes."""
     folder = tmp_path_factory.mktemp("world")
-    for name, model in (("tok", small_tokenizer()), ("gpt", small_gpt())):
-        save_standalone(folder / name, model.config, model.state_dict())
+    save_models(folder, tok=small_tokenizer(), gpt=small_gpt())
     make_images(folder / "photos",
                 {f"class-{label}/{number}.jpg": encoded(number) for label in range(5) for number in range(8)})
     image_shards(folder / "images", 40)

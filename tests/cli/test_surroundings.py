@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from places import ROOT
 from rank_runs import run_ranks
+from saved_models import save_models
 from small_models import small_gpt, small_tokenizer
 from small_shards import encoded, make_images
 from training_runs import TOKENIZER, image_shards, prepare, start, train_with_faults
 
 from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, damage, read_state
-from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.monitoring.history import read_history, tell
 from gigatok_ds.parallel.topology import single_process
@@ -137,8 +137,7 @@ def test_a_history_has_whole_lines_only(tmp_path):
 def world(tmp_path_factory):
     """Small models, and images in more shards than a process with few files may hold open."""
     folder = tmp_path_factory.mktemp("world")
-    for name, model in (("tok", small_tokenizer()), ("gpt", small_gpt())):
-        save_standalone(folder / name, model.config, model.state_dict())
+    save_models(folder, tok=small_tokenizer(), gpt=small_gpt())
     make_images(folder / "photos",
                 {f"class-{label}/{number}.jpg": encoded(number) for label in range(3) for number in range(4)})
     (folder / "tokenizer.yaml").write_text(TOKENIZER)

@@ -10,10 +10,10 @@ import torch
 from command_runs import figures, on_ranks, refused
 from PIL import Image
 from rank_runs import run_ranks
+from saved_models import save_models
 from small_models import small_gpt, small_tokenizer
 from validation_data import validation_data
 
-from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.data.transforms import scale_pixels
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.adm import gaussian_of, inception_score, precision_recall
@@ -35,11 +35,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer, gpt = small_tokenizer(), small_gpt()
-    save_standalone(folder / "tok", tokenizer.config, tokenizer.state_dict())
-    save_standalone(folder / "gpt", gpt.config, gpt.state_dict())
-    return folder
+    return save_models(tmp_path_factory.mktemp("models"), tok=small_tokenizer(), gpt=small_gpt())
 
 
 @pytest.fixture(scope="module")

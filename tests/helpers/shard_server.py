@@ -9,24 +9,32 @@ import pytest
 from gigatok_ds.errors import InputError, MachineError
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `folder`, remembers what was asked for, and fails as `failures` says: for a name, the statuses to come.
-
-    The status "cut" breaks the connection in the middle, "slow" sends half and then nothing more.
-    """
+class FolderServer(http.server.ThreadingHTTPServer):
+    """Serves a folder at `url`, by a handler of the caller's, until it is closed."""
 
     daemon_threads = True
 
-    def __init__(self, folder):
-        self.folder, self.requests, self.failures = folder, [], {}
-        self.ranges, self.starts = None, []  # whether parts are served (None: nothing is said of them), and from where
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, folder, handler):
+        self.folder = folder
+        super().__init__(("127.0.0.1", 0), handler)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def close(self):
         self.shutdown()
         self.server_close()
+
+
+class Server(FolderServer):
+    """Serves `folder`, remembers what was asked for, and fails as `failures` says: for a name, the statuses to come.
+
+    The status "cut" breaks the connection in the middle, "slow" sends half and then nothing more.
+    """
+
+    def __init__(self, folder):
+        self.requests, self.failures = [], {}
+        self.ranges, self.starts = None, []  # whether parts are served (None: nothing is said of them), and from where
+        super().__init__(folder, Handler)
 
     def fetched(self):
         return sorted(name for method, name in self.requests if method == "GET" and name.endswith(".tar"))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from rank_runs import run_ranks
+from saved_models import save_models
 from small_models import small_gpt, small_tokenizer
 
-from gigatok_ds.checkpoint.standalone import save_standalone
 from gigatok_ds.cli.main import main
 from gigatok_ds.config.model import GPTConfig
 from gigatok_ds.errors import InputError
@@ -24,10 +24,7 @@ COUNT = 11
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, model in (("gpt", small_gpt()), ("tokenizer", small_tokenizer())):
-        save_standalone(folder / name, model.config, model.state_dict())
-    return folder
+    return save_models(tmp_path_factory.mktemp("models"), gpt=small_gpt(), tokenizer=small_tokenizer())
 
 
 def draw(models, out, *, batch_size=4, count=COUNT, balanced=False, seed=0, settings=SETTINGS):

@@ -5,13 +5,12 @@ within bounds.
 import contextlib
 import http.server
 import itertools
-import threading
 import time
 from functools import partial
 from urllib.request import Request
 
 import pytest
-from shard_server import copies, only_error
+from shard_server import FolderServer, copies, only_error
 from small_shards import samples
 
 from gigatok_ds.cli.main import main
@@ -24,21 +23,13 @@ pytestmark = pytest.mark.usefixtures("remote_settings")
 TAR = "demo-000000.tar"
 
 
-class Server(http.server.ThreadingHTTPServer):
+class AnsweringServer(FolderServer):
     """Serves a folder; `answers` has, by name, functions of the handler and the file's bytes that answer instead, one
     after the other, the last for good."""
 
-    daemon_threads = True
-
     def __init__(self, folder):
-        self.folder, self.answers, self.asked = folder, {}, []
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def close(self):
-        self.shutdown()
-        self.server_close()
+        self.answers, self.asked = {}, []
+        super().__init__(folder, Handler)
 
     def handle_error(self, *_):
         pass  # a client that has given up
@@ -71,7 +62,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(shards):
-    with contextlib.closing(Server(shards)) as server:
+    with contextlib.closing(AnsweringServer(shards)) as server:
         yield server
 
 
