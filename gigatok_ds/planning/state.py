@@ -56,8 +56,13 @@ def state_of(sizes: Sequence[int], *, zero: Mapping, data_ranks: int, precision:
         average=4 * part if average else 0,
         buckets=low * _buckets(zero),
         gathered=low * _gathered(sizes, zero) if stage == 3 else 0,
-        update=4 * own if has_masters else 0,  # the gradients in float32; Adam's fused kernel needs nothing
+        update=_gradients_in_float32(own, stage, low) if has_masters else 0,  # Adam's fused kernel needs nothing
     )
+
+
+def _gradients_in_float32(elements: float, stage: int, low: int) -> float:
+    """Bytes; stages 1 and 2 have them in one piece before, where that is another one."""
+    return elements * (4 + low if stage in (1, 2) and low == 2 else 4)
 
 
 def _buckets(zero: Mapping) -> int:
