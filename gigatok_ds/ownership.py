@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gigatok_ds.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 OWNER_FILE = ".owner.json"
 BEAT_SECONDS = 5.0
@@ -175,8 +177,8 @@ class _Lock:
 
     def _beats(self, other: Owner) -> bool:
         """Whether the number of another host's process is raised while one waits."""
-        print(f"{self.directory} was being written by {other}, which cannot be asked from here: waiting up to "
-              f"{SILENT_SECONDS:.0f} s for a sign of life", file=sys.stderr, flush=True)
+        logger.info("%s was being written by %s, which cannot be asked from here: waiting up to %.0f s for a sign of "
+                    "life", self.directory, other, SILENT_SECONDS)
         end = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < end:
             time.sleep(min(1.0, SILENT_SECONDS / 10))
@@ -200,8 +202,8 @@ class _Lock:
             with suppress(OSError):  # a file system that is away for a while
                 now = self._read()
                 if now is not None and now.token != self.owner.token:
-                    print(f"\ngigatok-ds: error: {self.directory} now belongs to {now}, since this process was not "
-                          f"heard of for {SILENT_SECONDS:.0f} s", file=sys.stderr, flush=True)
+                    logger.error("%s now belongs to %s, since this process was not heard of for %.0f s", self.directory,
+                                 now, SILENT_SECONDS)
                     os._exit(2)
                 self.owner = replace(self.owner, beat=self.owner.beat + 1)
                 self._write()

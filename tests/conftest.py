@@ -87,6 +87,15 @@ def handlers_are_left_as_they_were():
 
 
 @pytest.fixture
+def messages():
+    """Notes and warnings on standard error, as commands have them, where a test calls what a command is made of."""
+    from gigatok_ds.cli.messages import messages_shown
+
+    with messages_shown():
+        yield
+
+
+@pytest.fixture
 def forked_stages(monkeypatch):
     """What a study would start as processes of its own, or by torchrun, is forked."""
     from stage_runs import fork_stages  # here, since it imports torch

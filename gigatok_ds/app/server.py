@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,6 +18,8 @@ from gigatok_ds.app.page import build_page
 from gigatok_ds.app.uploads import Limits
 from gigatok_ds.errors import InputError
 from gigatok_ds.signals import handled
+
+logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SESSIONS = 64  # whose images' codes are kept
@@ -59,8 +61,7 @@ def serve(models: Models, limits: Limits, *, host: str, port: int) -> None:
           served(models, limits, host=host, port=port) as address):
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
         if host not in LOOPBACK:
-            print(f"warning: whoever reaches {host} can use it: there is no password and no encryption",
-                  file=sys.stderr)
+            logger.warning("whoever reaches %s can use it: there is no password and no encryption", host)
         ended.wait()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,8 @@ from gigatok_ds.checkpoint.standalone import CONFIG_FILE, damaged_weights, save_
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, shapes_of
 from gigatok_ds.checkpoint.verification import training_outputs, verify
 from gigatok_ds.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class Converted(NamedTuple):
@@ -68,8 +70,8 @@ def shown(weights: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
 
         yield LazyTensors(shapes_of(weights), read)
     if broken:
-        print(f"warning: {len(broken)} tensors hold values that are not finite, the first of them "
-              f"{next(iter(broken))}; what this model computes will not be finite either", file=sys.stderr)
+        logger.warning("%d tensors hold values that are not finite, the first of them %s; what this model computes "
+                       "will not be finite either", len(broken), next(iter(broken)))
 
 
 def _compared(model: Model, aside: Path, out: Path, to: str, dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gigatok_ds.cli.messages import messages_shown
 from gigatok_ds.cluster.launched import launched_rank_or_alone
 from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError, MachineError, exit_code
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     may pass, 130 after Ctrl-C, UNREAD when nobody reads any more what it prints."""
     try:
         try:
-            return _until_interrupted(argv)
+            with messages_shown():
+                return _until_interrupted(argv)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever does not want to wait for the end asks again
             print("interrupted; running the same command again continues where it stopped", file=sys.stderr)

@@ -5,6 +5,7 @@ Reads HOSTFILE, GPUS, MASTER_ADDR, MASTER_PORT and FORCE_SSH from the environmen
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -20,6 +21,8 @@ from gigatok_ds.cluster.hostfile import positive, read_hostfile, rendezvous
 from gigatok_ds.cluster.restarts import newest_checkpoint, run_with_restarts
 from gigatok_ds.cluster.ssh_environment import ENV_FILE_VARIABLE, escaped, for_deepspeed, for_pdsh, rank_variables
 from gigatok_ds.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MODULE = ("--module", "gigatok_ds", "train")
@@ -132,7 +135,7 @@ def start(launch: Launch, options: Options, arguments: Sequence[str], environmen
             hosts = usable_hosts(environment["HOSTFILE"], environment)
             needed = options.min_hosts or len(read_hostfile(environment["HOSTFILE"], environment))
             if len(hosts) < needed:
-                print(f"train.sh: {len(hosts)} hosts can take part, and {needed} must (--min-hosts)", file=sys.stderr)
+                logger.info("%d hosts can take part, and %d must (--min-hosts)", len(hosts), needed)
                 return None
             memory = _in_memory("hostfile", "".join(f"{host.name} slots={host.slots}\n" for host in hosts))
             smaller = {**environment, "HOSTFILE": f"/proc/self/fd/{memory}", "FORCE_SSH": "1"}

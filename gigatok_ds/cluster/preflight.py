@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from gigatok_ds.cluster.cluster_report import Expected, problems
 from gigatok_ds.cluster.hostfile import Host, read_hostfile
 from gigatok_ds.cluster.remote_shell import CHECKOUT, Reach
 from gigatok_ds.cluster.ssh_environment import rank_variables
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 60  # for a host to answer
 
@@ -30,7 +32,7 @@ def usable_hosts(hostfile: str, environment: Mapping[str, str], seconds: int = S
     for result in probe_hosts(hosts, reach, None, None, working_dir, seconds):
         wrong = problems([result], expected)
         for line in wrong:
-            print(f"train.sh: leaving out {line}", file=sys.stderr)
+            logger.info("leaving out %s", line)
         if not wrong:
             usable.append(result.host)
     return usable

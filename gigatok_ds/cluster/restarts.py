@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from gigatok_ds.signals import handled
+
+logger = logging.getLogger(__name__)
 
 # Done; an error that the user has to mend; interrupted; asked to stop (resilience.preemption).
 FINAL = (0, 2, 130, 75)
@@ -46,11 +48,10 @@ def run_with_restarts(launch: Callable[[int], subprocess.Popen | None], most: in
             if progress() != reached:
                 tries, wait = 0, FIRST_WAIT
             if tries == most:
-                print(f"train.sh: {most} restarts in a row without a new checkpoint; giving up", file=sys.stderr)
+                logger.info("%d restarts in a row without a new checkpoint; giving up", most)
                 return _as_exit_code(code)
             tries, restarts = tries + 1, restarts + 1
-            print(f"train.sh: the job ended with exit code {code}; restart {tries} of {most} in {wait:g} s",
-                  file=sys.stderr)
+            logger.info("the job ended with exit code %d; restart %d of %d in %g s", code, tries, most, wait)
             sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
             if asked:

@@ -7,6 +7,7 @@ command again continues where it stopped.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from gigatok_ds.ownership import is_unused, owned
 from gigatok_ds.packing.shard_writer import write_shards
 from gigatok_ds.sampling.augmented_views import views_of
 from gigatok_ds.sampling.extract import extract_codes
+
+logger = logging.getLogger(__name__)
 
 CODE_VIEWS = 8  # encoded crops per training image
 CODE_BATCH = 512  # crops encoded at a time
@@ -118,4 +121,4 @@ class Demo(Workspace):
 
 
 def announce(text: str) -> None:
-    print(f"== {text}", file=sys.stderr, flush=True)
+    logger.info("== %s", text)

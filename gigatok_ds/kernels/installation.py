@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import re
 import subprocess
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from gigatok_ds.kernels import build, group_norm_ops, native
+
+logger = logging.getLogger(__name__)
 
 _APEX_SYMBOLS = (("apex.normalization", "FusedLayerNorm"), ("apex.optimizers", "FusedAdam"))
 _APEX_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
@@ -35,7 +37,7 @@ def examine(*, build_now: bool = False) -> list[Finding]:
     if build_now:
         build.forget_failure()
         with suppress(build.Unavailable, build.Failed):  # the finding says so
-            build.provide(lambda line: print(line, file=sys.stderr, flush=True))
+            build.provide(logger.info)
     return [kernels(), norms(), gpu(), *tools(), *packages(), apex()]
 
 

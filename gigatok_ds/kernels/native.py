@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from gigatok_ds.cluster.launched import launched_rank_or_alone
 from gigatok_ds.errors import InputError
 from gigatok_ds.kernels import build
+
+logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "native", "torch")
 LARGEST_DIM = 64  # of codes, for the native kernels
@@ -80,18 +82,15 @@ def load() -> Library:
     Never raises: without it everything works, more slowly. Only what should have worked is worth a warning.
     """
     try:
-        path = build.provide(_tell)
+        path = build.provide(logger.info)
         torch.ops.load_library(path)
     except build.Unavailable as error:
         return Library(reason=str(error))
     except (build.Failed, OSError) as error:
         if launched_rank_or_alone().is_first_of_host:
-            _tell("the quantizer runs in plain PyTorch, without its native kernels; gigatok-ds doctor says why")
+            logger.warning("the quantizer runs in plain PyTorch, without its native kernels; gigatok-ds doctor says "
+                           "why")
         return Library(reason=str(error))
     devices = tuple(device for device, key in _KEYS.items()
                     if torch._C._dispatch_has_kernel_for_dispatch_key("gigatok_native::nearest_code", key))
     return Library(path=path, devices=devices)
-
-
-def _tell(line: str) -> None:
-    print(f"gigatok-ds: {line}", file=sys.stderr, flush=True)

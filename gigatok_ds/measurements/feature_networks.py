@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from gigatok_ds.evaluation.inception import InceptionFeatures, inception_file, l
 from gigatok_ds.losses.perceptual import LPIPS, load_lpips, vgg_file
 from gigatok_ds.models.frozen.pretrained_files import WeightFile
 from gigatok_ds.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class FeatureNetworks:
         file = inception_file(self.inception, "--inception")
         _fetch(file, topology)
         if topology.is_first:
-            print(origin_of(self.inception, "--inception"), file=sys.stderr)
+            logger.info("%s", origin_of(self.inception, "--inception"))
         network = load_inception(self.inception, "--inception").to(topology.device)
         said = {"inception_sha256": file.sha256(),
                 "inception": "torch-fidelity's port of TensorFlow's graph of 2015-12-05"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import threading
@@ -18,6 +19,8 @@ from gigatok_ds.files import told_failures, write_atomically
 from gigatok_ds.monitoring.history import LATEST
 from gigatok_ds.monitoring.wandb_log import WandbRun, as_wandb_image
 from gigatok_ds.untrusted import is_number
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 LARGEST_STEP = 2**53
@@ -91,7 +94,7 @@ class Monitor:
         """Print a warning above the bar, and append the line {"step", "time", "warning"}; also to TensorBoard."""
         if not self.enabled:
             return
-        self.note(f"warning: step {step}: {text}")
+        logger.warning("step %d: %s", step, text)
         self._write({"step": step, "time": round(time.time(), 3), "warning": text})
         with told_failures(self.run_dir / EVENTS_DIRECTORY):
             self._events.add_text("warning", text, step)
@@ -118,7 +121,7 @@ class Monitor:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         if self.enabled:
-            self._bar.write(text, file=sys.stderr)
+            logger.info("%s", text)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Move the bar to `step` and show `values` next to the remaining time."""

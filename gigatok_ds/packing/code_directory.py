@@ -172,7 +172,7 @@ class CodeDirectory:
         while missing := self._absent():
             now = self._sizes()
             if seen is None:
-                print(f"waiting for {len(missing)} shards of other ranks", file=sys.stderr, flush=True)
+                logger.info("waiting for %d shards of other ranks", len(missing))
             if now != seen:
                 seen, changed = now, time.monotonic()
             elif time.monotonic() - changed > PATIENCE:
@@ -213,8 +213,8 @@ def _counted(samples: Iterable[CodeSample], bar: tqdm) -> Iterator[CodeSample]:
 def _report(shard: str, rank: str | None, done: int, total: int, seconds: float) -> None:
     """One line for each shard where there is no terminal to draw a bar on."""
     left = seconds / done * (total - done)
-    print(f"{f'{rank}: ' if rank else ''}{shard} written, {done} of {total} images, {done / seconds:.1f} images/s, "
-          f"{tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
+    logger.info("%s%s written, %d of %d images, %.1f images/s, %s left", f"{rank}: " if rank else "", shard, done,
+                total, done / seconds, tqdm.format_interval(left))
 
 
 def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, object, object]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
+
+from tqdm import tqdm
 
 from gigatok_ds.config.load import load_recipe, recipe_names
 from gigatok_ds.dry_run.by_layers import rehearse
@@ -38,8 +39,7 @@ def dry_runs(name: str) -> Iterator[tuple[str, list | dict]]:
 
 def main() -> None:
     found: dict[str, list | dict] = {}
-    for name in recipe_names():
-        print(name, file=sys.stderr)
+    for name in tqdm(recipe_names(), unit="recipe"):
         found |= dry_runs(name)
     write_atomically(FILE, json.dumps(found, separators=(",", ":")).encode() + b"\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from gigatok_ds.cluster.local_job import rank_environment
 from gigatok_ds.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 STDERR = 2  # stages tell their progress; what we print is the result
 
@@ -52,9 +55,9 @@ class Launcher:
                 print(" ".join(self.command(stage)))
                 continue
             if _ended(stage):
-                print(f"== {stage.name}: done", file=sys.stderr, flush=True)
+                logger.info("== %s: done", stage.name)
                 continue
-            print(f"== {stage.name}", file=sys.stderr, flush=True)
+            logger.info("== %s", stage.name)
             finished = subprocess.run(self.command(stage), env=rank_environment(self.ranks), stdout=STDERR, check=False)
             if finished.returncode:
                 raise InputError(f"{stage.name} failed (exit code {finished.returncode}); its own message is above; "

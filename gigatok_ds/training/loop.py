@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ from gigatok_ds.resilience.step_guard import StepGuard, StepVerdict
 from gigatok_ds.resilience.watchdog import Watchdog
 from gigatok_ds.streams import stream_key
 from gigatok_ds.training.schedules import lr_of_iteration
+
+logger = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.npz"
 # Files of the run directory that each checkpoint has a copy of, so that it explains itself.
@@ -229,9 +231,8 @@ class _Steps:
         self.writer.finish()
         self._tell("stopped", step=step, reason=signal)
         if self.topology.is_first:
-            print(f"stopped by {signal}: step {step} is saved, and the same command goes on from there (exit code "
-                  f"{REQUEUE})",
-                  file=sys.stderr)
+            logger.info("stopped by %s: step %d is saved, and the same command goes on from there (exit code %d)",
+                        signal, step, REQUEUE)
         raise SystemExit(REQUEUE)
 
     def _tell(self, event: str, **what) -> None:
@@ -285,12 +286,12 @@ def _resume(task: Task, run_dir: Path, topology: Topology, guard: StepGuard, bra
             state = restore(newest, task.engines)
             guard.restore(state.guard)
             if topology.is_first:
-                print(f"resuming from {newest}", file=sys.stderr)
+                logger.info("resuming from %s", newest)
             return state.step
         if not found:
             raise InputError(problem)
         if topology.is_first:
-            print(f"warning: {problem}. Going on from the checkpoint before", file=sys.stderr)
+            logger.warning("%s. Going on from the checkpoint before", problem)
             tell(run_dir, "damaged", reason=problem)
     return 0
 

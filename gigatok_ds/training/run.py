@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from gigatok_ds.ownership import is_ours, owned_by_first
 from gigatok_ds.parallel.cuda_queues import order_kernels
 from gigatok_ds.training.branch import record_branch
 from gigatok_ds.training.run_checks import check_run
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from gigatok_ds.parallel.topology import Topology
@@ -117,9 +120,9 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     parameters = sum(parameter.numel() for parameter in build_on_meta(recipe.model).parameters())
     advice = zero3_worth_it(parameters) if settings["zero_optimization"]["stage"] == 3 else None
     for warning in [*warnings, *([advice] if advice else []), *random_weight_warnings(recipe)]:
-        print(f"warning: {warning}", file=sys.stderr)
+        logger.warning("%s", warning)
     if note := precision_note(recipe.training.precision, device_has_bf16()):
-        print(f"note: {note}", file=sys.stderr)
+        logger.info("note: %s", note)
     run_dir.mkdir(parents=True, exist_ok=True)
     record_frozen(recipe, run_dir, since=_run_of(branch) or run_dir)
     if branch:

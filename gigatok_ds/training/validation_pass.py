@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +22,8 @@ from gigatok_ds.losses.perceptual import LPIPS
 from gigatok_ds.models.frozen.pretrained_files import RANDOM
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.shards.index import ShardIndex
+
+logger = logging.getLogger(__name__)
 
 
 class TokenizerValidation:
@@ -110,7 +112,7 @@ class ReconstructionFID:
     def __init__(self, weights: str, images: int, topology: Topology):
         """weights: a path, or `random`; images: how many there are on all ranks."""
         if topology.is_first:
-            print(origin_of(weights, "validation.inception"), file=sys.stderr)
+            logger.info("%s", origin_of(weights, "validation.inception"))
         self.topology, self.name = topology, fid_name(images, weights)
         self.inception = load_inception(weights, "validation.inception").to(topology.device)
         self._whole_real: FeatureStatistics | None = None  # of the images of all ranks, the same at every validation

@@ -95,7 +95,7 @@ def another(directory, **otherwise):
     return owner
 
 
-def test_an_owner_on_another_host_is_dead_when_its_number_stands_still(tmp_path, monkeypatch, capsys):
+def test_an_owner_on_another_host_is_dead_when_its_number_stands_still(messages, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ownership, "SILENT_SECONDS", 3.0)
     another(tmp_path / "run")
     with owned(tmp_path / "run"):

@@ -42,7 +42,7 @@ def test_a_fault_is_tried_again_after_growing_waits():
     assert tries([1] * 10, 8)[1] == [5, 10, 20, 40, 80, 160, 300, 300]
 
 
-def test_tries_in_a_row_are_bounded(capsys):
+def test_tries_in_a_row_are_bounded(messages, capsys):
     assert tries([1, 1, 3, 0], 2) == (3, [5, 10], 3)
     assert "2 restarts in a row without a new checkpoint; giving up" in capsys.readouterr().err
 

@@ -117,6 +117,17 @@ def test_files_stay_small():
     assert not long
 
 
+def prints_to_stderr(path):
+    return any(isinstance(node, ast.Call) and getattr(node.func, "id", None) == "print"
+               and any(option.arg == "file" and "stderr" in ast.unparse(option.value) for option in node.keywords)
+               for node in ast.walk(ast.parse(path.read_text())))
+
+
+def test_what_is_no_result_goes_through_logging():
+    """A command's last word is the command line's own."""
+    assert [path.name for path in files() if prints_to_stderr(path)] == ["main.py"]
+
+
 def test_tests_lie_in_the_rooms_of_what_they_test():
     """Modules of tests are imported by their names alone, so no two share one."""
     tests = list(TESTS.rglob("test_*.py"))

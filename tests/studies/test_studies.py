@@ -121,7 +121,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_stages_are_started_as_a_user_would(setting, tmp_path, capfd):
+def test_stages_are_started_as_a_user_would(messages, setting, tmp_path, capfd):
     world, _, _ = setting
     codes = tmp_path / "codes"
     words = ["extract-codes", world / "tok", world / "val", "--crops", "center", "--out"]

@@ -14,7 +14,9 @@ on where it was; until all is written, it lies in OUT.partial.
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
+
+logger = logging.getLogger(__name__)
 
 HELP = "images (folders, ImageNet's tars, other shards) -> WebDataset tar shards with an index"
 
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"wrote {written.count} images of {classes} classes in {len(written.shards)} shards "
           f"({size / 1e6:.1f} MB) to {written.directory}")
     for note in source.notes:
-        print(f"warning: {note}", file=sys.stderr)
+        logger.warning("%s", note)
     if source.left_out:
         print(f"left out {source.left_out.total()} other files: {in_words(source.left_out)}")
     if written.count < len(source.images):

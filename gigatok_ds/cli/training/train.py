@@ -14,12 +14,14 @@ serves several cool-downs, each a run of its own:
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gigatok_ds.cluster.launched import launched_rank
 from gigatok_ds.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from gigatok_ds.config.recipe import Recipe
@@ -88,6 +90,6 @@ def _recommended(recipe: Recipe, overrides: list[str]) -> tuple[Recipe, int]:
         raise InputError(f"{decided[0]} and --auto both say how to train; leave one of them out")
     plan = plan_here(recipe)
     if launched_rank().is_first:
-        print(f"--auto: {' '.join(plan.layout.arguments(recipe))} ({plan.memory.peak / 1e9:.1f} of "
-              f"{plan.usable / 1e9:.1f} GB at most, by estimate)", file=sys.stderr)
+        logger.info("--auto: %s (%.1f of %.1f GB at most, by estimate)", " ".join(plan.layout.arguments(recipe)),
+                    plan.memory.peak / 1e9, plan.usable / 1e9)
     return plan.layout.applied_to(recipe), plan.layout.stage

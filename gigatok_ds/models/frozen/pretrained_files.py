@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import torch
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import sha256
+
+logger = logging.getLogger(__name__)
 
 RANDOM, DOWNLOAD = "random", "download"
 # As torch.hub reads names: the first digits of the file's SHA-256, between a dash and the suffix.
@@ -72,7 +74,7 @@ class WeightFile:
         if self.url is None:
             raise InputError(f"{self.setting} is {DOWNLOAD}, but {self.what} is not published; give a path")
         target, digits = cache_folder() / self.names[0], _DIGITS.search(self.names[0])
-        print(f"downloading {self.url} to {target}", file=sys.stderr)
+        logger.info("downloading %s to %s", self.url, target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(self.url, str(target), hash_prefix=digits and digits[1], progress=False)
