@@ -13,8 +13,8 @@ from PIL import Image
 from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.packing.image_sources import open_source
 from gigatok_ds.packing.pack_shards import Packing, pack
-from gigatok_ds.shards.index import Contents, ShardIndex, write_index
-from gigatok_ds.shards.tar_shard import TarShard
+from gigatok_ds.shards.contents import Contents, TarShard, write_index
+from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import numpy_stream
 
 # Sizes of ImageNet's photographs: most have a long side of 500, a few come from larger cameras.
@@ -26,7 +26,7 @@ CLASSES = 10
 
 def make_images(root: Path, count: int) -> None:
     """root/folder: `count` JPEG files in class directories; root/shards: the same as shards."""
-    photographs = [decode_image(find_photograph(name).read_bytes(), name) for name in PHOTOGRAPHS]
+    photographs = [decode_image(find_photograph(name).read_bytes(), name, orient=True) for name in PHOTOGRAPHS]
     for number in range(count):
         rng = numpy_stream(0, "loader benchmark", number)
         directory = root / "folder" / f"class{number % CLASSES}"

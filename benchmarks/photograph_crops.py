@@ -52,7 +52,7 @@ def find_photograph(name: str) -> Path:
 def split_photograph(name: str) -> dict[str, Image.Image]:
     """The photograph's left part for training and its right part for validation; no pixel is in both."""
     path = find_photograph(name)
-    image = decode_image(path.read_bytes(), path.name)
+    image = decode_image(path.read_bytes(), path.name, orient=True)
     edge = round(image.width * (1 - HELD_OUT))
     return {"train": image.crop((0, 0, edge, image.height)),
             "validation": image.crop((edge, 0, image.width, image.height))}

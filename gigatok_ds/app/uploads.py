@@ -60,7 +60,7 @@ def read_upload(path: Path, limits: Limits) -> Image.Image:
     if width * height > limits.megapixels * MEGAPIXEL:
         raise InputError(f"{name}: {width} x {height} pixels, {width * height / MEGAPIXEL:.0f} megapixels; at most "
                          f"{limits.megapixels:g} are decoded, shrink it")
-    return decode_image(data, name)
+    return decode_image(data, name, orient=True)
 
 
 def _size(data: bytes, name: str, limits: Limits) -> tuple[int, int]:

@@ -10,12 +10,14 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gigatok_ds.cli.messages import messages_shown
 from gigatok_ds.cluster.launched import launched_rank_or_alone
 from gigatok_ds.config.location import masked
+from gigatok_ds.data.pillow_warnings import Said, say_pillows_once
 from gigatok_ds.errors import InputError, MachineError, exit_code
 from gigatok_ds.signals import interrupts_noted
 from gigatok_ds.untrusted import printable
@@ -70,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     may pass, 130 after Ctrl-C, UNREAD when nobody reads any more what it prints."""
     try:
         try:
-            with messages_shown():
+            with messages_shown(), warnings.catch_warnings():
+                say_pillows_once(Said())
                 return _until_interrupted(argv)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever does not want to wait for the end asks again

@@ -85,13 +85,15 @@ class TrainingConfig:
 class ImageReadingConfig:
     """How training images are read.
 
-    `decoding` "exact" gives the original's pixels, "fast" nearly the same ones in less time (docs/data.md). With
+    `decoding` "exact" gives the original's pixels, "fast" nearly the same ones in less time; with `orient` images are
+    what a viewer shows, turned as their EXIF data say and with transparency over white (docs/data.md). With
     `shuffle_shards` n an epoch takes the tars in a random order and mixes the samples of n at a time, so that storage
     reads whole tars; null mixes all of the data. Samples that cannot be used are replaced; if they are more than
     `max_bad_fraction` of the samples, the run ends.
     """
 
     decoding: Literal["exact", "fast"] = "exact"
+    orient: bool = False
     shuffle_shards: int | None = None
     max_bad_fraction: float = 0.001
 

@@ -24,6 +24,7 @@ from gigatok_ds.files import write_atomically
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.remote import open_shards, read_beside
 from gigatok_ds.shards.shard_cache import ShardCache
+from gigatok_ds.shards.tar_scan import CAPTION, NO_LABEL
 from gigatok_ds.shards.tar_writer import Record, ShardSet, new_directory, write_tars
 from gigatok_ds.streams import numpy_stream
 from gigatok_ds.untrusted import is_number, parse_json
@@ -36,11 +37,14 @@ CODE_EXTENSIONS = ("npy",)
 
 @dataclass(frozen=True, kw_only=True)
 class CodeSample:
-    """The codes of one image: integers (augmentations, latent tokens), and its class number."""
+    """The codes of one image: integers (augmentations, latent tokens), its class number or NO_LABEL, and its caption,
+    if there is one, as it is stored.
+    """
 
     key: str
     codes: np.ndarray
     label: int
+    caption: bytes | None = None
 
 
 def code_dtype(codebook_size: int) -> np.dtype:
@@ -52,7 +56,8 @@ def write_code_shards(samples: Iterable[CodeSample], out_dir: str | Path, *, cod
                       latent_tokens: int, provenance: dict, classes: list[str] | None = None,
                       prefix: str = "codes", samples_per_shard: int = 10_000,
                       total: int | None = None) -> ShardSet:
-    """Write codes as tars (KEY.npy and KEY.cls) with an index and `metadata.json`, all of it or nothing.
+    """Write codes as tars (KEY.npy; KEY.cls and KEY.txt if there are) with an index and `metadata.json`: all or
+    nothing.
 
     `provenance` (which tokenizer, which augmentation, ...) is stored as it is; `classes` are the class names,
     if known; `total` is for the progress bar. Raises InputError, naming the sample, for codes of another
@@ -100,11 +105,16 @@ def code_records(samples: Iterable[CodeSample], metadata: dict) -> Iterator[Reco
         if codes.shape != shape or not codes.size:
             raise InputError(f"sample {sample.key!r}: codes have shape {codes.shape}; (augmentations, latent "
                              f"tokens) = {shape} is expected")
-        if sample.label < 0:
+        if sample.label < NO_LABEL:
             raise InputError(f"sample {sample.key!r} has label {sample.label}; labels are counted from 0")
         _check_codes(codes, metadata["codebook_size"], f"sample {sample.key!r}")
         stored = np.ascontiguousarray(codes, code_dtype(metadata["codebook_size"]))
-        yield sample.key, {"npy": _npy(stored), "cls": str(sample.label).encode()}
+        record = {"npy": _npy(stored)}
+        if sample.label != NO_LABEL:
+            record["cls"] = str(sample.label).encode()
+        if sample.caption is not None:
+            record[CAPTION] = sample.caption
+        yield sample.key, record
 
 
 def _check_codes(codes: np.ndarray, codebook_size: int, name: str) -> None:
@@ -118,7 +128,7 @@ def _check_codes(codes: np.ndarray, codebook_size: int, name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CodeDataset:
-    """Code shards in memory: `codes` unsigned or int32 (N, A, T), `labels` int32 (N,)."""
+    """Code shards in memory: `codes` unsigned or int32 (N, A, T), `labels` int32 (N,), NO_LABEL where there is none."""
 
     codes: np.ndarray
     labels: np.ndarray
@@ -146,7 +156,7 @@ class CodeDataset:
                                  f"{shape}; extract the codes again")
             codes[i] = np.frombuffer(data, codes.dtype, offset=len(header)).reshape(shape)
         _check_codes(codes, metadata["codebook_size"], str(directory))
-        if index.labels.min() < 0:
+        if index.labels.min() < NO_LABEL:
             raise InputError(f"{directory}: the smallest label is {index.labels.min()}; labels count from 0")
         return cls(codes=codes, labels=index.labels, metadata=metadata, index=index)
 
@@ -159,7 +169,7 @@ class CodeDataset:
         return dataclasses.replace(self, labels=self.index.labels)
 
     def check_labels(self, num_classes: int) -> None:
-        """Raise InputError, naming the first such sample, when a label is not in 0 ... num_classes - 1."""
+        """Raise InputError, naming the first such sample, when a label is missing or not in 0 ... num_classes - 1."""
         self.index.check_labels(num_classes)
 
 

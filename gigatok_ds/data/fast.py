@@ -35,20 +35,22 @@ class FastTransform(TrainingTransform):
 
     def decode(self, data: bytes, name: str, rng: np.random.Generator) -> Tensor:
         """A training crop of an encoded image, as bytes (3, size, size). Raises what `decode_image` raises."""
-        size = _size_of_plain_jpeg(data)
+        size = _size_of_plain_jpeg(data, upright=not self.orient)
         if size is not None:
             crop = self.draw(size, rng)
             pixels = _decode(data, size, crop.short_side)
             if pixels is not None:
                 return _window(pixels, size, crop, self.size)
-        image = decode_image(data, name)
+        image = decode_image(data, name, orient=self.orient)
         crop = crop if image.size == size else self.draw(image.size, rng)
         return _window(np.array(image), image.size, crop, self.size)
 
 
-def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a gray or YCbCr JPEG without metadata that could turn it; None for everything else."""
-    if _has_metadata(data):
+def _size_of_plain_jpeg(data: bytes, *, upright: bool) -> tuple[int, int] | None:
+    """(width, height) of a gray or YCbCr JPEG that is upright, or has no metadata that could turn it; None for
+    everything else.
+    """
+    if not data.startswith(b"\xff\xd8") or (not upright and _has_metadata(data)):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

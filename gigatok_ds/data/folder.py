@@ -27,12 +27,13 @@ class ImageFolder:
     left_out: Counter = field(default_factory=Counter)
 
 
-def scan_image_folder(root: str | Path) -> ImageFolder:
+def scan_image_folder(root: str | Path, *, mixed: bool = False) -> ImageFolder:
     """List the images under `root`: one class per sub-directory, numbered as `class_order` says.
 
     A directory that holds images and no sub-directories is one class with the directory's name. Images are
     looked for at any depth inside a class and ordered by path; hidden files and directories are left out, and
-    a class directory (but nothing below it) may be a link. Raises InputError when `root` is missing, holds no
+    a class directory (but nothing below it) may be a link. mixed: images beside directories are taken, too, all of them
+    without classes, as a flat directory's. Raises InputError when `root` is missing, holds no
     images or mixes images with class directories, and when a class is empty, for leaving it out would
     renumber the others.
     """
@@ -41,6 +42,8 @@ def scan_image_folder(root: str | Path) -> ImageFolder:
         raise InputError(f"image directory {root} does not exist or is not a directory")
     left_out: Counter = Counter()
     directories, loose = _children(root, left_out)
+    if directories and loose and mixed:
+        loose, directories = images_below(root, left_out := Counter()), []
     if directories and loose:
         raise InputError(f"{root} holds both images ({loose[0].name}) and directories "
                          f"({directories[0].name}); keep images alone (one class) or one directory per class")

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from gigatok_ds.cluster.launched import launched_rank_or_alone
 from gigatok_ds.cluster.share import WHOLE, Share
 from gigatok_ds.compat import sockets_without_files
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.data.bad_samples import BadSample, BadSamples
+from gigatok_ds.data.pillow_warnings import Said, say_pillows_once
 from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, ReadingPlan, SampleAddress
 from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError, MachineError
@@ -61,6 +63,7 @@ def _collate(items: list) -> Batch | Exception:
 def _prepare_worker(worker: int) -> None:
     keep_freed_memory()
     sockets_without_files()
+    say_pillows_once(Said(worker > 0 or not launched_rank_or_alone().is_first))
 
 
 def _told(error: RuntimeError | OSError) -> Exception | None:
@@ -167,11 +170,13 @@ class _AugmentedImages(Dataset):
                  read_ahead: bool):
         self.index, self.transform, self.seed, self.num_classes = index, transform, seed, num_classes
         self.read_ahead = read_ahead
+        usable = np.ones(len(index), bool)
         if num_classes is not None:
             index.check_labels(num_classes, max_bad_fraction=1.0)
-        self.labelled = np.flatnonzero(index.has_label(num_classes))
-        if not len(self.labelled):
-            index.check_labels(num_classes or int(index.labels.max()) + 1)
+            usable = index.has_label(num_classes)
+        self.usable = np.flatnonzero(usable)
+        if num_classes is not None and not len(self.usable):
+            index.check_labels(num_classes)
 
     def __getitem__(self, address: SampleAddress) -> dict:
         """Of the sample or, if it cannot be used, the next one that can: a bad file must not end a long run."""
@@ -183,7 +188,8 @@ class _AugmentedImages(Dataset):
             data = self.index.read(sample)
             rng = numpy_stream(self.seed, "augment", address.epoch, address.sample)
             try:
-                self.index.check_label(sample, self.num_classes)
+                if self.num_classes is not None:
+                    self.index.check_label(sample, self.num_classes)
                 pixels = self.transform.decode(data, image_name(self.index, sample), rng)
             except InputError as error:
                 bad.append(BadSample(sample, str(error)))
@@ -195,8 +201,9 @@ class _AugmentedImages(Dataset):
                          "data.max_bad_fraction is; gigatok-ds check-shards lists them)")
 
     def _next(self, sample: int) -> int:
-        """The following sample that has a label, in the order of the data and from its end to its beginning."""
-        return int(self.labelled[np.searchsorted(self.labelled, sample, side="right") % len(self.labelled)])
+        """The following sample that has a label, if it needs one, in the order of the data and from its end to its
+        beginning."""
+        return int(self.usable[np.searchsorted(self.usable, sample, side="right") % len(self.usable)])
 
 
 class ImageBatches(TrainingBatches):
@@ -204,10 +211,10 @@ class ImageBatches(TrainingBatches):
 
     Yields `images` float32 (B, 3, S, S) in [-1, 1] or, with `as_bytes`, uint8 of that shape, which `on_device` makes
     floats of; `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,), and `replaced` bool (B,): samples whose
-    place the next one in the data has taken, because they cannot be decoded or have no label. `max_bad_fraction` of the
-    reader's samples may be so. With `shuffle_shards` each tar is read ahead as a whole. `loading` are the workers and
-    pin_memory of BatchLoader. Raises InputError when too many samples are bad, when one has a label that is not below
-    `num_classes`, and when a shard has changed since it was indexed.
+    place the next one in the data has taken, because they cannot be decoded or, with `num_classes`, have no label.
+    `max_bad_fraction` of the reader's samples may be so. With `shuffle_shards` each tar is read ahead as a whole.
+    `loading` are the workers and pin_memory of BatchLoader. Raises InputError when too many samples are bad, when one
+    has a label that is not below `num_classes`, and when a shard has changed since it was indexed.
     """
 
     def __init__(self, index: ShardIndex, transform: TrainingTransform, plan: ReadingPlan, *, seed: int,
@@ -226,12 +233,12 @@ class ImageBatches(TrainingBatches):
 
 
 class _EvaluationImages(Dataset):
-    def __init__(self, index: ShardIndex, size: int, images: int):
-        self.index, self.size, self.images = index, size, images
+    def __init__(self, index: ShardIndex, size: int, images: int, orient: bool):
+        self.index, self.size, self.images, self.orient = index, size, images, orient
 
     def __getitem__(self, position: int) -> dict:
         sample = min(position, self.images - 1) * len(self.index) // self.images
-        image = decode_image(self.index.read(sample), image_name(self.index, sample))
+        image = decode_image(self.index.read(sample), image_name(self.index, sample), orient=self.orient)
         return {"images": pixels_of(center_crop(image, self.size)), "labels": self.index.label(sample),
                 "sample": sample, "valid": position < self.images}
 
@@ -242,18 +249,19 @@ class _FloatImages(BatchLoader):
 
 
 def evaluation_batches(index: ShardIndex, size: int, batch_size: int, share: Share = WHOLE, *,
-                       images: int | None = None, as_bytes: bool = False, workers: int = 0,
-                       pin_memory: bool = False) -> BatchLoader:
+                       images: int | None = None, orient: bool = False, as_bytes: bool = False,
+                       **loading: Any) -> BatchLoader:
     """Center-cropped images in the order of the index; `len` is the number of batches, equal for all shares.
 
     `images` takes so many of them, evenly spaced, since data is often sorted by class; None takes all. Batch b of rank
     r holds the taken images (b * share.size + r) * batch_size onwards. Yields `images` float32
     (batch_size, 3, size, size) in [-1, 1] or, with `as_bytes`, uint8, which `on_device` makes floats of; `labels` and
     `sample` int64 (batch_size,); and `valid` bool (batch_size,), False for the copies of the last one that fill up the
-    end, behind all others. Raises InputError for an undecodable image: leaving it out would falsify the result.
+    end, behind all others. orient: see `decode_image`. `loading` are the workers and pin_memory of BatchLoader. Raises
+    InputError for an undecodable image: leaving it out would falsify the result.
     """
     images, per_round = len(index) if images is None else images, batch_size * share.size
     starts = range(share.rank * batch_size, -(-images // per_round) * per_round, per_round)
     positions = [list(range(start, start + batch_size)) for start in starts]
     kind = BatchLoader if as_bytes else _FloatImages
-    return kind(_EvaluationImages(index, size, images), positions, workers=workers, pin_memory=pin_memory)
+    return kind(_EvaluationImages(index, size, images, orient), positions, **loading)

@@ -33,25 +33,26 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def decode_whole_image(data: bytes, name: str) -> Image.Image:
-    """`decode_image`, which here also raises InputError for damage that its decoder passes over (`damage_of`)."""
-    image = decode_image(data, name)
+    """`decode_image` as the image is shown, which here also raises InputError for damage that its decoder passes over
+    (`damage_of`)."""
+    image = decode_image(data, name, orient=True)
     if damage := damage_of(data):
         raise InputError(f"{name}: cannot decode this image without a fault ({damage}); replace or remove it")
     return image
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode a JPEG, PNG, WebP or BMP into an upright 8-bit RGB image.
+def decode_image(data: bytes, name: str, *, orient: bool = False) -> Image.Image:
+    """Decode a JPEG, PNG, WebP or BMP into an 8-bit RGB image: the pixels of Pillow's convert("RGB"), as the original.
 
-    Transparent pixels are laid over white, 16-bit gray keeps its upper eight bits (as Pillow does for 16-bit
-    colour), EXIF orientation is applied. Raises InputError, naming the image, when it cannot be decoded, as when its
-    file ends too early, is larger than MAX_PIXELS or thinner than MAX_ASPECT_RATIO.
+    orient: as a viewer shows it instead: EXIF orientation is applied, transparent pixels are laid over white, 16-bit
+    gray keeps its upper eight bits (as Pillow does for 16-bit colour). Raises InputError, naming the image, when it
+    cannot be decoded, as when its file ends too early, is larger than MAX_PIXELS or thinner than MAX_ASPECT_RATIO.
     """
     try:
         image = open_image(data)
         check_shape(*image.size, name)
         image.load()
-        return _to_rgb(_upright(image))
+        return _as_shown(_upright(image)) if orient else image.convert("RGB")
     except InputError:
         raise
     except Exception as error:  # decoders raise almost anything on malformed bytes
@@ -101,7 +102,7 @@ def _orientation_tag(tiff: bytes) -> int | None:
     return found
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _as_shown(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         # Pillow's own conversion clips at 255 instead of scaling.
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
@@ -238,18 +239,22 @@ def scale_pixels(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """Random crop and, with probability one half if `flip`, a mirror image: (image, rng) -> float32 (3, size, size)."""
+    """Random crop and, with probability one half if `flip`, a mirror image: (image, rng) -> float32 (3, size, size).
+
+    orient: see `decode_image`.
+    """
 
     size: int
     crop_scale: tuple[float, float] = (0.8, 1.0)
     flip: bool = True
+    orient: bool = False
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         return scale_pixels(self._pixels(image, rng))
 
     def decode(self, data: bytes, name: str, rng: np.random.Generator) -> Tensor:
         """The same of an encoded image, as bytes (3, size, size). Raises what `decode_image` raises."""
-        return self._pixels(decode_image(data, name), rng)
+        return self._pixels(decode_image(data, name, orient=self.orient), rng)
 
     def draw(self, image_size: tuple[int, int], rng: np.random.Generator) -> Crop:
         """The crop of an image of this (width, height)."""

@@ -27,15 +27,16 @@ from gigatok_ds.shards.tar_members import is_tar
 class CroppedImages(Dataset):
     """Items: `pixels` uint8 (3, S, S), `labels` (the class number) and `number`, the place in this set.
 
-    location: shards (a directory or URL), or a directory of JPEG and PNG files, a sub-directory for each class. Raises
-    InputError when there are no images, and for one that cannot be decoded: leaving it out would falsify figures.
+    location: shards (a directory or URL), or a directory of JPEG and PNG files, a sub-directory for each class. orient:
+    see `decode_image`. Raises InputError when there are no images, and for one that cannot be decoded: leaving it out
+    would falsify figures.
     """
 
-    def __init__(self, location: str | Path, size: int):
-        self.location, self.size = location, size
+    def __init__(self, location: str | Path, size: int, *, orient: bool = False):
+        self.location, self.size, self.orient = location, size, orient
         self.source: ImageFolder | ShardIndex
         if Path(location).is_dir() and not any(map(is_tar, os.listdir(location))):
-            self.source = scan_image_folder(location)
+            self.source = scan_image_folder(location, mixed=True)
         else:
             self.source = open_shards(location)
 
@@ -68,8 +69,8 @@ class CroppedImages(Dataset):
         else:
             path = self.source.paths[number]
             data, name, label = path.read_bytes(), str(path), self.source.labels[number]
-        return {"pixels": pixels_of(center_crop(decode_image(data, name), self.size)), "labels": label,
-                "number": number}
+        image = decode_image(data, name, orient=self.orient)
+        return {"pixels": pixels_of(center_crop(image, self.size)), "labels": label, "number": number}
 
     def identity(self) -> str:
         """SHA-256 that tells these images from any others."""

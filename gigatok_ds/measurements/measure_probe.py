@@ -55,10 +55,11 @@ def measure_probe(of: ProbedFeatures, train: str, val: str, out: Path, topology:
     """
     topology = topology or single_process()
     features = of.load(topology)
-    images, test = open_shards(train), CroppedImages(val, features.tokenizer.config.image_size)
+    images, test = open_shards(train), CroppedImages(val, features.tokenizer.config.image_size,
+                                                     orient=settings.orient)
     test.number_as(images.classes, train)
     if not settings.classes:
-        settings = replace(settings, classes=len(images.classes) or int(images.labels.max()) + 1)
+        settings = replace(settings, classes=images.count_classes())
     identity = of.identity() | {"train_sha256": images.identity()}
     run = ProbeRun(features, images, settings, topology, out, identity=identity, workers=workers)
     run.run()

@@ -20,16 +20,16 @@ from gigatok_ds.shards.remote import short_name
 @float32_arithmetic()
 def measure_reconstruction(tokenizer: Path, data: str, topology: Topology | None = None, *,
                            networks: FeatureNetworks = FeatureNetworks(), allow: Collection[str] = (),
-                           batch_size: int = 32, workers: int = 0) -> Results:
+                           orient: bool = False, batch_size: int = 32, workers: int = 0) -> Results:
     """PSNR, SSIM and use of the codebook; rFID through Inception and LPIPS through VGG16, if those are there.
 
     tokenizer: a standalone checkpoint. data: image shards or a directory of images. topology: the ranks that share the
     images, each of which counts once; this process alone by default. allow: with "count", another number of images than
-    ImageNet's validation has. Raises InputError for what cannot be read, or compared.
+    ImageNet's validation has. orient: see `decode_image`. Raises InputError for what cannot be read, or compared.
     """
     topology = topology or single_process()
     network = load_tokenizer(tokenizer, device=str(topology.device))
-    images = CroppedImages(data, network.config.image_size)
+    images = CroppedImages(data, network.config.image_size, orient=orient)
     if len(images) != VALIDATION_IMAGES and "count" not in allow:
         raise InputError(f"{data} holds {len(images)} images, but published figures are of ImageNet's "
                          f"{VALIDATION_IMAGES:,} validation images; say --allow count to measure these")
@@ -41,6 +41,7 @@ def measure_reconstruction(tokenizer: Path, data: str, topology: Topology | None
         "tokenizer": tokenizer.resolve().name, "tokenizer_sha256": checkpoint_hash(tokenizer),
         "data": short_name(data), "data_sha256": images.identity(), "images": len(images),
         "image_size": network.config.image_size, "dtype": "float32", "batch_size": batch_size,
+        "orient": orient,
         "pixels": "center crop; reconstructions in 8 bits, rounded down; LPIPS of the unclamped output",
         **said, "vgg16_sha256": vgg_sha256, **numeric_settings(topology.device),
     }

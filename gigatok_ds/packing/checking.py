@@ -13,10 +13,11 @@ from tqdm import tqdm
 from gigatok_ds.data.transforms import decode_whole_image, open_image
 from gigatok_ds.errors import InputError
 from gigatok_ds.packing.workers import in_processes
+from gigatok_ds.shards.class_labels import StoredLabels
+from gigatok_ds.shards.contents import TarShard, describe_shard
 from gigatok_ds.shards.remote import open_shards
 from gigatok_ds.shards.shard_files import ShardFiles
-from gigatok_ds.shards.tar_scan import Entry, in_words, scan_tar
-from gigatok_ds.shards.tar_shard import TarShard, describe_shard
+from gigatok_ds.shards.tar_scan import NO_LABEL, Entry, in_words, scan_tar
 
 
 @dataclass(kw_only=True)
@@ -45,12 +46,16 @@ class ShardReport:
 
     def lines(self) -> Iterator[str]:
         """The summary for a person, without the problems."""
-        counts = self.per_class
-        yield f"{self.samples} images of {len(counts)} classes in {self.shards} shards, {self.size / 1e6:.1f} MB"
+        counts = Counter({label: count for label, count in self.per_class.items() if label != NO_LABEL})
+        unlabelled = self.samples - counts.total()
+        kinds = [f"{counts.total()} images of {len(counts)} classes"] * bool(counts) + [
+            f"{unlabelled} images without labels"] * bool(unlabelled)
+        yield f"{' and '.join(kinds)} in {self.shards} shards, {self.size / 1e6:.1f} MB"
         yield f"{self.members.total()} members of tars: {in_words(self.members)}"
-        few, many = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-        yield (f"labels {min(counts)} to {max(counts)}; {counts[few]} images ({self._class_name(few)}) to "
-               f"{counts[many]} ({self._class_name(many)}) in a class")
+        if counts:
+            few, many = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+            yield (f"labels {min(counts)} to {max(counts)}; {counts[few]} images ({self._class_name(few)}) to "
+                   f"{counts[many]} ({self._class_name(many)}) in a class")
         if self.short_sides:
             sides, numbers = zip(*sorted(self.short_sides.items()), strict=True)
             yield f"shorter side {sides[0]} to {sides[-1]} pixels, median {int(np.median(np.repeat(sides, numbers)))}"
@@ -68,7 +73,7 @@ def check_shards(location: str | Path, *, decode: bool = True, workers: int = 0)
     missing or of another size.
     """
     index = open_shards(location, max_bad_fraction=1.0, compare=False)
-    tasks = ((index.tars, shard, entries, decode)
+    tasks = ((index.tars, shard, entries, index.classes, decode)
              for shard, entries in zip(index.shards, index.entries(), strict=True))
     report = ShardReport(classes=index.classes)
     with tqdm(total=len(index), unit="image", disable=None) as bar:
@@ -78,11 +83,12 @@ def check_shards(location: str | Path, *, decode: bool = True, workers: int = 0)
     return report
 
 
-def _check_shard(tars: ShardFiles, shard: TarShard, entries: list[Entry], decode: bool) -> ShardReport:
+def _check_shard(tars: ShardFiles, shard: TarShard, entries: list[Entry], classes: list[str],
+                 decode: bool) -> ShardReport:
     report = ShardReport(shards=1, size=shard.size, per_class=Counter(entry.label for entry in entries))
     try:
         with tars.held(shard.name, shard) as path:
-            _compare(path, shard, entries, report)
+            _compare(path, shard, entries, classes, report)
             if decode:
                 _look_at_all(path, entries, report)
     except InputError as error:
@@ -90,8 +96,9 @@ def _check_shard(tars: ShardFiles, shard: TarShard, entries: list[Entry], decode
     return report
 
 
-def _compare(path: Path, shard: TarShard, entries: list[Entry], report: ShardReport) -> None:
-    found = scan_tar(path, problems=report.problems, tally=report.members)
+def _compare(path: Path, shard: TarShard, entries: list[Entry], classes: list[str], report: ShardReport) -> None:
+    labels = StoredLabels(classes) if classes else None
+    found = scan_tar(path, problems=report.problems, tally=report.members, labels=labels)
     if describe_shard(path, found) != shard or found != entries:
         raise InputError(f"{path} is not what was indexed: its bytes have changed")
 

@@ -33,9 +33,8 @@ from gigatok_ds.data.codes import (
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
 from gigatok_ds.ownership import OWNER_FILE, owned
-from gigatok_ds.shards.index import INDEX_FILE, TABLE_FILE, Contents, build_table, write_index
+from gigatok_ds.shards.contents import INDEX_FILE, TABLE_FILE, Contents, build_table, describe_shard, write_index
 from gigatok_ds.shards.tar_scan import Entry, scan_tar
-from gigatok_ds.shards.tar_shard import describe_shard
 from gigatok_ds.shards.tar_writer import new_directory, write_tar
 from gigatok_ds.untrusted import parse_json
 

@@ -1,4 +1,5 @@
-"""Images to be packed into shards, wherever they lie: a folder, ImageNet's own tars read without unpacking, or shards.
+"""Images to be packed into shards, wherever they lie: a folder, a list of files, ImageNet's own tars read without
+unpacking, shards, or Parquet files.
 
 A source lists its images in a fixed order, with the byte range of each in its file, so that any process can read any
 of them, and counts whatever else is there.
@@ -6,75 +7,89 @@ of them, and counts whatever else is there.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 from gigatok_ds.data.folder import ImageFolder, class_order, images_below, is_image, scan_image_folder, why_no_image
 from gigatok_ds.errors import InputError
 from gigatok_ds.packing.label_files import read_labels
-from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.packing.listing import ImageSource, SourceImage, numbered_key
+from gigatok_ds.packing.parquet_source import parquet_source
+from gigatok_ds.packing.shard_source import shard_source
 from gigatok_ds.shards.tar_members import FILE, Member, is_compressed_tar, is_tar, tar_members
-from gigatok_ds.shards.tar_scan import safe_key
+from gigatok_ds.shards.tar_scan import IMAGE_EXTENSIONS, NO_LABEL
+from gigatok_ds.untrusted import reading
 
 _SYNSET_TAR = re.compile(r"n\d{8}\.tar", re.IGNORECASE)
-_KEY_NAME = 20  # characters of a file name in a key
+LISTS = (".txt", ".lst", ".list")  # of paths
 IMAGENET = {"train": (1000, 1_281_167), "val": (1000, 50_000)}  # classes and images
 
 
-class SourceImage(NamedTuple):
-    """One encoded image: `size` bytes at `offset` of the file `path` (size None: the whole file)."""
+def open_source(path: str | Path, labels: str | Path | None = None, *, field: str | None = None,
+                unlabelled: bool = False) -> ImageSource:
+    """The images of a directory (classes, shards, Parquet files, or ImageNet's nNNNNNNNN.tar files), of one of
+    ImageNet's tars, of a Parquet file, or of a text file with the path of an image in each line.
 
-    key: str
-    label: int
-    path: str
-    offset: int = 0
-    size: int | None = None
-    member: str | None = None  # its name in the tar
-
-    @property
-    def name(self) -> str:
-        """What error messages call it."""
-        return f"{self.path}: {self.member}" if self.member else self.path
-
-    def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            data = file.read() if self.size is None else file.read(self.size)
-        if self.size is not None and len(data) != self.size:
-            raise InputError(f"{self.name}: the file has become shorter while it was read")
-        return data
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSource:
-    """`images` in their order; the label of each is a position in `classes`, which is empty when names are unknown.
-
-    `left_out` counts everything else that is there, by reason; `notes` are lines for the user.
+    labels: which class each image of a source without classes has; see `read_labels`. field: the column of labels in
+    Parquet files, in a table that `labels` is, or the field of each sample's KEY.json in shards. unlabelled: images
+    have no labels, whatever directories they lie in. Raises InputError when there is nothing to read, or labels are
+    missing or do nothing.
     """
-
-    images: list[SourceImage]
-    classes: list[str]
-    left_out: Counter = field(default_factory=Counter)
-    notes: Sequence[str] = ()
-
-
-def open_source(path: str | Path, labels: str | Path | None = None) -> ImageSource:
-    """The images of a directory (classes, shards, or ImageNet's nNNNNNNNN.tar files) or of one of ImageNet's tars.
-
-    `labels` says which class each image of ILSVRC2012_img_val.tar, or of a directory without classes, has; see
-    `read_labels`. Raises InputError when there is nothing to read, or labels are missing or do nothing.
-    """
+    if unlabelled and (labels is not None or field is not None):
+        raise InputError(f"--no-labels and {'--labels' if labels is not None else '--label-field'} say different "
+                         "things; leave one of them out")
     path = Path(path)
+    source = _opened(path, labels, field, unlabelled)
+    return source.without_labels() if unlabelled else source
+
+
+def _opened(path: Path, labels: str | Path | None, field: str | None, unlabelled: bool) -> ImageSource:
+    if path.is_dir() and any(is_tar(child.name) or is_compressed_tar(child.name) for child in path.iterdir()
+                             if "devkit" not in child.name):
+        return _directory_of_tars(path, labels, field)
+    if path.suffix == ".parquet" or (path.is_dir() and _holds_parquet(path)):
+        _refuse(labels, f"{path} has a column of labels, which --label-field names")
+        return parquet_source(path, field)
+    if field is not None and labels is None:
+        raise InputError(f"--label-field is for shards, Parquet files and tables (--labels); {path} is none of them")
     if path.is_dir():
-        return _directory(path, labels)
+        return _directory_of_images(path, labels, field, unlabelled)
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a directory of images or shards, or one of ImageNet's tars")
+    if path.suffix in LISTS:
+        return _of_paths(listed_images(path), Counter(), path, labels, field, unlabelled)
+    return _tar(path, labels, field, unlabelled)
+
+
+def _holds_parquet(path: Path) -> bool:
+    """Whether there are Parquet files in a directory, or in its directories (as `datasets` has `data/`)."""
+    return any(path.glob("*.parquet")) or any(path.glob("*/*.parquet"))
+
+
+def _refuse(labels: str | Path | None, reason: str) -> None:
+    if labels is not None:
+        raise InputError(f"--labels goes with images without classes; {reason}")
+
+
+def listed_images(path: Path) -> list[Path]:
+    """The paths that a text file has in its lines, relative to its own directory. InputError for one that is no image.
+    """
+    with reading(path, "give a text file in UTF-8 with the path of an image in each line"):
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    paths = [path.parent / line for line in lines if line]
+    for number, file in enumerate(paths, 1):
+        if not is_image(file.name) or not file.is_file():
+            raise InputError(f"{path}, image {number}: {file} is not there, or its name is not that of an image "
+                             f"({', '.join(IMAGE_EXTENSIONS)})")
+    return paths
+
+
+def _tar(path: Path, labels: str | Path | None, field: str | None, unlabelled: bool) -> ImageSource:
     members = list(tar_members(path))
     inner = [member for member in members if member.kind == FILE and is_tar(_base(member))]
     packed = [member for member in members if is_compressed_tar(_base(member))]
@@ -83,15 +98,14 @@ def open_source(path: str | Path, labels: str | Path | None = None) -> ImageSour
             f"{path} holds {packed[0].name}, which is compressed ({len(packed)} such members); decompress them"
         )
     if not inner:
-        return _labelled_tar(path, members, labels)
-    if labels is not None:
-        raise InputError(f"--labels goes with images without classes; {path} has classes, leave it out")
+        return _labelled_tar(path, members, labels, field, unlabelled)
+    _refuse(labels, f"{path} has classes, leave it out")
     beside = Counter(f"{_why(member) or 'images'} beside the classes' tars" for member in members if member
                      not in inner)
     return _class_tars([(path, member.offset, member.size, member.name) for member in inner], beside)
 
 
-def _directory(path: Path, labels: str | Path | None) -> ImageSource:
+def _directory_of_tars(path: Path, labels: str | Path | None, field: str | None) -> ImageSource:
     tars = sorted(child for child in path.iterdir() if is_tar(child.name))
     packed = sorted(child.name for child in path.iterdir() if is_compressed_tar(child.name) and "devkit"
                     not in child.name)
@@ -99,51 +113,48 @@ def _directory(path: Path, labels: str | Path | None) -> ImageSource:
         raise InputError(
             f"{path / packed[0]} is compressed ({len(packed)} such files there); decompress it, or move it away"
         )
-    if not tars:
-        return _folder(path) if labels is None else _labelled_folder(path, labels)
-    if labels is not None:
-        raise InputError(f"--labels goes with images without classes; {path} is a directory of tars that say their "
-                         "classes, leave it out")
     if not all(_SYNSET_TAR.fullmatch(tar.name) for tar in tars):
-        return _shards(path)
+        return shard_source(path, labels, field)
+    _refuse(labels, f"{path} is a directory of tars that say their classes, leave it out")
     beside = Counter(why_no_image(child.name) for child in path.iterdir() if child not in tars)
     return _class_tars([(tar, 0, tar.stat().st_size, tar.name) for tar in tars], beside)
 
 
-def _folder(path: Path) -> ImageSource:
+def _directory_of_images(path: Path, labels: str | Path | None, field: str | None, unlabelled: bool) -> ImageSource:
+    if labels is not None or unlabelled:
+        left_out: Counter = Counter()
+        return _of_paths(images_below(path, left_out), left_out, path, labels, field, unlabelled)
     folder = scan_image_folder(path)
     if folder.flat:
         raise InputError(
             f"{path} holds {len(folder.paths)} images and no directories of classes; give --labels (a file with "
-            "a line NAME CLASS for each, Kaggle's LOC_val_solution.csv, or ImageNet's devkit), or put the images "
-            "of each class into a directory of its own"
+            "a line NAME CLASS for each, Kaggle's LOC_val_solution.csv, or ImageNet's devkit), put the images "
+            "of each class into a directory of its own, or, for a tokenizer, --no-labels"
         )
     return _of_files(folder)
 
 
-def _labelled_folder(path: Path, labels: str | Path) -> ImageSource:
-    left_out: Counter = Counter()
-    paths = images_below(path, left_out)
+def _of_paths(paths: list[Path], left_out: Counter, origin: Path, labels: str | Path | None, field: str | None,
+              unlabelled: bool) -> ImageSource:
+    """Files that do not say their classes."""
     if not paths:
-        raise InputError(f"no images under {path}")
-    classes, numbers, notes = _numbered_classes(labels, [str(file.relative_to(path)) for file in paths])
+        raise InputError(f"no images under {origin}")
+    if unlabelled:
+        return _of_files(ImageFolder(paths=paths, labels=[NO_LABEL] * len(paths), classes=[], left_out=left_out))
+    if labels is None:
+        raise InputError(f"{origin} does not say which class its images have; give --labels (a text file with a line "
+                         "NAME CLASS for each) or, for a tokenizer, --no-labels")
+    root = origin if origin.is_dir() else origin.parent
+    names = [os.path.relpath(file, root) for file in paths]
+    classes, numbers, notes = _numbered_classes(labels, names, field)
     folder = ImageFolder(paths=paths, labels=numbers, classes=classes, left_out=left_out)
     return _of_files(folder, (*notes, *_unlike_imagenet("val", paths[0].name, classes, len(paths))))
 
 
 def _of_files(folder: ImageFolder, notes: Sequence[str] = ()) -> ImageSource:
-    images = [SourceImage(_numbered(number, file.stem), label, str(file))
+    images = [SourceImage(numbered_key(number, file.stem), label, str(file))
               for number, (file, label) in enumerate(zip(folder.paths, folder.labels, strict=True))]
     return ImageSource(images=images, classes=folder.classes, left_out=folder.left_out, notes=notes)
-
-
-def _shards(path: Path) -> ImageSource:
-    index = ShardIndex.open(path)
-    images = []
-    for i in range(len(index)):
-        name, offset, size = index.place(i)
-        images.append(SourceImage(index.key(i), index.label(i), str(path / name), offset, size, index.key(i)))
-    return ImageSource(images=images, classes=index.classes)
 
 
 def _class_tars(tars: list[tuple[Path, int, int, str]], left_out: Counter) -> ImageSource:
@@ -164,24 +175,30 @@ def _class_tars(tars: list[tuple[Path, int, int, str]], left_out: Counter) -> Im
                   notes=_unlike_imagenet("train", Path(tars[0][3]).name, classes, len(images)))
 
 
-def _labelled_tar(path: Path, members: list[Member], labels: str | Path | None) -> ImageSource:
+def _labelled_tar(path: Path, members: list[Member], labels: str | Path | None, field: str | None,
+                  unlabelled: bool) -> ImageSource:
     left_out: Counter = Counter()
     found = _images(members, left_out)
     if not found:
         raise InputError(f"{path} holds neither images nor tars of images")
+    if unlabelled:
+        images = [_image(number, member, NO_LABEL, path) for number, member in enumerate(found)]
+        return ImageSource(images=images, classes=[], left_out=left_out)
     if labels is None:
         raise InputError(f"{path} does not say which class its images have; give --labels: "
-                         "ILSVRC2012_devkit_t12.tar.gz, or a text file with a line NAME CLASS for each")
-    classes, numbers, notes = _numbered_classes(labels, [member.name for member in found])
+                         "ILSVRC2012_devkit_t12.tar.gz, or a text file with a line NAME CLASS for each; or, for a "
+                         "tokenizer, --no-labels")
+    classes, numbers, notes = _numbered_classes(labels, [member.name for member in found], field)
     images = [_image(number, member, label, path)
               for number, (member, label) in enumerate(zip(found, numbers, strict=True))]
     return ImageSource(images=images, classes=classes, left_out=left_out,
                   notes=(*notes, *_unlike_imagenet("val", _base(found[0]), classes, len(images))))
 
 
-def _numbered_classes(labels: str | Path, names: list[str]) -> tuple[list[str], list[int], list[str]]:
+def _numbered_classes(labels: str | Path, names: list[str],
+                      field: str | None) -> tuple[list[str], list[int], list[str]]:
     """(class names, the number of each image's class, lines for the user)."""
-    class_of, notes = read_labels(labels, names)
+    class_of, notes = read_labels(labels, names, field)
     classes, number = class_order(class_of, str(labels))
     return classes, [number[name] for name in class_of], notes
 
@@ -221,10 +238,5 @@ def _base(member: Member) -> str:
 
 
 def _image(number: int, member: Member, label: int, path: Path) -> SourceImage:
-    key = _numbered(number, Path(member.name).stem)
+    key = numbered_key(number, Path(member.name).stem)
     return SourceImage(key, label, str(path), member.offset, member.size, member.name)
-
-
-def _numbered(number: int, stem: str) -> str:
-    """The number keeps keys unique; the (shortened) name lets a person find the file again."""
-    return f"{number:08d}_{safe_key(stem)[:_KEY_NAME]}"

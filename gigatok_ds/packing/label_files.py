@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.packing.devkit import devkit_classes
+from gigatok_ds.packing.label_tables import KAGGLE, is_table, table_of_labels
 from gigatok_ds.shards.tar_members import is_compressed_tar
 from gigatok_ds.untrusted import reading
 
-_KAGGLE = "ImageId,PredictionString"  # the first line of LOC_val_solution.csv
 
-
-def read_labels(path: str | Path, names: list[str]) -> tuple[list[str], list[str]]:
+def read_labels(path: str | Path, names: list[str], field: str | None = None) -> tuple[list[str], list[str]]:
     """(the class name of each of the images, lines for the user). `names` are their paths in the source, in its order.
 
     `path` is ImageNet's ILSVRC2012_devkit_t12.tar.gz, which gives the validation images' classes in the order of their
-    file names; Kaggle's LOC_val_solution.csv; or a text file with a line `NAME CLASS` for each image, NAME being its
-    path in the source or, where no other has the same, its file name. Raises InputError when an image has no class or
-    two, or a line fits two images.
+    file names; Kaggle's LOC_val_solution.csv; a CSV or Parquet file, or a directory of Parquet files, with a column of
+    names or keys and one of classes (`field`, `label` or `class` if None); or a text file with a line `NAME CLASS` for
+    each image. A name is an image's path in the source or, where no other has the same, its file name. Raises
+    InputError when an image has no class or two, or a line fits two images.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"--labels: {path} does not exist")
+    tabular = is_table(path)
+    if field is not None and not tabular:
+        raise InputError(f"--label-field names a column of a table; {path} is none (a CSV file with a line of names, "
+                         "or Parquet)")
     bases = Counter(_base(name) for name in names)
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
@@ -38,7 +42,7 @@ def read_labels(path: str | Path, names: list[str]) -> tuple[list[str], list[str
             raise InputError(f"{path} gives the classes of {len(classes)} images; there are {len(names)}")
         in_order = dict(zip(sorted(bases), classes, strict=True))
         return [in_order[_base(name)] for name in names], []
-    lines, by_stem = _lines(path)
+    lines, by_stem = table_of_labels(path, field) if tabular else _lines(path)
     said = {_normal(name): name for name in lines}
     called = [_key(name, by_stem) for name in names]
     ambiguous = {base for base, count in Counter(map(_base, called)).items() if count > 1}
@@ -75,7 +79,7 @@ def _lines(path: Path) -> tuple[dict[str, str], bool]:
     """(class by name, whether the names have no extension)."""
     with reading(path, "give a text file in UTF-8 with a line NAME CLASS for each image"):
         lines = path.read_text("utf-8-sig").splitlines()
-    kaggle = bool(lines) and lines[0].strip() == _KAGGLE
+    kaggle = bool(lines) and lines[0].strip() == KAGGLE
     classes: dict[str, str] = {}
     numbers: dict[str, int] = {}
     for number, line in enumerate(lines[1:] if kaggle else lines, 2 if kaggle else 1):
@@ -100,7 +104,7 @@ def _normal(name: str) -> str:
 
 def _key(name: str, by_stem: bool) -> str:
     name = _normal(name)
-    return name.rpartition(".")[0] if by_stem else name
+    return str(PurePosixPath(name).with_suffix("")) if by_stem else name
 
 
 def _base(name: str) -> str:

@@ -60,7 +60,9 @@ class NpyCodes:
         label = _load(file)
         if label.size != 1 or not np.issubdtype(label.dtype, np.integer):
             raise InputError(f"{file} holds {label.dtype} {label.shape}; one integer, the label, is expected")
-        return CodeSample(key=self.key(i), codes=_load(self.codes / f"{i}.npy"), label=int(label.reshape(())))
+        if (number := int(label.reshape(()))) < 0:
+            raise InputError(f"sample {self.key(i)!r} has label {number} ({file}); labels are counted from 0")
+        return CodeSample(key=self.key(i), codes=_load(self.codes / f"{i}.npy"), label=number)
 
 
 def convert_npy_codes(directory: str | Path, out: str | Path, *, codebook_size: int, samples_per_shard: int = 10_000,

@@ -17,18 +17,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL.Image import Image
 from tqdm import tqdm
 
 from gigatok_ds.data.transforms import decode_whole_image, open_image, resize_short_side
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
 from gigatok_ds.ownership import owned
-from gigatok_ds.packing.image_sources import ImageSource, SourceImage
+from gigatok_ds.packing.listing import ImageSource, SourceImage
 from gigatok_ds.packing.workers import in_processes
 from gigatok_ds.plain import from_plain
-from gigatok_ds.shards.index import Contents, build_table, write_index
-from gigatok_ds.shards.tar_scan import IMAGE_EXTENSIONS, Entry, is_safe_key, scan_tar
-from gigatok_ds.shards.tar_shard import TarShard, describe_shard
+from gigatok_ds.shards.contents import Contents, TarShard, build_table, describe_shard, write_index
+from gigatok_ds.shards.tar_scan import CAPTION, IMAGE_EXTENSIONS, NO_LABEL, Entry, is_safe_key, scan_tar
 from gigatok_ds.shards.tar_writer import Record, ShardSet, unused, write_tar
 from gigatok_ds.streams import numpy_stream
 from gigatok_ds.untrusted import read_json
@@ -114,7 +114,7 @@ def _in_order(source: ImageSource, packing: Packing) -> list[SourceImage]:
 def _plan(source: ImageSource, images: list[SourceImage], packing: Packing) -> dict:
     digest = hashlib.sha256()
     for image in images:
-        digest.update(repr(image[:5]).encode())
+        digest.update(repr((image[:5], image.caption, image.row)).encode())
     return {"packing": dataclasses.asdict(packing), "images": len(images), "source_sha256": digest.hexdigest(),
             "classes": source.classes}
 
@@ -181,12 +181,20 @@ def _records(images: list[SourceImage], classes: list[str], packing: Packing, sk
             buffer = io.BytesIO()
             decoded.save(buffer, "JPEG", quality=packing.quality, subsampling=0)
             data, extension = buffer.getvalue(), "jpg"
-        members = {extension: data, "cls": str(image.label).encode()}
+        members = {extension: data}
+        if image.label != NO_LABEL:
+            members["cls"] = str(image.label).encode()
+        if (caption := image.read_caption()) is not None:
+            members[CAPTION] = caption
         if packing.metadata:
-            described = {"class": classes[image.label] if classes else image.label, "width": decoded.width,
-                         "height": decoded.height, "source": image.member or "/".join(Path(image.path).parts[-2:])}
-            members["json"] = json.dumps(described).encode()
+            members["json"] = json.dumps(_described(image, decoded, classes)).encode()
         yield image.key, members
+
+
+def _described(image: SourceImage, decoded: Image, classes: list[str]) -> dict:
+    label = {} if image.label == NO_LABEL else {"class": classes[image.label] if classes else image.label}
+    return label | {"width": decoded.width, "height": decoded.height,
+                    "source": image.member or "/".join(Path(image.path).parts[-2:])}
 
 
 def _extension(data: bytes) -> str:

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
+from gigatok_ds.data.pillow_warnings import Flag, say_pillows_once
 from gigatok_ds.errors import InputError
 
 
@@ -33,7 +34,8 @@ def in_processes(function: Callable, tasks: Iterable[tuple], workers: int) -> It
         yield from (function(*task) for task in tasks)
         return
     # Not forked, since this process may have threads.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(context.Event(),))
     waiting: deque = deque()
     try:
         for task in tasks:
@@ -61,6 +63,11 @@ def _deaf_to_interruptions() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare(said: Flag) -> None:
+    say_pillows_once(said)
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:

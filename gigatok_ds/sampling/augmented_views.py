@@ -13,13 +13,16 @@ from gigatok_ds.streams import numpy_stream
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """A function of an image and its number, giving `count` crops of side `size`; see `views_of` for the kinds."""
+    """A function of an image and its number, giving `count` crops of side `size`; see `views_of` for the kinds, and
+    `decode_image` for `orient`.
+    """
 
     kind: str
     size: int
     count: int
     crop_scale: tuple[float, float]
     seed: int
+    orient: bool = False
 
     def __call__(self, image: Image.Image, sample: int) -> list[Image.Image]:
         if self.kind == "ten-crop":
@@ -34,10 +37,11 @@ class Views:
         """What settles the crops, for a data set's provenance."""
         random = {"crop_scale": list(self.crop_scale), "crop_seed": self.seed} if self.kind == "random" else {}
         name = f"random-{self.count}" if self.kind == "random" else self.kind
-        return {"crops": name, "image_size": self.size} | random
+        return {"crops": name, "image_size": self.size, "orient": self.orient} | random
 
 
-def views_of(kind: str, size: int, *, crop_scale: tuple[float, float] = (0.8, 1.0), seed: int = 0) -> Views:
+def views_of(kind: str, size: int, *, crop_scale: tuple[float, float] = (0.8, 1.0), seed: int = 0,
+             orient: bool = False) -> Views:
     """The views of that name.
 
     kind is "center", "flip" (the center crop and its mirror image), "ten-crop" (the original's: see
@@ -53,4 +57,4 @@ def views_of(kind: str, size: int, *, crop_scale: tuple[float, float] = (0.8, 1.
     else:
         raise InputError(f"unknown crops {kind!r}; choose center, flip, ten-crop or random-N (e.g. random-8)")
     low, high = crop_scale
-    return Views(kind=name, size=size, count=count, crop_scale=(low, high), seed=seed)
+    return Views(kind=name, size=size, count=count, crop_scale=(low, high), seed=seed, orient=orient)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from gigatok_ds.cluster.launched import ALONE, LaunchedRank
 from gigatok_ds.data.codes import CodeSample, new_metadata
-from gigatok_ds.data.loader import BatchLoader
+from gigatok_ds.data.loader import BatchLoader, image_name
 from gigatok_ds.data.prefetch import on_device
 from gigatok_ds.data.transforms import decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError
@@ -29,14 +29,14 @@ def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, 
                   rank: LaunchedRank = ALONE) -> None:
     """Encode every view of every image of `shards`, a directory or a URL, once into code shards (views, T).
 
-    They have the images' keys and labels.
-    Every rank writes the shards whose turn is its own and keeps those that are whole: run it again after an
-    interruption, with any number of ranks, and the files end up the same. Batches are of `batch_size` views, whole
-    images and at least one, counted from the beginning of each shard: what a batch holds may change the last bits of a
-    latent and, rarely, a code. So batch size, device and `tf32` (see `precision.float32_arithmetic`) belong to the
-    settings that must not change on the way; the number of `workers`, which decode images, may. `provenance` says which
-    tokenizer it is, see `checkpoint.standalone.identify`. Raises InputError for an image that cannot be decoded
-    (leaving it out would renumber the others), one whose latents are not finite, and what `CodeDirectory.fill` raises.
+    They have the images' keys, labels and captions. Every rank writes the shards whose turn is its own and keeps those
+    that are whole: run it again after an interruption, with any number of ranks, and the files end up the same. Batches
+    are of `batch_size` views, whole images and at least one, counted from the beginning of each shard: what a batch
+    holds may change the last bits of a latent and, rarely, a code. So batch size, device and `tf32` (see
+    `precision.float32_arithmetic`) belong to the settings that must not change on the way; the number of `workers`,
+    which decode images, may. `provenance` says which tokenizer it is, see `checkpoint.standalone.identify`. Raises
+    InputError for an image that cannot be decoded (leaving it out would renumber the others), one whose latents are not
+    finite, and what `CodeDirectory.fill` raises.
     """
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; it must be at least 1")
@@ -60,7 +60,7 @@ def extract_codes(tokenizer: Tokenizer, shards: str | Path, out: str | Path, *, 
                     raise InputError(
                         f"latents of sample {index.key(i)!r} hold nan or inf; check the tokenizer's weights"
                     )
-                yield CodeSample(key=index.key(i), codes=rows, label=index.label(i))
+                yield CodeSample(key=index.key(i), codes=rows, label=index.label(i), caption=index.caption(i))
 
     if not tokenizer.quantizer.codebook().isfinite().all():
         raise InputError("the tokenizer's codebook holds nan or inf; its weights are damaged")
@@ -85,5 +85,5 @@ class _ImageViews(Dataset):
         self.index, self.views = index, views
 
     def __getitem__(self, i: int) -> dict:
-        image = decode_image(self.index.read(i), f"sample {self.index.key(i)!r} of {self.index.location}")
+        image = decode_image(self.index.read(i), image_name(self.index, i), orient=self.views.orient)
         return {"pixels": torch.stack([pixels_of(view) for view in self.views(image, i)]), "sample": i}

@@ -17,12 +17,12 @@ from gigatok_ds.sampling.images import check_png, write_png
 
 @torch.no_grad()
 def reconstruct_folder(tokenizer: Tokenizer, images: Path, out: Path) -> tuple[int, float]:
-    """Write a PNG reconstruction of every image below `images` to the same place below `out`.
+    """Write a PNG reconstruction of every image below `images`, as a viewer shows it, to the same place below `out`.
 
     Returns how many, and their mean PSNR in dB. Raises InputError when there are no images, one cannot be read, or
     something that was not written by this program would be replaced.
     """
-    paths = scan_image_folder(images).paths
+    paths = scan_image_folder(images, mixed=True).paths
     targets = [(out / path.relative_to(images)).with_suffix(".png") for path in paths]
     for target in targets:
         check_png(target)
@@ -33,7 +33,7 @@ def reconstruct_folder(tokenizer: Tokenizer, images: Path, out: Path) -> tuple[i
         )
     values = []
     for path, target in tqdm(zip(paths, targets, strict=True), total=len(paths), desc="reconstruct", unit="image"):
-        crop = center_crop(decode_image(path.read_bytes(), str(path)), tokenizer.config.image_size)
+        crop = center_crop(decode_image(path.read_bytes(), str(path), orient=True), tokenizer.config.image_size)
         pixels = to_tensor(crop)[None]
         restored = tokenizer.decode(tokenizer.encode(pixels)).float().cpu()
         values.append(psnr(pixels, restored))

@@ -1,13 +1,59 @@
-"""Labels of data that number their classes otherwise: what counts is what a class is called."""
+"""What the label of a sample means: its members KEY.cls, and classes that other data number otherwise."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gigatok_ds.errors import InputError
+
+_LONGEST_NAME = 200  # bytes
+
+
+class StoredLabels:
+    """The numbers that members KEY.cls of a set of tars stand for: themselves, or those of class names.
+
+    Of names that are not `known`, which of both is meant is settled when all are seen: until then a name has a number
+    from FIRST_NAME on, in the order in which they are met.
+    """
+
+    FIRST_NAME = 2**30
+
+    def __init__(self, known: Sequence[str] = ()):
+        self._known = {name: number for number, name in enumerate(known)}
+        self._met: dict[str, int] = {}
+        self._has_numbers = False
+
+    def number(self, data: bytes) -> int | None:
+        """What the contents of a member stand for; None if they can be no label."""
+        text = data.strip()
+        if re.fullmatch(rb"-?[0-9]{1,9}", text):
+            self._has_numbers = True
+            return int(text)
+        name = text.decode(errors="replace")
+        if self._known:
+            return self._known.get(name)
+        if len(text) > _LONGEST_NAME or not name.isprintable() or not any(map(str.isalpha, name)):
+            return None
+        return self._met.setdefault(name, self.FIRST_NAME + len(self._met))
+
+    def settle(self, labels: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Class names in the order of the alphabet, and labels (N,) as positions in them; or, where there are numbers,
+        no names, and labels that are names as they were.
+        """
+        if self._has_numbers or not self._met:
+            return [], labels
+        classes = sorted(self._met)
+        place = {name: number for number, name in enumerate(classes)}
+        places = np.array([place[name] for name in self._met], labels.dtype)
+        return classes, np.where(labels < self.FIRST_NAME, labels, places[labels % self.FIRST_NAME % len(places)])
+
+    def name(self, label: int) -> str:
+        """What was met with a number from FIRST_NAME on."""
+        return list(self._met)[label - self.FIRST_NAME]
 
 
 def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str], location: str | Path,

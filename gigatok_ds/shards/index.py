@@ -1,13 +1,10 @@
 """Random access to the samples inside WebDataset tars.
 
-A directory of tars carries two sidecars: `index.json` (classes, shards with size and SHA-256) and `index.npz`
-(one row per sample: where its data lies in which shard, its label, CRC-32 and key, in UTF-8). Tars that come without
-them are scanned on first use.
+A directory of tars carries an index (shards.contents). Tars that come without one are scanned on first use.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -18,82 +15,46 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import write_atomically
-from gigatok_ds.npy_files import read_npz
-from gigatok_ds.plain import from_plain
-from gigatok_ds.shards.class_labels import renumbered
+from gigatok_ds.shards.class_labels import StoredLabels, renumbered
+from gigatok_ds.shards.contents import (
+    INDEX_FILE,
+    TABLE_FILE,
+    Contents,
+    TarShard,
+    build_table,
+    describe_shard,
+    load_index,
+    write_index,
+)
 from gigatok_ds.shards.freshness import check_fresh
 from gigatok_ds.shards.rereading import reread
-from gigatok_ds.shards.shard_files import INDEX_FILE, REBUILD, TABLE_FILE, LocalFiles, ShardFiles, most_open
+from gigatok_ds.shards.shard_files import REBUILD, LocalFiles, ShardFiles, most_open
 from gigatok_ds.shards.tar_members import is_compressed_tar, is_tar
-from gigatok_ds.shards.tar_scan import IMAGE_EXTENSIONS, LABELS, SAMPLES, Entry, in_words, is_key, left_out, scan_tar
-from gigatok_ds.shards.tar_shard import TarShard, describe_shard
-from gigatok_ds.untrusted import brief, parse_json
+from gigatok_ds.shards.tar_scan import (
+    CAPTION,
+    IMAGE_EXTENSIONS,
+    LABELS,
+    NO_LABEL,
+    SAMPLES,
+    Entry,
+    in_words,
+    is_key,
+    left_out,
+    members_by_key,
+    no_number,
+    scan_tar,
+)
 
-FORMAT = "gigatok-ds-shards/2"
 PATIENCE = 600.0  # seconds for which what cannot be read is tried again, unless said otherwise
 
 _READ_AHEAD = 2**17  # bytes: Linux reads no more for one request
 
-_TABLE_TYPES = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32,
-                "crc32": np.uint32}
-
 logger = logging.getLogger(__name__)
-
-
-def build_table(shards: list[TarShard], entries: list[list[Entry]]) -> dict[str, np.ndarray]:
-    """The per-sample arrays of `entries[shard number]`. InputError when there are none or a key repeats."""
-    rows = [(number, entry) for number, group in enumerate(entries) for entry in group]
-    if not rows:
-        raise InputError("there are no samples in any shard")
-    first: dict[str, int] = {}
-    for number, entry in rows:
-        if first.setdefault(entry.key, number) != number:
-            names = f"{shards[first[entry.key]].name} and {shards[number].name}"
-            raise InputError(f"sample {entry.key!r} occurs in both {names}; keys must be unique")
-    table = {name: np.array([getattr(entry, name) for _, entry in rows], kind)
-             for name, kind in _TABLE_TYPES.items() if name != "shard"}
-    return table | {"shard": np.array([number for number, _ in rows], _TABLE_TYPES["shard"]),
-                    "key": np.array([entry.key.encode() for _, entry in rows])}
-
-
-def write_index(directory: Path, contents: Contents) -> None:
-    """Write both sidecars: `index.json` comes last and holds the hash of `index.npz` (no mixed pairs)."""
-    shards, classes, table, problems = contents
-    buffer = io.BytesIO()
-    columns: dict[str, Any] = {name: table[name] for name in sorted(table)}
-    np.savez_compressed(buffer, **columns)
-    data = buffer.getvalue()
-    description = {"format": FORMAT, "classes": classes, "count": len(table["label"]),
-                   "table_sha256": hashlib.sha256(data).hexdigest(), "problems": list(problems),
-                   "shards": [dataclasses.asdict(shard) for shard in shards]}
-    write_atomically(directory / TABLE_FILE, data)
-    write_atomically(directory / INDEX_FILE, (json.dumps(description, indent=1) + "\n").encode())
-
-
-class Contents(NamedTuple):
-    """What an index knows: the tars, class names (or none), a row per sample, and what `scan_tar` found amiss."""
-
-    shards: list[TarShard]
-    classes: list[str]
-    table: dict[str, np.ndarray]
-    problems: Sequence[str] = ()
-
-    def check_problems(self, max_bad_fraction: float) -> None:
-        """Raise InputError, with the first problem, when they are more than that fraction of the samples."""
-        if not self.problems:
-            return
-        more = len(self.problems) - 1
-        told = f"{self.problems[0]} (and {more} more problems)" if more else self.problems[0]
-        if len(self.problems) > max_bad_fraction * len(self.table["label"]):
-            raise InputError(told)
-        logger.warning("%s; such samples are replaced", told)
 
 
 def scan_shards(files: ShardFiles, names: list[str], extensions: tuple[str, ...],
@@ -105,18 +66,25 @@ def scan_shards(files: ShardFiles, names: list[str], extensions: tuple[str, ...]
     shards: list[TarShard] = []
     entries: list[list[Entry]] = []
     problems: list[str] = []
+    labels = StoredLabels()
     tally = Counter() if tally is None else tally
     for name in tqdm(names, desc=f"indexing {files.location}", unit="shard", disable=None):
         with files.held(name) as path:
-            entries.append(scan_tar(path, extensions, problems if max_bad_fraction else None, tally))
+            entries.append(scan_tar(path, extensions, problems if max_bad_fraction else None, tally, labels))
             shards.append(describe_shard(path, entries[-1]))
     if rest := left_out(tally):
         logger.warning("%s: of %d members of %d tars, %d are the data of samples and %d their labels; left out: %s",
                        files.location, tally.total(), len(names), tally[SAMPLES], tally[LABELS], in_words(rest))
     try:
-        contents = Contents(shards, [], build_table(shards, entries), problems)
+        table = build_table(shards, entries)
     except InputError as error:
         raise InputError(f"{files.location}: {error}") from None
+    classes, table["label"] = labels.settle(table["label"])
+    named = np.flatnonzero(table["label"] >= StoredLabels.FIRST_NAME)
+    problems[:0] = [no_number(files.name(names[table["shard"][row]]), table["key"][row].decode(),
+                              labels.name(int(table["label"][row])).encode()) for row in named]
+    table["label"][named] = NO_LABEL
+    contents = Contents(shards, classes, table, problems)
     contents.check_problems(max_bad_fraction)
     return contents
 
@@ -137,6 +105,7 @@ class ShardIndex:
         self._table = contents.table
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
         self.patience = PATIENCE  # seconds
+        self._captions: tuple[int, dict[str, tuple[int, int]]] | None = None  # of one tar: places by key
         self._read_ahead: dict[int, int] = {}  # the epoch in which a tar was last read ahead
 
     @classmethod
@@ -173,7 +142,8 @@ class ShardIndex:
         for shard in contents.shards:
             index._check_size(shard, directory / shard.name)
         if compare:
-            check_fresh(directory, directory / INDEX_FILE, [shard.name for shard in contents.shards], contents.table)
+            check_fresh(directory, directory / INDEX_FILE, [shard.name for shard in contents.shards], contents.table,
+                        contents.classes)
         return index
 
     @classmethod
@@ -245,6 +215,17 @@ class ShardIndex:
                              f"changed since it was indexed; {self.tars.advice}")
         return data
 
+    def caption(self, i: int) -> bytes | None:
+        """The text KEY.txt that goes with sample `i`, as it is stored, if there is one. Samples are to be asked for in
+        their order, for each tar is looked through anew.
+        """
+        number = int(self._table["shard"][i])
+        if self._captions is None or self._captions[0] != number:
+            with self.tars.held(self.shards[number].name, self.shards[number]) as path:
+                self._captions = number, members_by_key(path, CAPTION)
+        place = self._captions[1].get(self.key(i))
+        return None if place is None else os.pread(self._file(number).fileno(), place[1], place[0])
+
     def read_ahead(self, i: int, epoch: int) -> None:
         """Have the operating system read the whole tar of sample `i`, in one run, once in each epoch."""
         number = int(self._table["shard"][i])
@@ -260,6 +241,7 @@ class ShardIndex:
 
         And when more than that fraction of the samples have none, or a negative one.
         """
+        self.check_labelled()
         for wrong, cause in ((np.flatnonzero(self.labels >= num_classes), self._likely_cause(num_classes)),
                              (np.flatnonzero(self.labels < 0), "")):
             if len(wrong) > (0 if cause else max_bad_fraction * len(self)):
@@ -267,6 +249,17 @@ class ShardIndex:
                     self.check_label(int(wrong[0]), num_classes)
                 except InputError as error:
                     raise InputError(f"{error} ({len(wrong)} such samples){cause}") from None
+
+    def check_labelled(self) -> None:
+        """Raise InputError when no sample has a label."""
+        if self.labels.max() == NO_LABEL == self.labels.min():
+            raise InputError(f"{self.location} has no labels, which are needed here (only tokenizers do without); "
+                             "gigatok-ds make-shards --labels, or --label-field, adds them")
+
+    def count_classes(self) -> int:
+        """How many classes labels are of: all that have names or else, if none has, up to the largest label."""
+        self.check_labelled()
+        return len(self.classes) or int(self.labels.max()) + 1
 
     def _likely_cause(self, num_classes: int) -> str:
         low, high = int(self.labels[self.labels >= 0].min(initial=num_classes)), int(self.labels.max())
@@ -282,18 +275,16 @@ class ShardIndex:
         self.labels = renumbered(self.labels, self.classes, classes, self.location, source)
         self.classes = list(classes) if self.classes and classes else self.classes
 
-    def has_label(self, num_classes: int | None) -> np.ndarray:
-        """Of which samples the label is 0 or more, and below `num_classes` if that is given: bool (N,)."""
-        return (self.labels >= 0) & (True if num_classes is None else self.labels < num_classes)
+    def has_label(self, num_classes: int) -> np.ndarray:
+        """Of which samples the label is 0 or more, and below `num_classes`: bool (N,)."""
+        return (self.labels >= 0) & (self.labels < num_classes)
 
-    def check_label(self, i: int, num_classes: int | None) -> None:
+    def check_label(self, i: int, num_classes: int) -> None:
         """Raise InputError when sample `i` has no label, or one that is not below `num_classes`."""
         label = self.label(i)
-        if label < 0 or (num_classes is not None and label >= num_classes):
-            allowed = "it must be 0 or more" if num_classes is None else (
-                f"a model with num_classes {num_classes} allows 0 to {num_classes - 1}")
-            tar = self.tars.name(self.place(i)[0])
-            raise InputError(f"{tar}: sample {self.key(i)!r} has label {label}; {allowed}")
+        if not 0 <= label < num_classes:
+            raise InputError(f"{self.tars.name(self.place(i)[0])}: sample {self.key(i)!r} has label {label}; a model "
+                             f"with num_classes {num_classes} allows 0 to {num_classes - 1}")
 
     def _check_size(self, shard: TarShard, file: Path | int) -> None:
         name, advice = self.tars.name(shard.name), self.tars.advice
@@ -331,42 +322,3 @@ class ShardIndex:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_files": OrderedDict()}
-
-
-def load_index(directory: Path) -> Contents:
-    """What both sidecars say.
-
-    Nothing in them may lead outside the directory or its shards: then, or when they are damaged, InputError says why.
-    """
-    try:
-        description = parse_json((directory / INDEX_FILE).read_bytes(), INDEX_FILE)
-        if description["format"] != FORMAT:
-            raise InputError(f"its format is {description['format']!r}, this version reads {FORMAT!r}")
-        shards = from_plain(list[TarShard], description["shards"], "shards")
-        classes, problems = ([str(text) for text in description[name]] for name in ("classes", "problems"))
-        data = (directory / TABLE_FILE).read_bytes()
-        if hashlib.sha256(data).hexdigest() != description["table_sha256"]:
-            raise InputError(f"{TABLE_FILE} does not belong to {INDEX_FILE}")
-        arrays = read_npz(data, name=TABLE_FILE)
-        table = {name: arrays[name].astype(kind, casting="safe") for name, kind in _TABLE_TYPES.items()}
-        table["key"] = arrays["key"].astype(np.bytes_, casting="safe", copy=False)
-        _check_table(description["count"], shards, table)
-    except FileNotFoundError as error:
-        raise InputError(str(error)) from None
-    except Exception as error:
-        raise InputError(brief(error)) from None
-    return Contents(shards, classes, table, problems)
-
-
-def _check_table(count: int, shards: list[TarShard], table: dict[str, np.ndarray]) -> None:
-    for shard in shards:
-        if shard.name != os.path.basename(shard.name) or not is_tar(shard.name):
-            raise InputError(f"shard name {shard.name!r} leads outside the directory")
-    stored = sum(shard.samples for shard in shards)
-    if {len(column) for column in table.values()} != {count} or count != stored:
-        raise InputError("the numbers of samples disagree")
-    number, offset, size = table["shard"], table["offset"], table["size"]
-    if count == 0 or number.min() < 0 or number.max() >= len(shards) or offset.min() < 0 or size.min() < 0:
-        raise InputError("a sample lies in no shard")
-    if (size > np.array([shard.size for shard in shards])[number] - offset).any():
-        raise InputError("a sample lies beyond the end of its shard")

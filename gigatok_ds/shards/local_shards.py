@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.shards.contents import INDEX_FILE, Contents, load_index, write_index
 from gigatok_ds.shards.freshness import check_fresh
-from gigatok_ds.shards.index import Contents, ShardIndex, load_index, scan_shards, write_index
+from gigatok_ds.shards.index import ShardIndex, scan_shards
 from gigatok_ds.shards.patterns import local_tars
 from gigatok_ds.shards.shard_cache import ShardCache, locked
-from gigatok_ds.shards.shard_files import INDEX_FILE, LocalFiles
+from gigatok_ds.shards.shard_files import LocalFiles
 from gigatok_ds.shards.tar_members import is_tar
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def _kept(kept: Path, directory: Path, names: list[str], compare: bool) -> Conte
                        kept)
         return None
     if compare:
-        check_fresh(directory, kept / INDEX_FILE, names, contents.table)
+        check_fresh(directory, kept / INDEX_FILE, names, contents.table, contents.classes)
     return contents
 
 

@@ -16,9 +16,9 @@ from typing import TextIO
 
 from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError
+from gigatok_ds.shards.contents import TarShard
 from gigatok_ds.shards.index import PATIENCE
 from gigatok_ds.shards.tar_scan import safe_key
-from gigatok_ds.shards.tar_shard import TarShard
 from gigatok_ds.user_cache import user_cache
 
 _MARK = ".copies-of-remote-shards"  # in the directories that are ours: beside them the user may keep what he likes

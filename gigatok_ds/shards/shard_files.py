@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from gigatok_ds.shards.tar_shard import TarShard
+from gigatok_ds.shards.contents import INDEX_FILE, TABLE_FILE, TarShard
 
-INDEX_FILE = "index.json"
-TABLE_FILE = "index.npz"
 REBUILD = f"delete {INDEX_FILE} and {TABLE_FILE} to index the directory again"
 
 

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.shards.class_labels import StoredLabels
 from gigatok_ds.shards.tar_members import FILE, Member, tar_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 NO_LABEL = -1
-SAMPLES, LABELS = "samples", "labels of samples"  # what a tally of members counts beside those left out, by reason
+CAPTION = "txt"
+# What a tally of members counts beside those left out, by reason.
+SAMPLES, LABELS, CAPTIONS = "samples", "labels of samples", "captions"
 DOTTED = "images with two dots in their names (a key ends at the first)"
 
 _UNSAFE = re.compile(r"[^\w+=@-]")
@@ -48,29 +51,41 @@ def is_key(key: str) -> bool:
 
 
 def scan_tar(path: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS, problems: list[str] | None = None,
-             tally: Counter | None = None) -> list[Entry]:
-    """The samples of a WebDataset tar, in its order: members KEY.cls and KEY.x with one x of `extensions`.
+             tally: Counter | None = None, labels: StoredLabels | None = None) -> list[Entry]:
+    """The samples of a WebDataset tar, in its order: members KEY.x with one x of `extensions` and, if any, KEY.cls.
 
+    In a tar without any KEY.cls no sample has a label (NO_LABEL). Labels are numbers or, with `labels`, what these say.
     A key is a member's name, directories and all, up to the first dot of its last part. Raises InputError, naming shard
     and sample, when the tar is compressed, cut off or damaged, holds links out of it or names that lead outside, or
-    when a sample lacks its data or its label, has one of them twice, its data is empty, or its label is not an integer.
+    when a sample lacks its data or, others having one, its label, has one of them twice, its data is empty, or its
+    label is none.
 
     With a list of `problems` those of samples that lack their data (then they have no bytes) or their label (NO_LABEL)
     are added to it instead. Every member is counted in `tally`: as the data of a sample, its label, or by the reason
     why it is left out.
     """
-    scan = _Scan(path, extensions, problems, Counter() if tally is None else tally)
+    scan = _Scan(path, extensions, problems, Counter() if tally is None else tally, labels)
     with open(path, "rb") as file:
         for member in tar_members(path):
             scan.add(file, member)
     return scan.entries()
 
 
-def stored_labels(path: Path) -> Iterator[tuple[str, int]]:
+def members_by_key(path: Path, extension: str) -> dict[str, tuple[int, int]]:
+    """Byte offset and size of each member KEY.extension of a tar, by its key. Raises what `tar_members` raises."""
+    places = {}
+    for member in tar_members(path):
+        key, found = _split_name(path, member.name)
+        if key and found == extension and member.kind == FILE:
+            places[key] = member.offset, member.size
+    return places
+
+
+def stored_labels(path: Path, labels: StoredLabels | None = None) -> Iterator[tuple[str, int]]:
     """(key, label) of each member KEY.cls of a tar, in its order, without reading the rest. Raises what `scan_tar`
     raises.
     """
-    scan = _Scan(path, (), [], Counter())
+    scan = _Scan(path, (), [], Counter(), labels)
     with open(path, "rb") as file:
         for member in tar_members(path):
             key, extension = _split_name(path, member.name)
@@ -79,8 +94,9 @@ def stored_labels(path: Path) -> Iterator[tuple[str, int]]:
 
 
 class _Scan:
-    def __init__(self, path: Path, extensions: tuple[str, ...], problems: list[str] | None, tally: Counter):
-        self.path, self.extensions, self.problems, self.tally = path, extensions, problems, tally
+    def __init__(self, path: Path, extensions: tuple[str, ...], problems: list[str] | None, tally: Counter,
+                 stored: StoredLabels | None):
+        self.path, self.extensions, self.problems, self.tally, self.stored = path, extensions, problems, tally, stored
         self.payloads: dict[str, tuple[int, int, int]] = {}
         self.labels: dict[str, int] = {}
         self.empty: set[str] = set()
@@ -92,7 +108,9 @@ class _Scan:
 
     def add(self, file: BinaryIO, member: Member) -> None:
         key, extension = _split_name(self.path, member.name)
-        if not key or extension not in (*self.extensions, "cls"):
+        if key and extension == CAPTION and member.kind == FILE:
+            self.tally[CAPTIONS] += 1
+        elif not key or extension not in (*self.extensions, "cls"):
             self.tally[self.why_not(member, key, extension)] += 1
         elif member.kind == "directories":
             self.tally[member.kind] += 1
@@ -124,13 +142,16 @@ class _Scan:
         return f".{extension.rpartition('.')[2]} files" if extension else "files without extension"
 
     def parse_label(self, key: str, data: bytes) -> int:
-        if re.fullmatch(rb"-?[0-9]{1,9}", data.strip()):
-            return int(data)
-        self.report(f"{self.path}: label of sample {key!r} is {data[:40]!r}; it must be a class number, such as 207")
-        return NO_LABEL
+        number = int(data) if re.fullmatch(rb"-?[0-9]{1,9}", data.strip()) else None
+        if self.stored is not None:
+            number = self.stored.number(data)
+        if number is None:
+            self.report(no_number(self.path, key, data))
+        return NO_LABEL if number is None else number
 
     def entries(self) -> list[Entry]:
-        for key in sorted(self.labels.keys() ^ self.payloads.keys() | self.empty):
+        labelled = self.labels.keys() if self.labels else self.payloads.keys()
+        for key in sorted(labelled ^ self.payloads.keys() | self.empty):
             lacking = "label (KEY.cls)" if key in self.payloads else (
                 "data: its file is empty" if key in self.empty else f"data (KEY.{' or KEY.'.join(self.extensions)})")
             self.report(f"{self.path}: sample {key!r} has no {lacking}")
@@ -138,6 +159,12 @@ class _Scan:
         found = self.payloads | dict.fromkeys(without_data, (0, 0, 0))
         return [Entry(key, offset, size, self.labels.get(key, NO_LABEL), crc32)
                 for key, (offset, size, crc32) in found.items()]
+
+
+def no_number(path: Path | str, key: str, data: bytes) -> str:
+    """What is said of a label that is none."""
+    return (f"{path}: label of sample {key!r} is {data[:40]!r}; it must be a class number, such as 207 (or class names "
+            "all of them)")
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:
@@ -160,8 +187,8 @@ def _split_name(path: Path, name: str) -> tuple[str, str]:
 
 
 def left_out(tally: Counter) -> Counter:
-    """Of a tally of members, those that are neither data nor labels of samples, by reason."""
-    return Counter({reason: count for reason, count in tally.items() if reason not in (SAMPLES, LABELS)})
+    """Of a tally of members, those that are neither data nor labels nor captions, by reason."""
+    return Counter({reason: count for reason, count in tally.items() if reason not in (SAMPLES, LABELS, CAPTIONS)})
 
 
 def in_words(counts: Counter) -> str:

@@ -11,9 +11,8 @@ from typing import BinaryIO
 
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside
-from gigatok_ds.shards.index import Contents, build_table, write_index
+from gigatok_ds.shards.contents import Contents, TarShard, build_table, describe_shard, write_index
 from gigatok_ds.shards.tar_scan import Entry, is_key, is_safe_key, scan_tar
-from gigatok_ds.shards.tar_shard import TarShard, describe_shard
 
 _TAR_OPTIONS = {"user": "gigatok", "group": "gigatok", "mtime": 0, "encoder": False}
 

@@ -55,9 +55,8 @@ class ARProbing:
         """The recipe's settings: AR probing's, what the tokenizer and the data ask for, then the user's."""
         config = described_config(self.tokenizer, "tokenizer")
         index = open_shards(self.train)
-        classes = len(index.classes) or int(index.labels.max()) + 1
         shape = [f"model.vocab_size={config.quantizer.codebook_size}", f"model.sequence_length={config.latent_tokens}",
-                 f"model.num_classes={classes}"]
+                 f"model.num_classes={index.count_classes()}"]
         data = [f"data.{split}={json.dumps(str(self.out / 'codes' / split))}" for split in ("train", "validation")]
         return [*PROBING, *shape, *data, *self.gpt]
 

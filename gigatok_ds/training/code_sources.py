@@ -156,7 +156,7 @@ class TokenizedImages:
                            share=topology.image_share, start_step=start_step, stop_step=training.steps)
         batches = ImageBatches(
             self.train,
-            training_transform(self.tokenizer.config.image_size, decoding=data.decoding),
+            training_transform(self.tokenizer.config.image_size, decoding=data.decoding, orient=data.orient),
             plan,
             num_classes=self.recipe.model.num_classes,
             shuffle_shards=data.shuffle_shards,
@@ -182,7 +182,8 @@ class TokenizedImages:
         """Of the center crops; encoded once, by all ranks together."""
         if self._encoded is None:
             batches = evaluation_batches(self.held_out, self.tokenizer.config.image_size, VALIDATION_BATCH,
-                                         self.topology.image_share, workers=self.recipe.data.workers,
+                                         self.topology.image_share, orient=self.recipe.data.orient,
+                                         workers=self.recipe.data.workers,
                                          pin_memory=self.topology.device.type == "cuda")
             rounds = [[self.topology.gather_data(part).cpu() for part in self._encode(batch)] for batch in batches]
             # What fills up the last round comes last.

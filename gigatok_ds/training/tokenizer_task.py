@@ -101,7 +101,8 @@ class TokenizerTask:
                            share=topology.image_share, start_step=start_step, stop_step=training.steps)
         batches = ImageBatches(
             self.train_index,
-            training_transform(self.recipe.model.image_size, data.crop_scale, data.flip, data.decoding),
+            training_transform(self.recipe.model.image_size, data.crop_scale, data.flip, data.decoding,
+                               orient=data.orient),
             plan,
             shuffle_shards=data.shuffle_shards,
             max_bad_fraction=data.max_bad_fraction,
@@ -150,6 +151,7 @@ class TokenizerTask:
         their codes; alike on all ranks."""
         topology = self.topology
         size = -(-count // topology.tensor_size) * topology.tensor_size
-        batch = next(iter(evaluation_batches(self.validation_index, self.recipe.model.image_size, size)))
+        batch = next(iter(evaluation_batches(self.validation_index, self.recipe.model.image_size, size,
+                                             orient=self.recipe.data.orient)))
         output = self.generator.network.eval()(topology.own_images(batch["images"]).to(topology.device))
         return batch["images"][:count], topology.gather_images(output.reconstruction)[:count], output.codes[:count]

@@ -79,7 +79,8 @@ class TokenizerValidation:
         device = self.topology.device
         batches = evaluation_batches(self.index, self.recipe.model.image_size, self.batch_size,
                                      self.topology.image_share, images=self.images, as_bytes=True,
-                                     workers=self.recipe.data.workers, pin_memory=device.type == "cuda")
+                                     orient=self.recipe.data.orient, workers=self.recipe.data.workers,
+                                     pin_memory=device.type == "cuda")
         return on_device(batches, ("images",), device)
 
     def _fid_is_due(self, step: int) -> bool:

@@ -43,7 +43,7 @@ from gigatok_ds.packing.devkit import devkit_classes
 from gigatok_ds.packing.label_files import read_labels
 from gigatok_ds.packing.npy_codes import NpyCodes
 from gigatok_ds.sampling.collection import collection_at
-from gigatok_ds.shards.index import load_index
+from gigatok_ds.shards.contents import load_index
 from gigatok_ds.shards.tar_scan import scan_tar
 from gigatok_ds.training.run_status import status
 

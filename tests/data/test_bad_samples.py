@@ -117,17 +117,22 @@ def test_labels_that_are_counted_from_one_are_told(tmp_path):
 
 def test_data_without_any_label_is_refused(tmp_path):
     members = [(f"{sample.key}.jpg", sample.image_bytes) for sample in samples(6)]
-    with pytest.raises(InputError, match=r"has label -1.*6 such samples"):
-        batches(ShardIndex.open(plain_tar(tmp_path / "shards" / "x.tar", members), max_bad_fraction=1.0))
+    index = ShardIndex.open(plain_tar(tmp_path / "shards" / "x.tar", members))
+    with pytest.raises(InputError, match="shards has no labels, which are needed here"):
+        batches(index, num_classes=3, max_bad_fraction=1.0)
+    batch = next(iter(batches(index, global_batch_size=6, micro_batch_size=6)))  # where none is asked for
+    assert batch["labels"].tolist() == [-1] * 6 and not batch["replaced"].any()
 
 
-def test_samples_without_label_or_data_are_replaced(tmp_path):
+@pytest.mark.parametrize("classes, replaced", [(3, {0: "s0000", 8: "s0009", 9: "s0002"}), (None, {9: "s0002"})])
+def test_samples_without_label_or_data_are_replaced(tmp_path, classes, replaced):
+    """Without a label, only where labels are asked for."""
     index = ShardIndex.open(incomplete_tars(tmp_path), max_bad_fraction=0.5)
-    loader = batches(index, global_batch_size=12, micro_batch_size=12, stop_step=1)
+    loader = batches(index, global_batch_size=12, micro_batch_size=12, stop_step=1, num_classes=classes)
     batch, = loader
-    assert batch["replaced"].nonzero().flatten().tolist() == [0, 8, 9]
-    assert [index.key(sample) for sample in loader.bad_samples.reasons] == ["s0000", "s0009", "s0002"]
-    assert batch["labels"].min() >= 0
+    assert batch["replaced"].nonzero().flatten().tolist() == list(replaced)
+    assert [index.key(sample) for sample in loader.bad_samples.reasons] == list(replaced.values())
+    assert classes is None or batch["labels"].min() >= 0
 
 
 def test_a_training_run_ends_with_the_summary(tmp_path):

@@ -73,7 +73,7 @@ def test_the_same_codes_give_the_same_bytes(tmp_path):
     ({"codes": np.zeros((2, 5), int)}, r"'c004': codes have shape \(2, 5\); .* = \(3, 5\)"),
     ({"codes": np.zeros((3, 6), int)}, "'c004': codes have shape"),
     ({"codes": np.zeros(5, int)}, "'c004': codes have shape"),
-    ({"label": -1}, "'c004' has label -1"),
+    ({"label": -2}, "'c004' has label -2"),
     ({"key": "c001"}, "'c001' occurs twice"),
     ({"key": "../c"}, "sample key"),
 ])

@@ -51,7 +51,8 @@ def test_odd_tags_beside_the_orientation_change_nothing(odd, orientation):
         in sorted(entries)) + struct.pack("<I", 0) + bytes(16)
     plain = Image.Exif()
     plain[0x112] = orientation
-    found, expected = (decode_image(encode(picture(40, 20), "JPEG", exif=data), "x") for data in (exif, plain))
+    found, expected = (decode_image(encode(picture(40, 20), "JPEG", exif=data), "x", orient=True)
+                       for data in (exif, plain))
     assert found.size == ((20, 40) if orientation > 4 else (40, 20)) and found.tobytes() == expected.tobytes()
 
 
@@ -91,7 +92,7 @@ def test_alpha_is_laid_over_white(mode):
     source = picture(40, 30).convert("L").convert(mode) if mode == "LA" else picture(40, 30).convert(mode)
     alpha = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
     source.putalpha(Image.fromarray(alpha))
-    image = decode_image(encode(source, "PNG"), "x")
+    image = decode_image(encode(source, "PNG"), "x", orient=True)
     weight = alpha[..., None] / 255
     expected = np.asarray(source.convert("RGBA"))[..., :3] * weight + 255 * (1 - weight)
     assert np.abs(np.asarray(image) - expected).max() <= 1.5  # fixed-point compositing
@@ -104,13 +105,13 @@ def test_transparent_palette_colour():
     source.putpixel((0, 0), 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = decode_image(encode(source, "PNG", transparency=0), "x")
+        image = decode_image(encode(source, "PNG", transparency=0), "x", orient=True)
     assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((1, 0)) == (0, 0, 255)
 
 
 def test_sixteen_bit_gray_keeps_its_upper_bits():
     values = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(np.uint16)
-    image = decode_image(encode(Image.fromarray(values), "PNG"), "x")
+    image = decode_image(encode(Image.fromarray(values), "PNG"), "x", orient=True)
     assert image.mode == "RGB"
     assert (np.asarray(image) == (values >> 8)[..., None]).all()
 
@@ -145,14 +146,14 @@ def test_exif_orientation(orientation, turn, mode):
     else:
         stored = picture(40, 30, mode)
         plain = np.asarray(stored.convert("RGB"))
-    assert (np.asarray(decode_image(encode(stored, "PNG", exif=exif), "x")) == turn(plain)).all()
+    assert (np.asarray(decode_image(encode(stored, "PNG", exif=exif), "x", orient=True)) == turn(plain)).all()
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"II*\0\xff\xff\xff\x7f", b"no such header"])
 def test_damaged_exif_does_not_reject_an_image(exif):
     data = encode(picture(40, 30), "JPEG", quality=95, exif=b"Exif\0\0" + exif)
-    assert decode_image(data, "x").size == (40, 30)
+    assert decode_image(data, "x", orient=True).size == (40, 30)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
@@ -347,6 +348,61 @@ def test_training_input_is_the_originals_bit_for_bit(shape):
         bytes_ = transform.decode(data, "x", Scripted(short, top, left, mirrored))
         assert torch.equal(scale_pixels(bytes_[None])[0], theirs)
         assert torch.equal(transform(decode_image(data, "x"), Scripted(short, top, left, mirrored)), theirs)
+
+
+KINDS = [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "1"), ("PNG", "P"),
+         ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "I;16"), ("WEBP", "RGB"), ("WEBP", "RGBA"), ("BMP", "RGB"),
+         ("BMP", "P")]
+
+
+def any_picture(number):
+    """An encoded image: kinds, orientations and ways of storing in turn, of any size."""
+    draws = np.random.default_rng(number)
+    kind, mode = KINDS[number % len(KINDS)]
+    size = [int(side) for side in draws.integers(20, 90, 2)]
+    options = {}
+    if mode == "I;16":
+        image = Image.fromarray(draws.integers(0, 65536, (size[1], size[0]), dtype=np.uint16))
+    else:
+        image = picture(*size).convert("L" if mode == "LA" else "RGB").convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(draws.integers(0, 256, (size[1], size[0]), dtype=np.uint8)))
+    if mode == "P" and kind == "PNG" and number % 3:
+        options["transparency"] = int(draws.integers(4))
+    if kind == "JPEG":
+        options |= {"progressive": bool(number % 2), "quality": int(draws.integers(40, 100)),
+                    "subsampling": int(draws.integers(3))}
+    if kind != "BMP":
+        exif = Image.Exif()
+        exif[0x112] = number // len(KINDS) % 9  # 0 is none of them
+        options["exif"] = exif
+    data = encode(image, kind, **options)
+    return data[: len(data) * 9 // 10] if number % 25 == 24 else data
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_thousand_images_are_what_the_originals_loader_makes_of_them():
+    """Image.open(f).convert("RGB") and section 8's crops; what that cannot decode is refused."""
+    refused = 0
+    for number in range(1000):
+        data, draws = any_picture(number), random.Random(number)
+        try:
+            with Image.open(io.BytesIO(data)) as file:
+                image = file.convert("RGB")
+        except OSError:
+            refused += 1
+            with pytest.raises(InputError, match=f"image {number}: cannot decode"):
+                decode_image(data, f"image {number}")
+            continue
+        short = draws.randint(32, 40)
+        whole = Image.fromarray(resized(image, short))
+        top, left = draws.randint(0, whole.height - 32), draws.randint(0, whole.width - 32)
+        window = np.asarray(whole.crop((left, top, left + 32, top + 32)))
+        mirrored = draws.random() < 0.5
+        ours = training_transform(32).decode(data, "x", Scripted(short, top, left, mirrored))
+        theirs = window[:, ::-1] if mirrored else window
+        assert (ours.permute(1, 2, 0).numpy() == theirs).all(), number
+    assert 20 < refused < 60
 
 
 def test_scaling_is_torchvisions_for_every_byte():

@@ -57,6 +57,7 @@ def _images(folder):
     (folder / "ILSVRC2012_img_train.tar").write_bytes(
         tar_bytes({f"{name}.tar": tar_bytes(group) for name, group in groups.items()}))
     make_images(folder / "photos", {f"{name}/{file}": data for name in names for file, data in groups[name].items()})
+    make_images(folder / "holidays", {f"2024/{number}.jpg": encoded(number) for number in range(4)})
     (folder / "ILSVRC2012_img_val.tar").write_bytes(
         tar_bytes({f"ILSVRC2012_val_{number:08d}.JPEG": encoded(number) for number in range(1, 9)}))
     numbers = range(1, CLASSES + 1)

@@ -130,7 +130,7 @@ def test_the_metadata_say_where_codes_come_from(source, expected):
                       "weights_sha256": {"model.safetensors": sha256("tokenizer/model.safetensors")}},
         "crops": "flip", "image_size": 16, "shards": "images",
         "shards_sha256": ShardIndex.open(source / "images").identity(),
-        "samples_per_shard": PER_SHARD, "batch_size": BATCH, "device": "cpu", "tf32": False,
+        "samples_per_shard": PER_SHARD, "batch_size": BATCH, "device": "cpu", "tf32": False, "orient": False,
     }
 
 
@@ -376,7 +376,7 @@ def test_a_directory_of_something_else_is_refused(source, tmp_path):
     assert not (tmp_path / "codes").exists()
 
 
-def test_the_first_rank_does_not_wait_for_ever(source, expected, tmp_path, monkeypatch, capsys):
+def test_the_first_rank_does_not_wait_for_ever(messages, source, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(code_directory, "PATIENCE", 0.2)
     with pytest.raises(InputError, match=r"lacks 1 shards, codes-000001.tar first"):
         extract(source, tmp_path / "codes", LaunchedRank(rank=0, world_size=2))
@@ -393,7 +393,7 @@ def test_an_undecodable_image_is_named_and_what_is_whole_stays(source, tmp_path,
     with new_directory(tmp_path / "images") as scratch:
         write_tars(records, scratch, prefix="x", samples_per_shard=50, extensions=("png",), classes=[])
     shutil.copytree(source / "tokenizer", tmp_path / "tokenizer")
-    with pytest.raises(InputError, match=r"sample 'image009' of .*images: cannot decode"):
+    with pytest.raises(InputError, match=r"sample 'image009' of .*images/x-000000.tar: cannot decode"):
         extract(tmp_path, tmp_path / "codes", workers=workers)
     assert sorted(contents(tmp_path / "codes")) == ["codes-000000.tar", "codes-000001.tar", "metadata.partial.json"]
 
@@ -419,7 +419,8 @@ def test_random_views_belong_to_the_image_and_its_number():
     first, again, other = ([view.tobytes() for view in views(image, number)] for number in (7, 7, 8))
     assert first == again and first[0] == other[0] == center_crop(image, 32).tobytes()
     assert len({*first, *other}) == 7 and views.count == len(first) == 4
-    assert views.describe() == {"crops": "random-4", "image_size": 32, "crop_scale": [0.6, 0.9], "crop_seed": 3}
+    assert views.describe() == {"crops": "random-4", "image_size": 32, "orient": False, "crop_scale": [0.6, 0.9],
+                                "crop_seed": 3}
 
 
 @pytest.mark.parametrize("kind", ["", "twelve", "random", "random-0", "random--1", "ten", "center-2"])

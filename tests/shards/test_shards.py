@@ -18,6 +18,7 @@ from gigatok_ds.cli.data import make_shards
 from gigatok_ds.data.folder import scan_image_folder
 from gigatok_ds.errors import InputError
 from gigatok_ds.packing.shard_writer import Sample, write_shards
+from gigatok_ds.shards import contents
 from gigatok_ds.shards import index as index_module
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.tar_scan import is_safe_key, safe_key, scan_tar
@@ -189,7 +190,7 @@ def test_a_directory_that_cannot_be_written_is_indexed_in_memory(tmp_path, monke
     def refuse(*_):
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(index_module, "write_atomically", refuse)
+    monkeypatch.setattr(contents, "write_atomically", refuse)
     assert ShardIndex.open(directory).read(0) == encoded(0)
     assert "in memory only" in caplog.text
     assert [path.name for path in directory.iterdir()] == ["x.tar"]
@@ -212,9 +213,9 @@ THREE_SAMPLES = [(f"{key}.{kind}", data) for key in "abc" for kind, data in (("c
     ([("x/..", b"")], "leads outside"),
     ([(link("a.jpg", tarfile.SYMTYPE), b""), ("a.cls", b"0")], "links are not followed"),
     ([(link("a.jpg", tarfile.LNKTYPE), b""), ("a.cls", b"0")], "links are not followed"),
-    ([("a.jpg", IMAGE)], r"'a' has no label \(KEY.cls\)"),
+    ([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("b.cls", b"1")], r"'a' has no label \(KEY.cls\)"),
     ([("a.cls", b"1")], r"'a' has no data \(KEY.jpg or"),
-    ([("a.jpg", IMAGE), ("a.cls", b"cat")], "label of sample 'a' is b'cat'"),
+    ([("a.jpg", IMAGE), ("a.cls", b"cat"), ("b.jpg", IMAGE), ("b.cls", b"1")], "label of sample 'a' is b'cat'"),
     ([("a.jpg", IMAGE), ("a.cls", b"")], "label of sample 'a'"),
     ([("a.jpg", IMAGE), ("a.cls", b"1.5")], "label of sample 'a'"),
     ([("a.jpg", IMAGE), ("a.cls", b"9" * 30)], "label of sample 'a'"),
@@ -314,8 +315,8 @@ def test_labels_are_checked_against_the_model(shards):
 
 
 def test_negative_labels_are_found(tmp_path):
-    index = ShardIndex.open(plain_tar(tmp_path / "in/x.tar", [("a.jpg", IMAGE), ("a.cls", b"-1")]))
-    with pytest.raises(InputError, match="'a' has label -1"):
+    index = ShardIndex.open(plain_tar(tmp_path / "in/x.tar", [("a.jpg", IMAGE), ("a.cls", b"-2")]))
+    with pytest.raises(InputError, match="'a' has label -2"):
         index.check_labels(1000)
 
 
@@ -456,7 +457,7 @@ def test_make_shards_names_the_bad_file(tmp_path):
 
 def test_what_samples_lack_is_tolerated_up_to_a_fraction(tmp_path, caplog):
     directory = incomplete_tars(tmp_path)
-    with pytest.raises(InputError, match="label of sample 's0000' is b'cat'"):
+    with pytest.raises(InputError, match="sample 's0002' has no data"):
         ShardIndex.open(directory)
     with pytest.raises(InputError, match=r"'s0000' is b'cat'.*and 2 more problems"):
         ShardIndex.open(directory, max_bad_fraction=0.2)

@@ -16,6 +16,8 @@ import argparse
 import os
 from pathlib import Path
 
+from gigatok_ds.cli.orient import add_orient
+
 HELP = "image shards + tokenizer -> code shards"
 
 
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda, of which each rank takes its own (default: cpu)")
     parser.add_argument("--tf32", action="store_true", default=None,
                         help="on GPUs: round factors to 10 bits; faster, and some codes are others (default: float32)")
+    add_orient(parser)
     parser.add_argument("--from-npy", type=Path, metavar="DIR", help="convert the original's codes instead: its folder "
                         "NAME_codes, with NAME_labels beside it, or the folder that holds both")
     parser.add_argument("--codebook-size", type=int, metavar="K", help="of those codes")
@@ -61,7 +64,8 @@ def _extract(args: argparse.Namespace, rank) -> None:
     tokenizer = load_tokenizer(args.tokenizer, device=str(rank_device(rank, args.device or "cpu")))
     extract_codes(
         tokenizer, args.shards, args.out, rank=rank, samples_per_shard=args.samples_per_shard,
-        views=views_of("ten-crop" if args.crops is None else args.crops, tokenizer.config.image_size),
+        views=views_of("ten-crop" if args.crops is None else args.crops, tokenizer.config.image_size,
+                       orient=bool(args.orient)),
         provenance={"tokenizer": identify(args.tokenizer)},
         batch_size=32 if args.batch_size is None else args.batch_size,
         workers=min(4, len(os.sched_getaffinity(0))) if args.workers is None else args.workers, tf32=bool(args.tf32),
@@ -84,7 +88,7 @@ def _check(args: argparse.Namespace) -> None:
         return
     if args.codebook_size is None:
         raise InputError("--from-npy needs --codebook-size, which the files do not tell (published recipes: 16384)")
-    for name in ("tokenizer", "shards", "crops", "batch_size", "workers", "device", "tf32"):
+    for name in ("tokenizer", "shards", "crops", "batch_size", "workers", "device", "tf32", "orient"):
         if getattr(args, name) is not None:
             option = name if name in ("tokenizer", "shards") else f"--{name.replace('_', '-')}"
             raise InputError(f"--from-npy converts codes that exist; {option} would do nothing, leave it out")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gigatok_ds.cli.dtypes import add_dtype
+from gigatok_ds.cli.orient import add_orient
 
 if TYPE_CHECKING:
     from gigatok_ds.evaluation.results import Results
@@ -48,13 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow", action="append", default=[], choices=ALLOWANCES,
                         help="accept another number, size or type of images, or reference; may be repeated")
     add_dtype(parser, "loss: of the GPT")
+    add_orient(parser, "reconstruction, and loss with --tokenizer: ")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes of a rank that decode images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 
 BELONGS = {"inception": ("reconstruction", "generation"), "vgg": ("reconstruction",), "reference": ("generation",),
-           "cache": ("generation",), "tokenizer": ("loss",), "data": ("reconstruction", "loss")}
+           "cache": ("generation",), "tokenizer": ("loss",), "orient": ("reconstruction", "loss"),
+           "data": ("reconstruction", "loss")}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,12 +83,12 @@ def _measurement(args: argparse.Namespace) -> Callable[[Topology], Results]:
     networks = FeatureNetworks(inception=args.inception, vgg=args.vgg)
     if args.what == "reconstruction":
         return partial(measure_reconstruction, args.source, args.data, networks=networks, allow=args.allow,
-                       batch_size=args.batch_size, workers=args.workers)
+                       orient=bool(args.orient), batch_size=args.batch_size, workers=args.workers)
     if args.what == "generation":
         return partial(measure_generation, args.source, args.reference, networks=networks, allow=args.allow,
                        cache=args.cache, batch_size=args.batch_size)
     return partial(measure_loss, args.source, args.data, tokenizer=args.tokenizer, dtype=args.dtype,
-                   batch_size=args.batch_size, workers=args.workers)
+                   orient=bool(args.orient), batch_size=args.batch_size, workers=args.workers)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -101,6 +104,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.what != "generation" and args.data is None:
         raise InputError(f"evaluate {args.what} needs the data as its second argument")
+    if args.what == "loss" and args.orient and args.tokenizer is None:
+        raise InputError("--orient does nothing for stored codes; leave it out")
     if args.what == "generation" and (args.reference is None or args.inception is None):
         raise InputError("evaluate generation needs --reference and --inception")
     if args.what != "loss" and args.dtype != "float32":

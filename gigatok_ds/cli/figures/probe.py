@@ -15,6 +15,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from gigatok_ds.cli.orient import add_orient
+
 HELP = "linear-probe accuracy of a GPT's or a tokenizer's features"
 
 
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1024, metavar="N",
                         help="of all ranks (default: 1024, 128 for each of 8 GPUs)")
     parser.add_argument("--no-flip", action="store_true", help="do not mirror images, for classes that it would change")
+    add_orient(parser)
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes of a rank that decode images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -56,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     of = ProbedFeatures(tokenizer=args.tokenizer, of_tokenizer=args.features or "encoder", gpt=args.gpt,
                         depth=args.depth, dropout=not args.no_dropout)
     settings = ProbeSettings(epochs=args.epochs, warmup_epochs=args.warmup_epochs, base_lr=args.base_lr,
-                             batch_size=args.batch_size, flip=not args.no_flip, seed=args.seed)
+                             batch_size=args.batch_size, flip=not args.no_flip, orient=bool(args.orient),
+                             seed=args.seed)
     results = measure_into(args.out, args.device, partial(
         measure_probe, of, args.train, args.val, args.out, settings=settings, workers=args.workers))
     if results:

@@ -47,6 +47,7 @@ class ProbeSettings:
     base_lr: float = 0.1
     batch_size: int = 1024  # of all ranks
     flip: bool = True
+    orient: bool = False  # see decode_image
     seed: int = 0
 
     def check(self) -> None:
@@ -146,7 +147,8 @@ class ProbeRun:
         plan = ReadingPlan(global_batch_size=settings.batch_size, share=topology.image_share, start_step=self.step,
                            micro_batch_size=settings.batch_size // topology.world_size, stop_step=self.steps)
         return ImageBatches(
-            self.train_index, training_transform(self.features.tokenizer.config.image_size, flip=settings.flip), plan,
+            self.train_index, training_transform(
+                self.features.tokenizer.config.image_size, flip=settings.flip, orient=settings.orient), plan,
             num_classes=settings.classes, as_bytes=True, seed=settings.seed, workers=self.workers,
             pin_memory=topology.device.type == "cuda")
 

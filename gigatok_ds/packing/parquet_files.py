@@ -1,0 +1,86 @@
+"""Reading Parquet files by pyarrow, which need not be installed."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gigatok_ds.errors import InputError
+from gigatok_ds.untrusted import brief
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+LABEL_COLUMNS = ("label", "labels", "class", "cls")  # the first of these that there is
+_ADVICE = "copy it again, or write it anew"
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The file itself, or those of a directory, in the order of their names."""
+    return [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+
+
+def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
+    """Raises InputError for what is none, and where pyarrow is not installed."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{path}: reading Parquet files needs pyarrow; pip install 'gigatok_ds[parquet]'") from None
+    try:
+        return parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is no Parquet file ({brief(error)}); {_ADVICE}") from None
+
+
+def read_columns(path: Path, columns: list[str]) -> pyarrow.Table:
+    import pyarrow
+
+    try:
+        return open_parquet(path).read(columns=columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged ({brief(error)}); {_ADVICE}") from None
+
+
+def image_column(schema: pyarrow.Schema, file: Path) -> str:
+    """The column whose values are {bytes, path}; InputError unless there is one."""
+    import pyarrow
+
+    columns = [name for name, kind in zip(schema.names, schema.types, strict=True)
+               if pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name
+                                                                         for i in range(kind.num_fields)}]
+    if len(columns) != 1:
+        raise InputError(f"{file} has {len(columns)} columns of images, which are structs of bytes and path, as "
+                         f"datasets writes them; its columns are {', '.join(schema.names)}")
+    return columns[0]
+
+
+def read_image(path: str, row: int) -> bytes:
+    """The bytes of the image in a row of a file."""
+    _, starts, column = _opened(path)
+    group = max(number for number, start in enumerate(starts) if start <= row)
+    data = _group(path, group, column)[row - starts[group]]
+    if not data:
+        raise InputError(f"{path}: row {row} holds no bytes, only a path at most; pack the images that lie there")
+    return data
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(path: str) -> tuple[Any, list[int], str]:
+    file = open_parquet(Path(path))
+    rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    return file, [sum(rows[:number]) for number in range(len(rows))], image_column(file.schema_arrow, Path(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _group(path: str, group: int, column: str) -> list[bytes | None]:
+    """Images are read in their order, and a row group only as a whole."""
+    import pyarrow
+
+    try:
+        values = _opened(path)[0].read_row_group(group, columns=[f"{column}.bytes"]).column(column)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged ({brief(error)}); {_ADVICE}") from None
+    return [(value or {}).get("bytes") for value in values.to_pylist()]
