@@ -69,11 +69,11 @@ def _rounded(value: Tensor, spec: Spec) -> Tensor:
     return value.to(spec.dtype)
 
 
-def _network(model: Model, specs: Mapping[str, Spec]) -> Tokenizer | GPT:
-    """In float32, of weights as they are written."""
+def network_of(model: Model, specs: Mapping[str, Spec] | None = None) -> Tokenizer | GPT:
+    """A model in float32, in evaluation mode; `specs` are of weights as they are written."""
     network = build_on_meta(model.config)
     usual = written_specs(network)
-    state = {name: _rounded(model.weights[name], spec).to(usual[name].dtype) for name, spec in specs.items()}
+    state = {name: _rounded(model.weights[name], spec).to(usual[name].dtype) for name, spec in (specs or usual).items()}
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -88,7 +88,7 @@ def _inputs(model: Model) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _outputs(model: Model, specs: Mapping[str, Spec], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    network = _network(model, specs)
+    network = network_of(model, specs)
     if isinstance(network, GPT):
         return {"logits": network(inputs["codes"][:, :-1], inputs["classes"])}
     codes = network.encode(inputs["images"])

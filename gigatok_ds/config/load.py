@@ -21,8 +21,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from gigatok_ds.config import losses, model, recipe
-from gigatok_ds.config.location import is_remote, masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
+from gigatok_ds.config.sources import DataSource, masked_sources
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
 from gigatok_ds.untrusted import read_bytes
@@ -39,7 +39,7 @@ _SHOWN = 3  # problems named in one error
 MOST_CHARACTERS, MOST_NODES = 250_000, 100_000  # of a recipe
 
 # The schemas are plain dataclasses, so that inference needs no pydantic; strictness is switched on here.
-for _schema in (*vars(model).values(), *vars(losses).values(), *vars(recipe).values()):
+for _schema in (*vars(model).values(), *vars(losses).values(), *vars(recipe).values(), DataSource):
     if dataclasses.is_dataclass(_schema) and isinstance(_schema, type):
         with_config(ConfigDict(extra="forbid", allow_inf_nan=False))(_schema)
 
@@ -136,8 +136,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def without_secrets(recipe: Recipe) -> Recipe:
     """The same, with the secrets in the locations of its data masked: what may be kept and shown."""
     given = {name: getattr(recipe.data, name.removeprefix("data."), None) for name in DATA_LOCATIONS}
-    shown: dict[str, Any] = {name.removeprefix("data."): masked(location) for name, location in given.items()
-                             if is_remote(location)}
+    shown: dict[str, Any] = {name.removeprefix("data."): masked_sources(value)
+                             for name, value in given.items() if value}
     data: Any = dataclasses.replace(recipe.data, **shown)  # of the same kind as the recipe's own
     return dataclasses.replace(recipe, data=data)
 

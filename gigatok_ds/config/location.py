@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TypeGuard
 
 from gigatok_ds.errors import InputError
@@ -36,11 +37,12 @@ def is_masked(location: object) -> bool:
     return is_remote(location) and _MASK in location
 
 
-def check_cache(cache: str | None, cache_gb: float | None, **locations: str | None) -> None:
-    """Refuse a cache that would stay empty, and one without room. Locations that are not set yet may become remote."""
+def check_cache(cache: str | None, cache_gb: float | None, **locations: Iterable[str]) -> None:
+    """Refuse a cache that would stay empty, and one without room. Settings without a location yet may become remote."""
     if cache_gb is not None and cache_gb <= 0:
         raise InputError(f"data.cache_gb is {cache_gb}; it must be above 0")
     for name, value in (("cache", cache), ("cache_gb", cache_gb)):
-        if value is not None and not any(place is None or is_remote(place) for place in locations.values()):
+        if value is not None and all(
+                (places := list(given)) and not any(map(is_remote, places)) for given in locations.values()):
             raise InputError(f"data.{name} is {value}, but it does nothing where data lies in local directories; set "
                              f"it to null, or {' or '.join(f'data.{key}' for key in locations)} to a URL")

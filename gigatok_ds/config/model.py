@@ -171,13 +171,27 @@ class TokenizerConfig:
         if self.layout == "2d" and self.latent_tokens != self.grid**2:
             raise InputError(f"latent_tokens is {self.latent_tokens}; a 2d tokenizer has one per grid cell, "
                              f"{self.grid**2}")
-        if self.layout == "1d" and self.latent_query == "multi_level" and self.latent_tokens & (self.latent_tokens - 1):
-            raise InputError(f"latent_tokens is {self.latent_tokens}; latent_query multi_level needs a power of two")
-        if self.layout == "1d" and self.latent_query == "multi_level" and self.latent_tokens > 2 * self.grid**2:
-            raise InputError(
-                f"latent_tokens is {self.latent_tokens}; latent_query multi_level on a {self.grid}x{self.grid} grid "
-                f"allows at most {2 * self.grid**2}"
-            )
+        if self.layout == "1d" and self.latent_query == "multi_level":
+            self._check_levels()
+
+    def _check_levels(self) -> None:
+        """The finest of the levels that queries are pooled at has half of the tokens, and must divide the grid."""
+        tokens, allowed = self.latent_tokens, [2**power for power in range(2 * self.grid.bit_length())
+                                               if self.grid % 2 ** (power // 2) == 0]
+        if tokens in allowed:
+            return
+        nearest = [*[number for number in allowed if number < tokens][-1:],
+                   *[number for number in allowed if number > tokens][:1]]
+        sizes = ""
+        if not tokens & (tokens - 1):
+            side = 2 ** (tokens.bit_length() // 2) * self.cnn.downscale
+            low = self.image_size // side * side
+            sizes = f", or image_size {f'{low} or {low + side}' if low else side}"
+        raise InputError(
+            f"latent_tokens is {tokens}; latent_query multi_level needs a power of two whose levels divide the grid, "
+            f"{self.grid} x {self.grid} at image_size {self.image_size}: next are "
+            f"{' and '.join(map(str, nearest))}{sizes}"
+        )
 
     @property
     def grid(self) -> int:

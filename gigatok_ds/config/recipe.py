@@ -11,6 +11,7 @@ from gigatok_ds.config.location import check_cache
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
 from gigatok_ds.config.monitor import MonitorConfig, TokenizerMonitorConfig
+from gigatok_ds.config.sources import Locations, check_sources_of, locations_of
 from gigatok_ds.config.validation import ValidationConfig
 from gigatok_ds.errors import InputError
 
@@ -109,11 +110,12 @@ class ImageDataConfig(ImageReadingConfig):
 
     `cache` is the directory of each host for copies of remote tars (null: one in the user's cache directory), and
     `cache_gb` bounds its size in 10^9 bytes (null: without bounds). What cannot be read, for a reason that may pass, is
-    tried again for `patience` minutes.
+    tried again for `patience` minutes. `train` may be a list of places with weights, whose samples are mixed, and
+    `validation` one of places with names, which are measured one by one (docs/data.md).
     """
 
-    train: str | None = None
-    validation: str | None = None
+    train: Locations = None
+    validation: Locations = None
     cache: str | None = None
     cache_gb: float | None = None
     patience: float = 10.0
@@ -124,7 +126,8 @@ class ImageDataConfig(ImageReadingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, "data", workers=self.workers, patience=self.patience)
-        check_cache(self.cache, self.cache_gb, train=self.train, validation=self.validation)
+        _check_places(self)
+        check_cache(self.cache, self.cache_gb, train=locations_of(self.train), validation=locations_of(self.validation))
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"data.crop_scale is {self.crop_scale}; it must be 0 < low <= high <= 1")
@@ -137,12 +140,12 @@ class CodeDataConfig(ImageReadingConfig):
     `tokenizer` is a standalone tokenizer's directory: frozen and in float32, it makes the codes of training images when
     they are needed, each time of another crop, mirrored half the time. `second` is a directory of code shards of the
     same images under other augmentations: each access takes it instead of `train` with probability 0.5 (the original's
-    mixture of two ten-crops). `cache`, `cache_gb` and `patience` are those of image shards; how images are read is for
-    `tokenizer` only.
+    mixture of two ten-crops). `train`, `validation`, `cache`, `cache_gb` and `patience` are those of image shards; how
+    images are read is for `tokenizer` only.
     """
 
-    train: str | None = None
-    validation: str | None = None
+    train: Locations = None
+    validation: Locations = None
     tokenizer: str | None = None
     second: str | None = None
     cache: str | None = None
@@ -163,8 +166,17 @@ class CodeDataConfig(ImageReadingConfig):
         if self.tokenizer is not None and self.second is not None:
             raise InputError("data.second is set, but with data.tokenizer there are no code shards to mix; set one of "
                              "them to null")
-        second = {} if self.second is None else {"second": self.second}
-        check_cache(self.cache, self.cache_gb, train=self.train, validation=self.validation, **second)
+        _check_places(self)
+        if self.second is not None and not isinstance(self.train, str | None):
+            raise InputError("data.second is set, but data.train is a mixture already; set data.second to null")
+        second = {} if self.second is None else {"second": [self.second]}
+        check_cache(self.cache, self.cache_gb, train=locations_of(self.train),
+                    validation=locations_of(self.validation), **second)
+
+
+def _check_places(data: ImageDataConfig | CodeDataConfig) -> None:
+    check_sources_of("data.train", data.train)
+    check_sources_of("data.validation", data.validation)
 
 
 @dataclass(frozen=True, kw_only=True)

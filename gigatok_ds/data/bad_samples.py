@@ -51,11 +51,13 @@ class BadSamples:
                              f"{self.index.location} lists all of them")
 
     def summary(self) -> str:
-        """The tars with most of them, and the last reason."""
+        """The tars with most of them, of several sources each source's number, and the last reason."""
         tars = Counter(self.index.place(sample)[0] for sample in self.reasons)
-        named = ", ".join(f"{count} in {tar}" for tar, count in tars.most_common(_NAMED))
+        sources = Counter(tar.partition("/")[0] for tar in tars.elements() if "/" in tar)
+        parts = [f"{count} of {source}" for source, count in sources.most_common()]
+        parts += [f"{count} in {tar}" for tar, count in tars.most_common(_NAMED)]
         rest = f" and {len(tars) - _NAMED} more shards" if len(tars) > _NAMED else ""
-        return f"{named}{rest} (the last: {next(reversed(self.reasons.values()))})"
+        return f"{', '.join(parts)}{rest} (the last: {next(reversed(self.reasons.values()))})"
 
     def _tell(self, new: list[str]) -> None:
         """Of the reasons, which are counted already, these are the latest."""

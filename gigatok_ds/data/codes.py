@@ -136,6 +136,18 @@ class CodeDataset:
     index: ShardIndex
 
     @classmethod
+    def joined(cls, parts: Sequence[CodeDataset], index: ShardIndex) -> CodeDataset:
+        """The samples of all, of which `index` is. Raises InputError when they are not codes of one kind."""
+        first = parts[0].metadata
+        for part in parts[1:]:
+            for name in ("codebook_size", "latent_tokens", "augmentations"):
+                if part.metadata[name] != first[name]:
+                    raise InputError(f"{part.index.location} has {name} {part.metadata[name]}, "
+                                     f"{parts[0].index.location} {first[name]}; only codes of one kind can be mixed")
+        return cls(codes=np.concatenate([part.codes for part in parts]), labels=index.labels,
+                   metadata=first | {"count": len(index)}, index=index)
+
+    @classmethod
     def open(cls, directory: str | Path, cache: ShardCache | None = None) -> CodeDataset:
         """Load what `write_code_shards` wrote, from its directory or from the URL of a copy of that; see `open_shards`.
 
@@ -224,7 +236,7 @@ class CodeBatches(TrainingBatches):
 
     Yields `codes` int64 (B, T), `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,). With
     `second`, codes of the same images under other augmentations, half the accesses take theirs. `loading` are the
-    workers and pin_memory of BatchLoader.
+    mixture of TrainingBatches, and the workers and pin_memory of BatchLoader.
     """
 
     def __init__(self, data: CodeDataset, plan: ReadingPlan, second: CodeDataset | None = None, *, seed: int,

@@ -19,6 +19,7 @@ from gigatok_ds.cluster.share import WHOLE, Share
 from gigatok_ds.compat import sockets_without_files
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.data.bad_samples import BadSample, BadSamples
+from gigatok_ds.data.mixture import MixedBatches, Mixture
 from gigatok_ds.data.pillow_warnings import Said, say_pillows_once
 from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, ReadingPlan, SampleAddress
 from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
@@ -134,13 +135,16 @@ class TrainingBatches(BatchLoader):
     """The micro batches that a plan says, of `count` samples.
 
     `dataset` maps a SampleAddress to a dictionary. `micro_steps` consecutive micro batches are the reader's share of
-    one global batch. Order and content depend on neither `workers`, nor the layout, nor where the run resumed. Raises
-    InputError when the batch size does not fit the number of samples or the layout.
+    one global batch. Order and content depend on neither `workers`, nor the layout, nor where the run resumed. With a
+    `mixture` samples of several sources come in its proportions. Raises InputError when the batch size does not fit the
+    number of samples or the layout.
     """
 
     def __init__(self, dataset: Dataset, count: int, plan: ReadingPlan, *, seed: int, workers: int = 0,
-                 locality: Locality | None = None, pin_memory: bool = False):
-        self.batches = GlobalBatches(count, plan.global_batch_size, seed, plan.shuffle, locality=locality)
+                 locality: Locality | None = None, mixture: Mixture | None = None, pin_memory: bool = False):
+        self.batches: GlobalBatches | MixedBatches = (
+            GlobalBatches(count, plan.global_batch_size, seed, plan.shuffle, locality=locality) if mixture is None
+            else MixedBatches(mixture, plan.global_batch_size, seed, plan.shuffle, locality))
         sampler = MicroBatches(self.batches, plan)
         self.micro_steps = sampler.micro_steps
         super().__init__(dataset, sampler, workers=workers, pin_memory=pin_memory)
@@ -213,8 +217,9 @@ class ImageBatches(TrainingBatches):
     floats of; `labels` int64 (B,), `position`, `epoch` and `sample` int64 (B,), and `replaced` bool (B,): samples whose
     place the next one in the data has taken, because they cannot be decoded or, with `num_classes`, have no label.
     `max_bad_fraction` of the reader's samples may be so. With `shuffle_shards` each tar is read ahead as a whole.
-    `loading` are the workers and pin_memory of BatchLoader. Raises InputError when too many samples are bad, when one
-    has a label that is not below `num_classes`, and when a shard has changed since it was indexed.
+    `loading` are the mixture of TrainingBatches, and the workers and pin_memory of BatchLoader. Raises InputError when
+    too many samples are bad, when one has a label that is not below `num_classes`, and when a shard has changed since
+    it was indexed.
     """
 
     def __init__(self, index: ShardIndex, transform: TrainingTransform, plan: ReadingPlan, *, seed: int,

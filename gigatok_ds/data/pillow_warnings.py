@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +36,14 @@ def say_pillows_once(said: Flag) -> None:
     Warnings of other packages are shown as before. `warnings.catch_warnings` ends it.
     """
     show = warnings.showwarning
-    warnings.showwarning = _Once(show.show if isinstance(show, _Once) else show, said)
 
-
-class _Once:
-    def __init__(self, show: Callable[..., None], said: Flag):
-        self.show, self.said = show, said
-
-    def __call__(self, message, category, filename, *rest) -> None:
+    def shown(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+              line: str | None = None) -> None:
         if "PIL" not in filename.replace("\\", "/").split("/"):
-            self.show(message, category, filename, *rest)
-        elif not self.said.is_set():
-            self.said.set()
+            show(message, category, filename, lineno, file, line)
+        elif not said.is_set():
+            said.set()
             logger.warning("Pillow says of an image: %s; it is used all the same, and others like it are not mentioned",
                            " ".join(str(message).split()))
+
+    warnings.showwarning = shown

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -140,10 +140,18 @@ class ReadingPlan:
         return itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
 
 
+class LocatedBatches(Protocol):
+    """What says of which samples a global batch is: see GlobalBatches."""
+
+    global_batch_size: int
+
+    def locate(self, step: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class MicroBatches:
     """A batch sampler: one reader's micro batches. Raises InputError when they do not fill the global batches."""
 
-    def __init__(self, batches: GlobalBatches, plan: ReadingPlan):
+    def __init__(self, batches: LocatedBatches, plan: ReadingPlan):
         self.batches, self.plan, self.micro_steps = batches, plan, plan.micro_steps
 
     def __iter__(self) -> Iterator[list[SampleAddress]]:

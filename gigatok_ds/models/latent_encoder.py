@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gigatok_ds.config.model import TokenizerConfig, TransformerSize
 from gigatok_ds.models.attention import TransformerLayer
 from gigatok_ds.models.initialisation import Fill, normal
+from gigatok_ds.models.positions import level_shape
 from gigatok_ds.parallel.layers import Layers
 
 
@@ -45,9 +46,8 @@ def multi_level_pool(x: Tensor, tokens: int) -> Tensor:
     """
     grid = x.shape[-1]
     levels = []
-    for index in range(tokens.bit_length()):
-        splits = max(index - 1, 0)
-        rows, columns = 2 ** (splits // 2), 2 ** ((splits + 1) // 2)
+    for level in range(tokens.bit_length()):
+        rows, columns = level_shape(level)
         levels.append(map_to_tokens(F.avg_pool2d(x, (grid // rows, grid // columns))))
     return torch.cat(levels)
 

@@ -97,8 +97,9 @@ class ShardIndex:
     and it can be pickled.
     """
 
-    def __init__(self, tars: ShardFiles, contents: Contents):
-        self.tars = tars
+    def __init__(self, tars: ShardFiles, contents: Contents, identity: str | None = None):
+        """identity: what `identity` is to say, if not what it finds."""
+        self.tars, self._identity = tars, identity
         self.shards = contents.shards
         self.classes = self._named = contents.classes
         self.labels = contents.table["label"]
@@ -168,8 +169,15 @@ class ShardIndex:
 
     def identity(self) -> str:
         """SHA-256, in hexadecimal, over the shards' hashes, in their order, and the class names."""
+        if self._identity is not None:
+            return self._identity
         content = [self._named, [[shard.sha256, shard.samples] for shard in self.shards]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def table(self) -> dict[str, np.ndarray]:
+        """A row for each sample: see shards.contents. Labels are as they were stored."""
+        return self._table
 
     @property
     def shard_numbers(self) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,13 +17,16 @@ from gigatok_ds.checkpoint.class_names import ClassNames
 from gigatok_ds.checkpoint.standalone import load_tokenizer, read_config
 from gigatok_ds.config.model import tokenizer_config_from_dict
 from gigatok_ds.config.recipe import GPTRecipe
+from gigatok_ds.config.sources import sources_of
 from gigatok_ds.data.codes import CODE_EXTENSIONS, CodeBatches, CodeDataset
 from gigatok_ds.data.decoding import training_transform
+from gigatok_ds.data.joined import open_each, open_sources
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
 from gigatok_ds.data.prefetch import on_device
 from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.errors import InputError
 from gigatok_ds.parallel.topology import Topology
+from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.remote import check_data, open_shards
 from gigatok_ds.shards.shard_cache import ShardCache
 
@@ -40,8 +44,12 @@ class CodeSource(Protocol):
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         """This data rank's endless micro batches: `codes` int64 (B, T), `labels` and, on the CPU, `position` (B,)."""
 
-    def validation(self) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (N, T) and labels (N,) of all validation images; collective."""
+    @property
+    def validation_names(self) -> Sequence[str]:
+        """What the sets of validation images are called."""
+
+    def validation(self, name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (N, T) and labels (N,) of all images of that set, or of the first one; collective."""
 
 
 def check_sources(recipe: GPTRecipe) -> None:
@@ -87,10 +95,13 @@ class ExtractedCodes:
         self.recipe, self.topology, self.micro_batch_size = recipe, topology, micro_batch_size
         data = recipe.data
         assert data.train is not None and data.validation is not None, "see check_run"
-        self.train = self._open(data.train, classes)
-        known = classes if classes.names else ClassNames(self.train.index.classes, data.train)
+        parts: dict[str, CodeDataset] = {}
+        index, self.mixture = open_sources(data.train, partial(self._index_of, parts))
+        train = CodeDataset.joined(list(parts.values()), index) if self.mixture else parts[next(iter(parts))]
+        self.train = self._numbered(train, classes)
+        known = classes if classes.names else ClassNames(self.train.index.classes, self.train.index.location)
         self.class_names = known.names
-        self.held_out = self._open(data.validation, known)
+        self.held_out = {source.called: self._open(source.location, known) for source in sources_of(data.validation)}
         self.second = None if data.second is None else self._open(data.second, known)
         if self.second and not np.array_equal(self.second.labels, self.train.labels):
             raise InputError(f"data.second {data.second} is not of the same images as data.train {data.train}: it has "
@@ -98,9 +109,20 @@ class ExtractedCodes:
 
     def _open(self, path: str, known: ClassNames) -> CodeDataset:
         """Code shards that fit this GPT, numbered by the names of its classes; InputError naming what differs."""
-        codes = CodeDataset.open(path, ShardCache.of(self.recipe.data.cache, self.recipe.data.cache_gb,
-                                                     self.recipe.data.patience))
+        return self._numbered(self._stored(path), known)
+
+    def _stored(self, path: str) -> CodeDataset:
+        data = self.recipe.data
+        codes = CodeDataset.open(path, ShardCache.of(data.cache, data.cache_gb, data.patience))
         _check_fit(self.recipe, path, codes.metadata)
+        return codes
+
+    def _index_of(self, parts: dict[str, CodeDataset], path: str) -> ShardIndex:
+        """Of code shards that are opened into `parts`."""
+        parts[path] = self._stored(path)
+        return parts[path].index
+
+    def _numbered(self, codes: CodeDataset, known: ClassNames) -> CodeDataset:
         codes = codes.number_as(known.names, known.source)
         codes.check_labels(self.recipe.model.num_classes)
         return codes
@@ -109,18 +131,23 @@ class ExtractedCodes:
         """What tells the data from any other; see ShardIndex.identity."""
         parts = [self.train] if self.second is None else [self.train, self.second]
         return {"train": "+".join(part.index.identity() for part in parts),
-                "validation": self.held_out.index.identity()}
+                "validation": "+".join(codes.index.identity() for codes in self.held_out.values())}
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         training, topology = self.recipe.training, self.topology
         plan = ReadingPlan(global_batch_size=training.global_batch_size, micro_batch_size=self.micro_batch_size,
                            share=topology.data_share, start_step=start_step, stop_step=training.steps)
-        batches = CodeBatches(self.train, plan, self.second, seed=training.seed, workers=self.recipe.data.workers,
-                              pin_memory=topology.device.type == "cuda")
+        batches = CodeBatches(self.train, plan, self.second, mixture=self.mixture, seed=training.seed,
+                              workers=self.recipe.data.workers, pin_memory=topology.device.type == "cuda")
         return on_device(batches, ("codes", "labels"), topology.device)
 
-    def validation(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.held_out.codes[:, 0], self.held_out.labels
+    @property
+    def validation_names(self) -> Sequence[str]:
+        return list(self.held_out)
+
+    def validation(self, name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        held_out = self.held_out[name or self.validation_names[0]]
+        return held_out.codes[:, 0], held_out.labels
 
 
 class TokenizedImages:
@@ -132,22 +159,25 @@ class TokenizedImages:
         self.own_images = micro_batch_size // topology.tensor_size
         data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
         assert data.train is not None and data.validation is not None and data.tokenizer is not None, "see check_run"
-        self.train = open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction)
-        self.held_out = open_shards(data.validation, cache=cache)
+        self.train, self.mixture = open_sources(data.train, partial(open_shards, cache=cache,
+                                                                    max_bad_fraction=data.max_bad_fraction))
+        self.held_out = open_each(data.validation, partial(open_shards, cache=cache))
         self.train.number_as(classes.names, classes.source)
-        known = classes if classes.names else ClassNames(self.train.classes, data.train)
+        known = classes if classes.names else ClassNames(self.train.classes, self.train.location)
         self.class_names = known.names
-        self.held_out.number_as(known.names, known.source)
         self.train.check_labels(recipe.model.num_classes, data.max_bad_fraction)
-        self.held_out.check_labels(recipe.model.num_classes)
+        for index in self.held_out.values():
+            index.number_as(known.names, known.source)
+            index.check_labels(recipe.model.num_classes)
         self.tokenizer_path = Path(data.tokenizer)
         self.tokenizer = load_tokenizer(self.tokenizer_path, device=str(topology.device))
-        self._encoded: tuple[np.ndarray, np.ndarray] | None = None
+        self._encoded: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def identity(self) -> dict[str, str]:
         """What tells the data, and the tokenizer's weights, from any other; see ShardIndex.identity."""
         weights = json.dumps(read_config(self.tokenizer_path)["sha256"], sort_keys=True)
-        return {"train": self.train.identity(), "validation": self.held_out.identity(),
+        return {"train": self.train.identity(),
+                "validation": "+".join(index.identity() for index in self.held_out.values()),
                 "tokenizer": hashlib.sha256(weights.encode()).hexdigest()}
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
@@ -158,6 +188,7 @@ class TokenizedImages:
             self.train,
             training_transform(self.tokenizer.config.image_size, decoding=data.decoding, orient=data.orient),
             plan,
+            mixture=self.mixture,
             num_classes=self.recipe.model.num_classes,
             shuffle_shards=data.shuffle_shards,
             max_bad_fraction=data.max_bad_fraction,
@@ -178,15 +209,21 @@ class TokenizedImages:
         table = self.topology.gather_images(torch.cat([codes, batch["labels"].to(device)[:, None]], dim=1))
         return table[:, :-1], table[:, -1]
 
-    def validation(self) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def validation_names(self) -> Sequence[str]:
+        return list(self.held_out)
+
+    def validation(self, name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Of the center crops; encoded once, by all ranks together."""
-        if self._encoded is None:
-            batches = evaluation_batches(self.held_out, self.tokenizer.config.image_size, VALIDATION_BATCH,
+        name = name or self.validation_names[0]
+        if name not in self._encoded:
+            held_out = self.held_out[name]
+            batches = evaluation_batches(held_out, self.tokenizer.config.image_size, VALIDATION_BATCH,
                                          self.topology.image_share, orient=self.recipe.data.orient,
                                          workers=self.recipe.data.workers,
                                          pin_memory=self.topology.device.type == "cuda")
             rounds = [[self.topology.gather_data(part).cpu() for part in self._encode(batch)] for batch in batches]
             # What fills up the last round comes last.
-            codes, labels = (torch.cat(parts)[: len(self.held_out)].numpy() for parts in zip(*rounds, strict=True))
-            self._encoded = codes.astype(np.int32), labels
-        return self._encoded
+            codes, labels = (torch.cat(parts)[: len(held_out)].numpy() for parts in zip(*rounds, strict=True))
+            self._encoded[name] = codes.astype(np.int32), labels
+        return self._encoded[name]

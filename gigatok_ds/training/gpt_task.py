@@ -74,9 +74,14 @@ class GPTTask:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Mean cross-entropy, in nats per code, of validation images: their first augmentation or center crop."""
+        """Mean cross-entropy, in nats per code, of validation images: their first augmentation or center crop. Of the
+        first set it is `loss`, of others `loss.NAME`.
+        """
+        return {"loss" if number == 0 else f"loss.{name}": self._loss(*self.source.validation(name))
+                for number, name in enumerate(self.source.validation_names)}
+
+    def _loss(self, codes: np.ndarray, labels: np.ndarray) -> float:
         network = self.engine.network.eval()
-        codes, labels = self.source.validation()
         rank, ranks, size = self.topology.data_rank, self.topology.data_size, self.micro_batch_size
         total = torch.zeros(2, dtype=torch.float64)
         # Every rank runs as many batches as the others; those past the end repeat the last sequence uncounted.
@@ -88,7 +93,7 @@ class GPTTask:
             losses = network(batch[:, :-1], torch.as_tensor(labels[rows]).long().to(self.topology.device), batch)
             total += torch.stack([losses.cpu()[valid].double().sum(), valid.sum() * batch.shape[1]])
         total = self.topology.mean_over_ranks(total.to(self.topology.device)).cpu()
-        return {"loss": float(total[0] / total[1])}
+        return float(total[0] / total[1])
 
     def figures(self, step: int) -> dict[str, float]:
         return {}

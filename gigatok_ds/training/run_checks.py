@@ -10,6 +10,7 @@ from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe
 from gigatok_ds.config.location import is_masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe
+from gigatok_ds.config.sources import locations_of
 from gigatok_ds.errors import InputError
 from gigatok_ds.monitoring.wandb_log import check_wandb
 from gigatok_ds.training.branch import OWN_KEYS, check_branch
@@ -39,8 +40,8 @@ def check_schedule(recipe: Recipe, run_dir: Path) -> None:
 
 def check_places(recipe: Recipe, run_dir: Path) -> None:
     """Refuse paths that no file of a run can name, and TensorBoard cannot write to: bytes that are no text."""
-    for name, place in (("--out", run_dir), ("data.train", recipe.data.train),
-                        ("data.validation", recipe.data.validation)):
+    for name, place in (("--out", run_dir), *(("data.train", place) for place in locations_of(recipe.data.train)),
+                        *(("data.validation", place) for place in locations_of(recipe.data.validation))):
         try:
             str(place).encode()
         except UnicodeEncodeError:
@@ -51,7 +52,7 @@ def check_places(recipe: Recipe, run_dir: Path) -> None:
 def check_locations(recipe: Recipe, run_dir: Path) -> None:
     """Refuse data without a location, or with one whose secrets are left out."""
     for name in DATA_LOCATIONS:
-        if is_masked(location := getattr(recipe.data, name.removeprefix("data."), None)):
+        for location in filter(is_masked, locations_of(getattr(recipe.data, name.removeprefix("data."), None))):
             raise InputError(f"{name} is {location}, as a run writes it down without its secrets; give {name}=... as "
                              "when the run was begun")
     for split in ("train", "validation"):
@@ -71,9 +72,10 @@ def check_shards(recipe: Recipe, run_dir: Path) -> None:
     training_transform(1, decoding=data.decoding)
     of_codes = isinstance(recipe, GPTRecipe) and recipe.data.tokenizer is None
     for split in ("train", "validation"):
-        check_data(f"data.{split}", getattr(data, split), CODE_EXTENSIONS if of_codes else IMAGE_EXTENSIONS,
-                   ShardCache.of(data.cache, data.cache_gb, data.patience),
-                   max_bad_fraction=data.max_bad_fraction if split == "train" and not of_codes else 0.0)
+        for location in locations_of(getattr(data, split)):
+            check_data(f"data.{split}", location, CODE_EXTENSIONS if of_codes else IMAGE_EXTENSIONS,
+                       ShardCache.of(data.cache, data.cache_gb, data.patience),
+                       max_bad_fraction=data.max_bad_fraction if split == "train" and not of_codes else 0.0)
 
 
 def check_tokenizer(recipe: Recipe, run_dir: Path) -> None:

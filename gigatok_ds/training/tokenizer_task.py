@@ -14,7 +14,9 @@ from gigatok_ds.checkpoint.class_names import ClassNames
 from gigatok_ds.config.recipe import TokenizerRecipe
 from gigatok_ds.cpu.convolution import use_winograd
 from gigatok_ds.data.decoding import training_transform
+from gigatok_ds.data.joined import open_each, open_sources
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
+from gigatok_ds.data.mixture import Mixture
 from gigatok_ds.data.prefetch import on_device
 from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.engine.compilation import called_twice, compile_of
@@ -32,7 +34,7 @@ from gigatok_ds.shards.remote import open_shards
 from gigatok_ds.shards.shard_cache import ShardCache
 from gigatok_ds.streams import stream_key
 from gigatok_ds.training.tokenizer_step import TokenizerStep
-from gigatok_ds.training.validation_pass import TokenizerValidation
+from gigatok_ds.training.validation_pass import SeveralValidations, TokenizerValidation
 
 PROBE_IMAGES = 16
 
@@ -41,11 +43,13 @@ class Images(NamedTuple):
     """What a tokenizer is trained on and what it is validated on."""
 
     train: ShardIndex
-    validation: ShardIndex
+    mixture: Mixture | None
+    validation: dict[str, ShardIndex]  # by name
 
     def identity(self) -> dict[str, str]:
         """What tells the data from any other, by setting below `data`; see ShardIndex.identity."""
-        return {"train": self.train.identity(), "validation": self.validation.identity()}
+        return {"train": self.train.identity(),
+                "validation": "+".join(index.identity() for index in self.validation.values())}
 
 
 class TokenizerTask:
@@ -58,7 +62,8 @@ class TokenizerTask:
         self.recipe, self.topology = recipe, topology
         # Of a data rank's micro batch, the images that this tensor rank reads, convolves and judges.
         self.own_images = settings["train_micro_batch_size_per_gpu"] // topology.tensor_size
-        self.train_index, self.validation_index = images
+        self.images = images
+        self.validation_index = next(iter(images.validation.values()))  # of what is looked at
         seed, parallel = recipe.training.seed, recipe.parallel
         self.generator = Engine(
             lambda: Tokenizer(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology, seed=seed,
@@ -83,8 +88,9 @@ class TokenizerTask:
             compile(self.objective)
         self.step = TokenizerStep(recipe, topology, self.generator, self.discriminator, self.objective,
                                   settings["gradient_accumulation_steps"])
-        self.validation = TokenizerValidation(recipe, self.validation_index, self.objective.perceptual, topology,
-                                              self.own_images)
+        self.validation = SeveralValidations(
+            {name: TokenizerValidation(recipe, index, self.objective.perceptual, topology, self.own_images)
+             for name, index in images.validation.items()})
         self.flops = TokenizerFlops(recipe, self.objective, self.own_images, topology.device)
 
     @staticmethod
@@ -92,18 +98,20 @@ class TokenizerTask:
                   _classes: ClassNames = ClassNames()) -> Images:
         data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
         assert data.train is not None and data.validation is not None, "see check_run"
-        return Images(open_shards(data.train, cache=cache, max_bad_fraction=data.max_bad_fraction),
-                      open_shards(data.validation, cache=cache))
+        train, mixture = open_sources(data.train, partial(open_shards, cache=cache,
+                                                          max_bad_fraction=data.max_bad_fraction))
+        return Images(train, mixture, open_each(data.validation, partial(open_shards, cache=cache)))
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         data, training, topology = self.recipe.data, self.recipe.training, self.topology
         plan = ReadingPlan(global_batch_size=training.global_batch_size, micro_batch_size=self.own_images,
                            share=topology.image_share, start_step=start_step, stop_step=training.steps)
         batches = ImageBatches(
-            self.train_index,
+            self.images.train,
             training_transform(self.recipe.model.image_size, data.crop_scale, data.flip, data.decoding,
                                orient=data.orient),
             plan,
+            mixture=self.images.mixture,
             shuffle_shards=data.shuffle_shards,
             max_bad_fraction=data.max_bad_fraction,
             as_bytes=True,

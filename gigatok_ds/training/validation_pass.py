@@ -39,7 +39,7 @@ class TokenizerValidation:
         config = recipe.validation
         self.images = len(index) if config.images is None else config.images
         if self.images > len(index):
-            raise InputError(f"validation.images is {self.images}, but {recipe.data.validation} holds {len(index)}; "
+            raise InputError(f"validation.images is {self.images}, but {index.location} holds {len(index)}; "
                              "lower it, or set it to null for all")
         self.lpips = perceptual if config.perceptual and isinstance(perceptual, LPIPS) else None
         self.fid = ReconstructionFID(config.inception, self.images, topology) if config.inception is not None else None
@@ -86,6 +86,21 @@ class TokenizerValidation:
     def _fid_is_due(self, step: int) -> bool:
         every = self.recipe.validation.fid_every
         return every is None or step % every == 0 or step == self.recipe.training.steps
+
+
+class SeveralValidations:
+    """The figures of the first set of images under their own names, those of others as FIGURE.NAME."""
+
+    def __init__(self, validations: dict[str, TokenizerValidation]):
+        self.validations = validations
+
+    def measure(self, network: nn.Module, step: int) -> dict[str, float]:
+        """As TokenizerValidation's, of all."""
+        figures: dict[str, float] = {}
+        for number, (name, validation) in enumerate(self.validations.items()):
+            figures |= {f"{figure}.{name}" if number else figure: value
+                        for figure, value in validation.measure(network, step).items()}
+        return figures
 
 
 def _lpips_of(lpips: LPIPS, images: Tensor, restored: Tensor) -> Tensor:

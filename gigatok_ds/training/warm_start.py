@@ -6,6 +6,7 @@ average starts from the weights, and a discriminator as in a new run.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +21,16 @@ from gigatok_ds.checkpoint.run_directory import MODEL_PARTS, RECIPE_FILE, STATE_
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, groups_of, shapes_of
 from gigatok_ds.config.load import save_resolved
 from gigatok_ds.config.losses import AdversarialConfig
+from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside, sha256, told_failures, write_atomically
 from gigatok_ds.models.initialisation import initial_fills
+from gigatok_ds.models.positions import resizable, resize
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.streams import stream_key, torch_stream
+
+logger = logging.getLogger(__name__)
 
 # Weights are written in as many files as there would be data ranks with this much of them each.
 FILE_BYTES = 512 * 1024**2
@@ -39,13 +44,14 @@ def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, 
 
     weights are a state_dict of the recipe's model, of which few tensors are in memory at a time. Parameters whose names
     start with one of `fresh` get their initial values instead. classes are the names of the classes that the weights
-    know; the run's data will be numbered by them, unless the embedding of classes is `fresh`. Raises InputError when
-    `out` exists, or a parameter is missing or of another shape.
+    know; the run's data will be numbered by them, unless the embedding of classes is `fresh`. Tables of positions of
+    another size are resized (models.positions), which is logged. Raises InputError when `out` exists, or another
+    parameter is missing or of another shape.
     """
     if out.exists():
         raise InputError(f"{out} exists already; choose another directory for the run")
     network = build_on_meta(recipe.model)
-    started = _started(network, weights, fresh, recipe.training.seed)
+    started = _started(network, _at_size(recipe.model, network, weights, fresh), fresh, recipe.training.seed)
     parts: dict[str, tuple[nn.Module, Mapping[str, Tensor]]] = {MODEL_PARTS[recipe.kind]: (network, started)}
     if isinstance(recipe, TokenizerRecipe) and recipe.loss.adversarial:
         discriminator = _discriminator(recipe, recipe.loss.adversarial)
@@ -64,6 +70,26 @@ def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, 
         save_resolved(recipe, scratch / RECIPE_FILE)
         write_atomically(checkpoint / STATE_FILE, state.to_json().encode())
     return out
+
+
+def _at_size(config: TokenizerConfig | GPTConfig, network: nn.Module, weights: Mapping[str, Tensor],
+             fresh: Sequence[str]) -> Mapping[str, Tensor]:
+    """The weights with tables of positions of the network's size."""
+    wanted, shapes = {name: spec[1] for name, spec in written_specs(network).items()}, shapes_of(weights)
+    keep = 1 if isinstance(config, GPTConfig) else 0
+    resized = {}
+    for name, how in resizable(config).items():
+        if name not in shapes or name not in wanted or name.startswith(tuple(fresh)):
+            continue
+        if shapes[name] != wanted[name] and shapes[name][1:] == wanted[name][1:]:
+            found = resize(weights[name], wanted[name][0], how, keep=keep)
+            if found is not None:
+                logger.info("%s: %s", name, found.how)
+                resized[name] = found.table
+    if not resized:
+        return weights
+    return LazyTensors(shapes | {name: table.shape for name, table in resized.items()},
+                       lambda name: resized[name] if name in resized else weights[name])
 
 
 def _started(network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[str], seed: int) -> LazyTensors:

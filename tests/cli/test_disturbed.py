@@ -76,7 +76,7 @@ def check(name, world, folder, count, seed):
             shutil.rmtree(place)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["extract-codes", "sample", "evaluate"])  # others: below
 def test_a_disturbed_command_run_again_leaves_the_same(name, world, tmp_path):
     check(name, world, tmp_path, 1, seed=sum(map(ord, name)))
 

@@ -84,6 +84,7 @@ def test_generated_images_have_the_figures_of_their_features(batches, tmp_path):
     assert "| gfid_custom9_random |" in (tmp_path / "one" / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_statistics_in_the_reference_are_used_as_they_are(batches, tmp_path):
     inception = load_inception("random", "here")
     arrays = np.load(batches / "reference.npz")["arr_0"]

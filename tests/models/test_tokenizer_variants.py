@@ -74,7 +74,7 @@ def test_codes_of_the_wrong_length_are_refused():
     ({"image_size": 17}, "not a multiple of the CNN's downscale"),
     ({"layout": "2d", "latent_tokens": 8}, "one per grid cell, 64"),
     ({"latent_tokens": 12}, "power of two"),
-    ({"latent_tokens": 256}, "at most 128"),
+    ({"latent_tokens": 256}, "next are 128"),
     ({"encoder": "gigantic"}, "unknown size 'gigantic'"),
     ({"cnn": CNNConfig(base_channels=32, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2)),
       "decoder": SMALL, "semantic_head": None, "image_size": 0}, "image_size"),

@@ -97,7 +97,8 @@ def test_previews_are_in_tensorboard(runs):
     assert [image.step for image in events.Images("preview")] == [4, 8]
 
 
-@pytest.mark.parametrize("name, stage, more", [("data", 3, []), ("tensor", 1, ["parallel.tensor=2"])])
+@pytest.mark.parametrize("name, stage, more", [
+    pytest.param("data", 3, [], marks=pytest.mark.slow), ("tensor", 1, ["parallel.tensor=2"])])
 def test_two_ranks_say_what_one_says(runs, name, stage, more):
     """All that does not depend on the machine, gradient norms of terms among it, while rounding has not grown yet."""
     out = runs.run("tokenizer", name, *WATCHED, *more, ranks=2, stage=stage)

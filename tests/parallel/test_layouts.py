@@ -10,7 +10,6 @@ from training_runs import code_shards
 TOLERANCE = 1e-5
 
 ALWAYS = [
-    ("tokenizer", Layout(tensor=1, data=2, stage=1)),
     ("tokenizer", Layout(tensor=2, data=2, stage=3, sequence=True, recompute=True)),
     ("gpt", Layout(tensor=2, data=1, stage=1, sequence=True)),
     ("gpt", Layout(tensor=2, data=2, stage=3, sequence=True, recompute=True)),

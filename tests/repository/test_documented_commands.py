@@ -86,7 +86,12 @@ def test_it_means_something_as_it_stands(command):
             load_recipe(recipe, [*getattr(args, "overrides", []), *tensor])
 
 
-@pytest.mark.parametrize("command", FOUND, ids=str)
+# Whose outputs no other command reads.
+SLOW = ("docs/performance.md:7", "docs/performance.md:9", "docs/kernels.md:99")
+
+
+@pytest.mark.parametrize("command", [
+    pytest.param(command, marks=[pytest.mark.slow] * str(command).startswith(SLOW)) for command in FOUND], ids=str)
 def test_it_runs(command, world, request):
     """The exit code is the rule's, and what --out names is there."""
     rule = NAMED[command]

@@ -48,7 +48,7 @@ def newest(out):
 
 @pytest.mark.parametrize("signals", [
     pytest.param([signal.SIGTERM], marks=pytest.mark.slow), pytest.param([signal.SIGUSR1], marks=pytest.mark.slow),
-    [signal.SIGHUP],
+    pytest.param([signal.SIGHUP], marks=pytest.mark.slow),  # always: two ranks, below
     pytest.param([signal.SIGTERM, signal.SIGTERM], marks=pytest.mark.slow),
 ], ids=["SIGTERM", "SIGUSR1", "SIGHUP", "SIGTERM twice"])
 def test_one_process_saves_once_and_goes_on_bitwise(data, tmp_path, signals):
@@ -109,7 +109,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both(data, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stalled_rank_ends_all_with_everyones_stacks(data, tmp_path, rank):
     folder, names = data
     recipe = load_recipe(folder / "gpt.yaml", [*names, "monitor.stall_seconds=8"])

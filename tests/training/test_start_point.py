@@ -82,3 +82,34 @@ def test_what_does_not_fit_is_refused(runs, tmp_path):
     with pytest.raises(InputError, match="exists already"):
         write_start_point(recipe, weights, tmp_path / "run")
     assert set(build_on_meta(recipe.model).state_dict()) - weights.keys() == {"norm.weight"}
+
+
+SIZES = {
+    "tokenizer": (["model.image_size=32", "model.latent_tokens=32"], {
+        "encoder.positional_embedding": "8 x 8 positions become 16 x 16, bicubically",
+        "decoder.positional_embedding": "8 x 8 positions become 16 x 16, bicubically",
+        "decoder.q_2d": "8 x 8 positions become 16 x 16, bicubically",
+        "encoder.latent_token_positional_embedding": "8 latent tokens become 32: finer levels are interpolated",
+        "decoder.latent_token_positional_embedding": "8 latent tokens become 32: finer levels are interpolated"}),
+    "gpt": (["model.sequence_length=32"], {
+        "positional_embedding": "8 latent tokens become 32: finer levels are interpolated"}),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_model_goes_on_at_another_size(runs, kind, tmp_path, caplog):
+    """Said line by line; all else is carried over bit for bit."""
+    settings, said = SIZES[kind]
+    before, after = runs.recipe(kind, Layout(), *MORE), runs.recipe(kind, Layout(), *MORE, *settings)
+    weights = initialise_((GPT if kind == "gpt" else Tokenizer)(before.model), 5).state_dict()
+    caplog.set_level("INFO", "gigatok_ds")
+    write_start_point(after, weights, tmp_path / "run")
+    for name, how in said.items():
+        assert any(line.startswith(f"{name}: {how}") for line in caplog.messages), caplog.messages
+    assert len(caplog.messages) == len(said)
+    part = "gpt" if kind == "gpt" else "generator"
+    started = read_weights(tmp_path / "run" / "checkpoints" / "step-0000000" / part)
+    assert {name for name, value in started.items() if not torch.equal(value, weights[name])} == set(said)
+    fresh = next(iter(said))
+    write_start_point(after, weights, tmp_path / "fresh", fresh=[fresh])
+    assert not any(line.startswith(fresh) for line in caplog.messages[len(said):])

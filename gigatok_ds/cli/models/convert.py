@@ -8,10 +8,13 @@
   gigatok-ds convert checkpoints/tokenizer-ss VQ_SS256.pt --to original
   gigatok-ds convert checkpoints/gpt-b runs/fine --to training --recipe GPT-B data.train=codes/train ...
   gigatok-ds train runs/fine/recipe.yaml --out runs/fine
+  gigatok-ds convert checkpoints/tokenizer-ss runs/ss512 --to training --recipe VQ_SS256 model.image_size=512
 
 A standalone directory holds config.json and model.safetensors, which gigatok_ds.load_tokenizer and gigatok_ds.load_gpt
-read with PyTorch and safetensors alone. Few tensors are in memory at a time, whatever the model's size. Nothing in a
-file is executed: a .pt that holds anything but tensors and plain data is refused. A failure leaves nothing half-made.
+read with PyTorch and safetensors alone. With --to training, what has positions is carried over to another image_size,
+latent_tokens or sequence_length by interpolation. Few tensors are in memory at a time, whatever the model's size.
+Nothing in a file is executed: a .pt that holds anything but tensors and plain data is refused. A failure leaves nothing
+half-made.
 """
 
 from __future__ import annotations
@@ -96,5 +99,19 @@ def _to_training(args: argparse.Namespace, model, recipe) -> int:
         raise InputError(f"{args.source} holds a {model.kind}, but recipe {recipe.name} trains a {recipe.kind}")
     with shown(model.weights) as weights:
         write_start_point(recipe, weights, args.out, fresh=args.fresh, classes=model.classes)
+    _tell_start(args.out, model, recipe)
     print(f"wrote {args.out}; train it with: gigatok-ds train {args.out}/recipe.yaml --out {args.out}")
     return 0
+
+
+def _tell_start(run: Path, model, recipe) -> None:
+    """How good a tokenizer is at another size at first, where there are images to see it by."""
+    from gigatok_ds.config.sources import locations_of
+    from gigatok_ds.measurements.measure_start import measure_start
+
+    shapes = [(config.image_size, config.latent_tokens) for config in (model.config, recipe.model)
+              if recipe.kind == "tokenizer"]
+    data = next(iter(locations_of(recipe.data.validation)), None)
+    if len(set(shapes)) > 1 and data is not None:
+        count, value = measure_start(run, data, orient=recipe.data.orient)
+        print(f"PSNR of {count} validation images before any step: {value:.2f} dB")
