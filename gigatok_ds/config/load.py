@@ -21,6 +21,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from gigatok_ds.config import losses, model, recipe
+from gigatok_ds.config.location import masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.config.sources import DataSource, masked_sources
 from gigatok_ds.errors import InputError
@@ -263,32 +264,49 @@ def _problems(error: ValidationError, schema: type) -> Iterator[str]:
         if isinstance(detail.get("ctx", {}).get("error"), InputError):
             yield str(detail["ctx"]["error"])
             continue
-        path, member = _located(schema, detail["loc"])
-        if member and (member is str) == isinstance(detail["input"], dict):
-            continue  # text or a section is allowed here: only the form that was meant is worth explaining
+        path, member, union = _located(schema, detail["loc"])
+        if member and not _is_meant(member, union, detail["input"]):
+            continue  # text, a section or a list of these is allowed here: only what was meant is worth explaining
         key = ".".join(path)
         if detail["type"] == "unexpected_keyword_argument":
             yield f"unknown key {key}; {_suggestion(schema, path)}"
         elif detail["type"] == "missing":
             yield f"{key} is missing"
         else:
-            also = f", or a section of {', '.join(_fields_at(schema, path))}" if member else ""
+            also = f", or {_other_forms(schema, path)}" if member is str else ""
             yield f"{key} is {_show(detail['input'])}: {detail['msg'][0].lower()}{detail['msg'][1:]}{also}"
 
 
-def _located(schema: type, location: tuple[Any, ...]) -> tuple[list[str], type | None]:
-    """The dotted key of a pydantic location, and the member of a union that it ends in, if it does."""
+def _is_meant(member: Any, union: list[Any], value: Any) -> bool:
+    """Whether a value is an attempt at this member of a union, which holds text beside sections or a list of these."""
+    forms = [list if typing.get_origin(option) is tuple else dict for option in union if option is not str]
+    if member is str:
+        return not isinstance(value, tuple(forms))
+    return isinstance(value, list if typing.get_origin(member) is tuple else dict)
+
+
+def _other_forms(schema: type, path: list[str]) -> str:
+    """What may stand there instead of text."""
+    if fields := _fields_at(schema, path):
+        return f"a section of {', '.join(fields)}"
+    return f"a list of sections of {', '.join(_fields_at(schema, [*path, '0']))}"
+
+
+def _located(schema: type, location: tuple[Any, ...]) -> tuple[list[str], type | None, list[Any]]:
+    """The dotted key of a pydantic location; if it ends in a member of a union, that, and what else is in it."""
     path: list[str] = []
     hint: Any = schema
     member: type | None = None
+    union: list[Any] = []
     for part in location:
         members = {getattr(option, "__name__", ""): option for option in _options(hint)}
         if len(members) > 1:
-            member = hint = members.get(part)
+            union = list(members.values())
+            member = hint = members.get("tuple" if str(part).startswith("tuple[") else part)
         else:
             path.append(str(part))
-            hint, member = _field_types(hint).get(part), None
-    return path, member
+            hint, member = _inner(hint, str(part)), None
+    return path, member, union
 
 
 def _options(hint: Any) -> list[Any]:
@@ -308,8 +326,16 @@ def _fields_at(schema: type, path: Sequence[str]) -> list[str]:
     """Names of the settings in the section `path`; empty when it is not a section."""
     hint: Any = schema
     for part in path:
-        hint = _field_types(hint).get(part)
+        hint = _inner(hint, part)
     return list(_field_types(hint))
+
+
+def _inner(hint: Any, part: str) -> Any:
+    """The type of a setting in a section, or of a place in a list."""
+    if part.isdecimal():
+        lists = (option for option in _options(hint) if typing.get_origin(option) is tuple)
+        return next((typing.get_args(option)[0] for option in lists), None)
+    return _field_types(hint).get(part)
 
 
 def _suggestion(schema: type, path: list[str]) -> str:
@@ -338,5 +364,5 @@ def _nearest(name: str, names: Sequence[str]) -> str | None:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    text = masked(repr(value))
     return text if len(text) <= 80 else f"{text[:80]}..."

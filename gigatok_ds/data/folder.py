@@ -110,6 +110,11 @@ def images_below(directory: Path, left_out: Counter) -> list[Path]:
     return sorted(found)
 
 
+def holds_images(directory: Path) -> bool:
+    """Whether there is an image at any depth."""
+    return any(is_image(name) for _, _, names in os.walk(directory) for name in names)
+
+
 def _children(directory: Path, left_out: Counter, links: bool = True) -> tuple[list[Path], list[Path]]:
     """(directories, images) in a directory. Only regular files, and links to them, are images; `links` to directories
     may be directories."""

@@ -46,15 +46,16 @@ class JoinedFiles:
         return self.parts[source].held(name, expected and replace(expected, name=name))
 
 
-def open_sources(value: Locations, opened: Callable[[str], ShardIndex]) -> tuple[ShardIndex, Mixture | None]:
+def open_sources(value: Locations, opened: Callable[[str], ShardIndex], *,
+                 labelled: bool = True) -> tuple[ShardIndex, Mixture | None]:
     """The samples of all places of a setting as `opened` opens each, and in what proportions they are mixed, if they
-    are several.
+    are several. labelled: see `join`.
     """
     sources = sources_of(value)
     names, weights = [source.called for source in sources], [source.weight for source in sources]
     indices = [opened(source.location) for source in sources]
     mixture = Mixture(counts=[len(index) for index in indices], weights=weights) if len(sources) > 1 else None
-    return join(indices, names, weights), mixture
+    return join(indices, names, weights, labelled=labelled), mixture
 
 
 def open_each(value: Locations, opened: Callable[[str], ShardIndex]) -> dict[str, ShardIndex]:
@@ -62,15 +63,16 @@ def open_each(value: Locations, opened: Callable[[str], ShardIndex]) -> dict[str
     return {source.called: opened(source.location) for source in sources_of(value)}
 
 
-def join(indices: Sequence[ShardIndex], names: Sequence[str], weights: Sequence[float] | None = None) -> ShardIndex:
+def join(indices: Sequence[ShardIndex], names: Sequence[str], weights: Sequence[float] | None = None, *,
+         labelled: bool = True) -> ShardIndex:
     """The samples of all, one index after the other; the only one as it is.
 
-    Classes are those of all, by their names in the order in which they come, where all sources name theirs. Raises
+    Where labels matter (`labelled`), classes are those of all, by their names in the order in which they come. Raises
     InputError where only some of those with labels name their classes: numbers would mean different things.
     """
     if len(indices) == 1:
         return indices[0]
-    classes = _common_classes(indices, names)
+    classes = _common_classes(indices, names) if labelled else []
     for index in indices:
         index.number_as(classes, "the mixture")
     starts = np.cumsum([0, *(len(index.shards) for index in indices)])

@@ -1,8 +1,9 @@
 """Training samples from several sources in given proportions: which sample comes when is a function of seed and step.
 
-Positions of the endless stream are dealt out in blocks. Of the first n positions, source k has floor(n c_k) - floor(n
-c_(k-1)), with c_k the share of the first k sources together, so that no share is ever off by more than one sample; in
-what order the sources come within a block is drawn. A source's own samples come in epochs of its own.
+Positions of the endless stream are dealt out in blocks of a thousand. Of the first n blocks' positions, N together,
+source k has floor(N c_k) - floor(N c_(k-1)), with c_k the share of the first k sources together, so that no share is
+off by more than one sample; in what order the sources come within a block is drawn. A source's own samples come in
+epochs of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class MixedBatches:
                                                                    locality.mixed)
                             for start, end in pairwise(self.starts)]
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._orders: dict[int, dict[int, np.ndarray]] = {}  # by source and epoch
 
     def batch(self, step: int) -> np.ndarray:
         """The samples of global batch number `step`: int64 (global_batch_size,)."""
@@ -60,15 +61,12 @@ class MixedBatches:
         first = step * self.global_batch_size
         sources, ordinals = self._dealt(first, first + self.global_batch_size)
         epochs, samples = np.zeros_like(ordinals), np.zeros_like(ordinals)
-        used = set()
         for source in np.unique(sources).tolist():
             own = sources == source
             epochs[own], offsets = np.divmod(ordinals[own], self.mixture.counts[source])
-            for epoch in np.unique(epochs[own]).tolist():
-                used.add((source, epoch))
+            for epoch, order in self._orders_of(source, np.unique(epochs[own]).tolist()).items():
                 here = epochs[own] == epoch
-                samples[np.flatnonzero(own)[here]] = self.starts[source] + self._order(source, epoch)[offsets[here]]
-        self._orders = {key: order for key, order in self._orders.items() if key in used}
+                samples[np.flatnonzero(own)[here]] = self.starts[source] + order[offsets[here]]
         return epochs, samples
 
     def _dealt(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,14 +92,17 @@ class MixedBatches:
         ends = [positions * share.numerator // share.denominator for share in self._shares]
         return [end - start for start, end in pairwise(ends)]
 
+    def _orders_of(self, source: int, epochs: list[int]) -> dict[int, np.ndarray]:
+        """Of these epochs of a source, which are kept until it is in others."""
+        kept = self._orders.get(source, {})
+        self._orders[source] = {epoch: kept[epoch] if epoch in kept else self._order(source, epoch) for epoch in epochs}
+        return self._orders[source]
+
     def _order(self, source: int, epoch: int) -> np.ndarray:
-        key = (source, epoch)
-        if key not in self._orders:
-            count = self.mixture.counts[source]
-            self._orders[key] = (epoch_order(count, stream_key(self.seed, "mixture", "source", source), epoch,
-                                             self._localities[source])
-                                 if self.shuffle else np.arange(count))
-        return self._orders[key]
+        count = self.mixture.counts[source]
+        if not self.shuffle:
+            return np.arange(count)
+        return epoch_order(count, stream_key(self.seed, "mixture", "source", source), epoch, self._localities[source])
 
 
 def _counted_from_zero(numbers: np.ndarray) -> np.ndarray:

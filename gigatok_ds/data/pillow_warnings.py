@@ -43,7 +43,7 @@ def say_pillows_once(said: Flag) -> None:
             show(message, category, filename, lineno, file, line)
         elif not said.is_set():
             said.set()
-            logger.warning("Pillow says of an image: %s; it is used all the same, and others like it are not mentioned",
+            logger.warning("Pillow says of an image: %s; what it says of others is not mentioned",
                            " ".join(str(message).split()))
 
     warnings.showwarning = shown

@@ -21,6 +21,7 @@ from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.shards.class_labels import renumbered
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.remote import open_shards
+from gigatok_ds.shards.shard_cache import ShardCache
 from gigatok_ds.shards.tar_members import is_tar
 
 
@@ -28,33 +29,36 @@ class CroppedImages(Dataset):
     """Items: `pixels` uint8 (3, S, S), `labels` (the class number) and `number`, the place in this set.
 
     location: shards (a directory or URL), or a directory of JPEG and PNG files, a sub-directory for each class. orient:
-    see `decode_image`. Raises InputError when there are no images, and for one that cannot be decoded: leaving it out
-    would falsify figures.
+    see `decode_image`. cache: of copies of remote shards, the default one if None. Raises InputError when there are no
+    images, and for one that cannot be decoded: leaving it out would falsify figures.
     """
 
-    def __init__(self, location: str | Path, size: int, *, orient: bool = False):
+    def __init__(self, location: str | Path, size: int, *, orient: bool = False,
+                 cache: ShardCache | None = None):
         self.location, self.size, self.orient = location, size, orient
         self.source: ImageFolder | ShardIndex
         if Path(location).is_dir() and not any(map(is_tar, os.listdir(location))):
             self.source = scan_image_folder(location, mixed=True)
         else:
-            self.source = open_shards(location)
+            self.source = open_shards(location, cache=cache)
 
     def number_as(self, classes: Sequence[str], source: str | Path) -> None:
         """Give labels the numbers that the same class names have in `classes`, those of `source`.
 
-        Raises InputError for a class that is not among them, and for a directory without classes.
+        Raises InputError for a class that is not among them, and for images without classes.
         """
+        self.check_classes()
         if isinstance(self.source, ShardIndex):
             return self.source.number_as(classes, source)
-        self.check_classes()
         folder = self.source
         labels = renumbered(np.array(folder.labels), folder.classes, classes, self.location, source)
         self.source = dataclasses.replace(folder, labels=labels.tolist(), classes=list(classes) or folder.classes)
         return None
 
     def check_classes(self) -> None:
-        """InputError unless images have classes: those of a directory without sub-directories have none."""
+        """InputError unless all images have classes: those of a directory without sub-directories have none."""
+        if isinstance(self.source, ShardIndex):
+            self.source.check_labelled(every=True)
         if isinstance(self.source, ImageFolder) and self.source.flat:
             raise InputError(f"{self.location} holds images without classes, which matter here; pack them with "
                              "gigatok-ds make-shards --labels FILE, or put the images of each class into a directory "

@@ -13,12 +13,13 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.cropped import CroppedImages
 from gigatok_ds.evaluation.image_metrics import psnr
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.shards.shard_cache import ShardCache
 
 IMAGES = 8
 
 
 @torch.no_grad()
-def measure_start(run: Path, data: str, *, orient: bool = False) -> tuple[int, float]:
+def measure_start(run: Path, data: str, *, orient: bool = False, cache: ShardCache | None = None) -> tuple[int, float]:
     """How many images were looked at, IMAGES at most and evenly spaced, and the mean PSNR, in dB, of what a run's
     newest checkpoint reconstructs of them.
 
@@ -27,7 +28,7 @@ def measure_start(run: Path, data: str, *, orient: bool = False) -> tuple[int, f
     network = network_of(open_model(run))
     if not isinstance(network, Tokenizer):
         raise InputError(f"{run} is not of a tokenizer")
-    images = CroppedImages(data, network.config.image_size, orient=orient)
+    images = CroppedImages(data, network.config.image_size, orient=orient, cache=cache)
     count = min(IMAGES, len(images))
     values = []
     for number in range(count):

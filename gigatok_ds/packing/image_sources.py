@@ -15,10 +15,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gigatok_ds.data.folder import ImageFolder, class_order, images_below, is_image, scan_image_folder, why_no_image
+from gigatok_ds.data.folder import (
+    ImageFolder,
+    class_order,
+    holds_images,
+    images_below,
+    is_image,
+    scan_image_folder,
+    why_no_image,
+)
 from gigatok_ds.errors import InputError
 from gigatok_ds.packing.label_files import read_labels
 from gigatok_ds.packing.listing import ImageSource, SourceImage, numbered_key
+from gigatok_ds.packing.parquet_files import parquet_files
 from gigatok_ds.packing.parquet_source import parquet_source
 from gigatok_ds.packing.shard_source import shard_source
 from gigatok_ds.shards.tar_members import FILE, Member, is_compressed_tar, is_tar, tar_members
@@ -52,7 +61,7 @@ def _opened(path: Path, labels: str | Path | None, field: str | None, unlabelled
     if path.is_dir() and any(is_tar(child.name) or is_compressed_tar(child.name) for child in path.iterdir()
                              if "devkit" not in child.name):
         return _directory_of_tars(path, labels, field)
-    if path.suffix == ".parquet" or (path.is_dir() and _holds_parquet(path)):
+    if path.suffix == ".parquet" or (path.is_dir() and not holds_images(path) and parquet_files(path)):
         _refuse(labels, f"{path} has a column of labels, which --label-field names")
         return parquet_source(path, field)
     if field is not None and labels is None:
@@ -64,11 +73,6 @@ def _opened(path: Path, labels: str | Path | None, field: str | None, unlabelled
     if path.suffix in LISTS:
         return _of_paths(listed_images(path), Counter(), path, labels, field, unlabelled)
     return _tar(path, labels, field, unlabelled)
-
-
-def _holds_parquet(path: Path) -> bool:
-    """Whether there are Parquet files in a directory, or in its directories (as `datasets` has `data/`)."""
-    return any(path.glob("*.parquet")) or any(path.glob("*/*.parquet"))
 
 
 def _refuse(labels: str | Path | None, reason: str) -> None:
@@ -116,6 +120,9 @@ def _directory_of_tars(path: Path, labels: str | Path | None, field: str | None)
     if not all(_SYNSET_TAR.fullmatch(tar.name) for tar in tars):
         return shard_source(path, labels, field)
     _refuse(labels, f"{path} is a directory of tars that say their classes, leave it out")
+    if field is not None:
+        raise InputError(f"--label-field does nothing for {path}, whose tars are named after their classes; leave it "
+                         "out")
     beside = Counter(why_no_image(child.name) for child in path.iterdir() if child not in tars)
     return _class_tars([(tar, 0, tar.stat().st_size, tar.name) for tar in tars], beside)
 

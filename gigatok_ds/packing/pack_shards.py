@@ -74,6 +74,9 @@ def pack(source: ImageSource, out_dir: str | Path, packing: Packing, *, workers:
     from something else; finished shards stay.
     """
     out_dir = unused(out_dir)
+    if packing.shuffle_seed is not None and any(image.row is not None for image in source.images):
+        raise InputError("--shuffle-seed would read a whole row group of a Parquet file for each image; pack without, "
+                         "then pack the shards with it")
     images = _in_order(source, packing)
     partial = out_dir.with_name(f"{out_dir.name}.partial")
     with owned(partial):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,24 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 LABEL_COLUMNS = ("label", "labels", "class", "cls")  # the first of these that there is
+_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test")
 _ADVICE = "copy it again, or write it anew"
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The file itself, or those of a directory, in the order of their names."""
-    return [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    """The file itself, those that a pattern (`data/train-*.parquet`) names, or those of a directory and of its
+    directories, in the order of their names. Raises InputError for several splits of a data set: one is to be chosen.
+    """
+    if path.is_file():
+        return [path]
+    if "*" in path.name:
+        return sorted(path.parent.glob(path.name))
+    found = sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
+    splits = sorted({split for file in found for split in _SPLITS if re.match(rf"{split}[-_.]", file.name)})
+    if len(splits) > 1:
+        raise InputError(f"{path} holds Parquet files of {len(splits)} splits, {' and '.join(splits)}; give those of "
+                         f"one, such as '{found[0].parent}/{splits[0]}-*.parquet'")
+    return found
 
 
 def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:

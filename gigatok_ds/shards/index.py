@@ -231,8 +231,10 @@ class ShardIndex:
         if self._captions is None or self._captions[0] != number:
             with self.tars.held(self.shards[number].name, self.shards[number]) as path:
                 self._captions = number, members_by_key(path, CAPTION)
-        place = self._captions[1].get(self.key(i))
-        return None if place is None else os.pread(self._file(number).fileno(), place[1], place[0])
+        if (place := self._captions[1].get(self.key(i))) is None:
+            return None
+        return reread(lambda: os.pread(self._file(number).fileno(), place[1], place[0]),
+                      self.tars.name(self.shards[number].name), self.patience, before=lambda: self._close(number))
 
     def read_ahead(self, i: int, epoch: int) -> None:
         """Have the operating system read the whole tar of sample `i`, in one run, once in each epoch."""
@@ -258,8 +260,12 @@ class ShardIndex:
                 except InputError as error:
                     raise InputError(f"{error} ({len(wrong)} such samples){cause}") from None
 
-    def check_labelled(self) -> None:
-        """Raise InputError when no sample has a label."""
+    def check_labelled(self, *, every: bool = False) -> None:
+        """Raise InputError when no sample has a label, or not every one."""
+        if every and (lacking := np.flatnonzero(self.labels == NO_LABEL)).size not in (0, len(self)):
+            raise InputError(f"{self.location}: {lacking.size} of {len(self)} images have no label, which is needed "
+                             f"here, the first of them sample {self.key(int(lacking[0]))!r}; give them one, or leave "
+                             "them out")
         if self.labels.max() == NO_LABEL == self.labels.min():
             raise InputError(f"{self.location} has no labels, which are needed here (only tokenizers do without); "
                              "gigatok-ds make-shards --labels, or --label-field, adds them")

@@ -54,15 +54,15 @@ def scan_tar(path: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS, problem
              tally: Counter | None = None, labels: StoredLabels | None = None) -> list[Entry]:
     """The samples of a WebDataset tar, in its order: members KEY.x with one x of `extensions` and, if any, KEY.cls.
 
-    In a tar without any KEY.cls no sample has a label (NO_LABEL). Labels are numbers or, with `labels`, what these say.
-    A key is a member's name, directories and all, up to the first dot of its last part. Raises InputError, naming shard
-    and sample, when the tar is compressed, cut off or damaged, holds links out of it or names that lead outside, or
-    when a sample lacks its data or, others having one, its label, has one of them twice, its data is empty, or its
+    A sample without KEY.cls has NO_LABEL, which matters where labels are needed only. Labels are numbers or, with
+    `labels`, what these say. A key is a member's name, directories and all, up to the first dot of its last part.
+    Raises InputError, naming shard and sample, when the tar is compressed, cut off or damaged, holds links out of it or
+    names that lead outside, or when a sample lacks its data, has that or its label twice, its data is empty, or its
     label is none.
 
-    With a list of `problems` those of samples that lack their data (then they have no bytes) or their label (NO_LABEL)
-    are added to it instead. Every member is counted in `tally`: as the data of a sample, its label, or by the reason
-    why it is left out.
+    With a list of `problems` those of samples that lack their data (then they have no bytes) or whose label is none
+    (NO_LABEL) are added to it instead. Every member is counted in `tally`: as the data of a sample, its label, or by
+    the reason why it is left out.
     """
     scan = _Scan(path, extensions, problems, Counter() if tally is None else tally, labels)
     with open(path, "rb") as file:
@@ -150,11 +150,9 @@ class _Scan:
         return NO_LABEL if number is None else number
 
     def entries(self) -> list[Entry]:
-        labelled = self.labels.keys() if self.labels else self.payloads.keys()
-        for key in sorted(labelled ^ self.payloads.keys() | self.empty):
-            lacking = "label (KEY.cls)" if key in self.payloads else (
-                "data: its file is empty" if key in self.empty else f"data (KEY.{' or KEY.'.join(self.extensions)})")
-            self.report(f"{self.path}: sample {key!r} has no {lacking}")
+        for key in sorted(self.labels.keys() - self.payloads.keys() | self.empty):
+            lacking = ": its file is empty" if key in self.empty else f" (KEY.{' or KEY.'.join(self.extensions)})"
+            self.report(f"{self.path}: sample {key!r} has no data{lacking}")
         without_data = [key for key in dict.fromkeys((*self.labels, *sorted(self.empty))) if key not in self.payloads]
         found = self.payloads | dict.fromkeys(without_data, (0, 0, 0))
         return [Entry(key, offset, size, self.labels.get(key, NO_LABEL), crc32)

@@ -46,6 +46,7 @@ class ARProbing:
     workers: int = 0
     batch_size: int = 32
     allow: tuple[str, ...] = ()
+    orient: bool = False
 
     @property
     def standalone(self) -> Path:
@@ -60,8 +61,13 @@ class ARProbing:
         data = [f"data.{split}={json.dumps(str(self.out / 'codes' / split))}" for split in ("train", "validation")]
         return [*PROBING, *shape, *data, *self.gpt]
 
+    @property
+    def _orient(self) -> list[str]:
+        return ["--orient"] if self.orient else []
+
     def check(self) -> None:
-        """Raises InputError for settings that would fail later."""
+        """Raises InputError for settings and data that would fail later."""
+        open_shards(self.val).check_labelled(every=True)
         recipe = load_recipe(self.recipe, self.overrides())
         if recipe.kind != "gpt":
             raise InputError(f"--recipe is {self.recipe}, which is of a {recipe.kind}; AR probing trains a GPT")
@@ -72,7 +78,8 @@ class ARProbing:
         for split, shards, crops in (("train", self.train, self.crops), ("validation", self.val, "center")):
             codes = self.out / "codes" / split
             arguments = ["extract-codes", self.tokenizer, shards, "--out", codes, "--crops", crops, "--device",
-                         self.device, "--batch-size", self.batch_size, "--workers", self.workers]
+                         self.device, "--batch-size", self.batch_size, "--workers", self.workers,
+                         *self._orient]
             stages.append(Stage(name=f"{split} codes", arguments=arguments, done=codes / METADATA_FILE))
         run = self.out / "gpt"
         train = ["train", self.recipe, "--out", run, "--zero", self.zero, *self.overrides()]
@@ -102,7 +109,7 @@ class ARProbing:
 
     def _stages(self, launcher: Launcher) -> dict[str, float]:
         probe = probe_stage(self.tokenizer, self.standalone, self.train, self.val, self.out / "probe", self.device,
-                            self.workers, self.probe)
+                            self.workers, (*self._orient, *self.probe))
         launcher.run([*self.training_stages(), self.loss_stage(), probe])
         trial, generation = self._generation(launcher)
         if launcher.dry_run:
@@ -111,6 +118,7 @@ class ARProbing:
         assert loss is not None and accuracy is not None, "a stage ended without figures"
         figures = {**generation, **loss, **accuracy}
         settings = {"tokenizer": self.tokenizer.resolve().name, "recipe": self.recipe, "overrides": list(self.gpt),
+                    "orient": self.orient,
                     "guidance": f"{trial.schedule} {trial.scale}" + (" (searched)" if self.scale is None else "")}
         write_results(self.out, Results(title=f"AR probing of {self.tokenizer.resolve().name}", figures=figures,
                                         settings=settings))

@@ -95,9 +95,9 @@ class ExtractedCodes:
         self.recipe, self.topology, self.micro_batch_size = recipe, topology, micro_batch_size
         data = recipe.data
         assert data.train is not None and data.validation is not None, "see check_run"
-        parts: dict[str, CodeDataset] = {}
+        parts: list[CodeDataset] = []
         index, self.mixture = open_sources(data.train, partial(self._index_of, parts))
-        train = CodeDataset.joined(list(parts.values()), index) if self.mixture else parts[next(iter(parts))]
+        train = CodeDataset.joined(parts, index) if self.mixture else parts[0]
         self.train = self._numbered(train, classes)
         known = classes if classes.names else ClassNames(self.train.index.classes, self.train.index.location)
         self.class_names = known.names
@@ -117,10 +117,10 @@ class ExtractedCodes:
         _check_fit(self.recipe, path, codes.metadata)
         return codes
 
-    def _index_of(self, parts: dict[str, CodeDataset], path: str) -> ShardIndex:
-        """Of code shards that are opened into `parts`."""
-        parts[path] = self._stored(path)
-        return parts[path].index
+    def _index_of(self, parts: list[CodeDataset], path: str) -> ShardIndex:
+        """Of code shards that are opened, as the next of `parts`."""
+        parts.append(self._stored(path))
+        return parts[-1].index
 
     def _numbered(self, codes: CodeDataset, known: ClassNames) -> CodeDataset:
         codes = codes.number_as(known.names, known.source)

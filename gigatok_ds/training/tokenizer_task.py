@@ -99,7 +99,7 @@ class TokenizerTask:
         data, cache = recipe.data, ShardCache.of(recipe.data.cache, recipe.data.cache_gb, recipe.data.patience)
         assert data.train is not None and data.validation is not None, "see check_run"
         train, mixture = open_sources(data.train, partial(open_shards, cache=cache,
-                                                          max_bad_fraction=data.max_bad_fraction))
+                                                          max_bad_fraction=data.max_bad_fraction), labelled=False)
         return Images(train, mixture, open_each(data.validation, partial(open_shards, cache=cache)))
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:

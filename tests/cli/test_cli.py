@@ -66,8 +66,8 @@ OPTIONS = {
     "reproduce": {"row", "--tokenizer", "--gpt", "--val", "--train", "--reference", "--inception", "--vgg", "--out",
                   "--count", "--probe", "--batch-size", "--allow", "--workers", "--ranks", "--device", "--dry-run"},
     "ar-probe": {"tokenizer", "--train", "--val", "--reference", "--inception", "--out", "--recipe", "--gpt", "--zero",
-                 "--crops", "--cfg", "--count", "--probe", "--batch-size", "--allow", "--workers", "--ranks",
-                 "--device", "--dry-run"},
+                 "--crops", "--cfg", "--count", "--probe", "--batch-size", "--allow", "--orient", "--workers",
+                 "--ranks", "--device", "--dry-run"},
 }
 
 

@@ -11,6 +11,7 @@ from small_shards import packed, plain_tar, with_bad_images
 from gigatok_ds.cluster.share import Share
 from gigatok_ds.config.load import load_recipe, recipe_to_yaml, without_secrets
 from gigatok_ds.config.sources import DataSource, sources_of
+from gigatok_ds.data import mixture as mixture_module
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.joined import join, open_each, open_sources
 from gigatok_ds.data.loader import ImageBatches
@@ -117,8 +118,10 @@ def test_what_is_mixed_and_how_is_its_identity(three):
 def test_numbers_beside_names_are_refused(three, tmp_path):
     numbered = plain_tar(tmp_path / "numbered/x.tar", [("a.jpg", b"x"), ("a.cls", b"1")])
     unlabelled = plain_tar(tmp_path / "unlabelled/x.tar", [("a.jpg", b"x")])
+    both = [ShardIndex.open(three[0].location), ShardIndex.open(numbered)], ["pets", "numbered"]
     with pytest.raises(InputError, match="some name their classes and others number them"):
-        join([ShardIndex.open(three[0].location), ShardIndex.open(numbered)], ["pets", "numbered"])
+        join(*both)
+    assert len(join(*both, labelled=False)) == 5
     index = join([ShardIndex.open(three[0].location), ShardIndex.open(unlabelled)], ["pets", "unlabelled"])
     assert index.labels.tolist() == [0, 0, 1, 1, -1]
 
@@ -170,12 +173,24 @@ def test_a_recipe_has_lists_of_places(tmp_path):
     ("[{location: a, name: b/c}]", "a place is called 'b/c'; a name has no slashes"),
     ("[{weight: 1}]", "location"),
     ("[{location: a, wieght: 1}]", "wieght"),
-    ("3", "data.train"),
+    ("['https://me:secretsecretsecretsecretsecretsecretsecretsecretsecretsecret@host/b']", "data.train"),
+    ("[{location: 'https://me:secretsecretsecretsecretsecretsecretsecretsecretsecret@host/b', weight: x}]", "weight"),
+    ("3", "or a list of sections of location, weight, name"),
+    ("{location: a}", "or a list of sections of location, weight, name"),
 ])
 def test_lists_that_cannot_be_meant(value, said):
     with pytest.raises(InputError, match=said) as caught:
         load_recipe("VQ_SS256", [f"data.train={value}", "data.validation=val"])
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+    assert not str(caught.value).endswith((" of ", ";", "are "))
+
+
+def test_the_order_of_a_source_is_made_once_an_epoch(monkeypatch):
+    made = []
+    monkeypatch.setattr(mixture_module, "epoch_order", lambda count, seed, epoch, locality: (
+        made.append((count, epoch)), np.arange(count))[1])
+    read(([1000, 2000], [0.005, 1]), 60, size=30)
+    assert sorted(made) == [(1000, 0), (2000, 0)]
 
 
 def test_a_second_set_of_codes_beside_a_mixture_is_refused():

@@ -14,6 +14,7 @@ from small_shards import encoded, make_images, plain_tar
 from gigatok_ds.cli.main import main
 from gigatok_ds.data.codes import CodeDataset
 from gigatok_ds.errors import InputError
+from gigatok_ds.evaluation.cropped import CroppedImages
 from gigatok_ds.packing.checking import check_shards
 from gigatok_ds.packing.image_sources import open_source
 from gigatok_ds.packing.pack_shards import Packing, pack
@@ -254,3 +255,74 @@ def test_a_sample_is_what_webdataset_reads(tmp_path):
         number = int(sample["__key__"][5:])
         assert sample["txt"].decode() == CAPTIONS[number] and int(sample["cls"]) == number % 3
         assert io.BytesIO(sample["jpg"]).getvalue() == encoded(number)
+
+
+def partly_labelled(directory):
+    """A tar with labels, one without, one with both."""
+    for name, labels in (("a", "01"), ("b", "  "), ("c", " 1")):
+        plain_tar(directory / f"{name}.tar", [
+            (f"{name}{number}.{kind}", data) for number, label in enumerate(labels)
+            for kind, data in (("jpg", encoded(number)), *([("cls", label.encode())] if label.strip() else []))])
+    return directory
+
+
+def test_where_some_have_labels_only_those_who_ask_for_them_mind(tmp_path, capsys):
+    tars = partly_labelled(tmp_path / "tars")
+    index = ShardIndex.open(tars)
+    assert index.labels.tolist() == [0, 1, -1, -1, -1, 1]
+    with pytest.raises(InputError, match=r"sample 'b0' has label -1.*3 such samples"):
+        index.check_labels(2)
+    with pytest.raises(InputError, match=r"3 of 6 images have no label.*the first of them sample 'b0'"):
+        CroppedImages(tars, 16).check_classes()
+    for out, more in (("packed", []), ("bare", ["--no-labels"])):
+        assert main(["make-shards", str(tars), "--out", str(tmp_path / out), "--samples-per-shard", "4", "--workers",
+                     "0", *more]) == 0
+        said = capsys.readouterr()
+        assert ("3 of these images have no label" in said.err) == (not more)
+        assert ShardIndex.open(tmp_path / out).labels.tolist() == ([-1] * 6 if more else index.labels.tolist())
+        assert main(["check-shards", str(tmp_path / out), "--workers", "0"]) == 0
+    torch.manual_seed(0)
+    tokenizer = small_tokenizer()
+    for _ in range(2):  # again, it finds its own shards whole
+        extract_codes(tokenizer, tars, tmp_path / "codes", views=views_of("center", tokenizer.config.image_size),
+                      provenance={}, samples_per_shard=4)
+    assert CodeDataset.open(tmp_path / "codes").labels.tolist() == index.labels.tolist()
+
+
+def test_a_probe_does_not_take_images_without_labels_for_wrong_ones(tmp_path):
+    images = CroppedImages(img2dataset(tmp_path / "cc"), 16)
+    for ask in (images.check_classes, lambda: images.number_as(["cat"], "x"), lambda: images.number_as([], "x")):
+        with pytest.raises(InputError, match="has no labels, which are needed here"):
+            ask()
+
+
+def test_images_beside_parquet_files_are_what_is_packed(tmp_path):
+    """As img2dataset leaves files, and as people keep tables beside their folders."""
+    for folder in ("00000", "00001"):
+        make_images(tmp_path / "files", {f"{folder}/{folder}{number}.jpg": encoded(number) for number in range(2)})
+        parquet.write_table(pyarrow.Table.from_pylist([{"key": folder, "caption": "x"}]),
+                            tmp_path / f"files/{folder}.parquet")
+    source = open_source(tmp_path / "files", unlabelled=True)
+    assert len(source.images) == 4 and source.left_out[".parquet files"] == 2
+    assert open_source(tmp_path / "files").classes == ["00000", "00001"]
+
+
+def test_one_split_of_a_data_set_at_a_time(tmp_path):
+    source = datasets_parquet(tmp_path / "set")
+    first = sorted((source / "data").iterdir())[0]
+    first.with_name("test-00000-of-00001.parquet").write_bytes(first.read_bytes())
+    with pytest.raises(InputError, match=r"2 splits, test and train; give those of one, such as '.*test-\*.parquet'"):
+        open_source(source)
+    assert len(open_source(source / "data/train-*.parquet").images) == 10
+
+
+def test_parquet_is_not_shuffled_image_by_image(tmp_path):
+    with pytest.raises(InputError, match="--shuffle-seed would read a whole row group"):
+        pack(open_source(datasets_parquet(tmp_path / "set")), tmp_path / "packed", Packing(shuffle_seed=1), workers=0)
+
+
+def test_a_field_means_nothing_where_tars_are_classes(tmp_path):
+    for synset in ("n01440764", "n02123045"):
+        plain_tar(tmp_path / f"train/{synset}.tar", [("a.JPEG", encoded(1))])
+    with pytest.raises(InputError, match="--label-field does nothing for"):
+        open_source(tmp_path / "train", field="label")

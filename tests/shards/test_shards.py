@@ -213,7 +213,6 @@ THREE_SAMPLES = [(f"{key}.{kind}", data) for key in "abc" for kind, data in (("c
     ([("x/..", b"")], "leads outside"),
     ([(link("a.jpg", tarfile.SYMTYPE), b""), ("a.cls", b"0")], "links are not followed"),
     ([(link("a.jpg", tarfile.LNKTYPE), b""), ("a.cls", b"0")], "links are not followed"),
-    ([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("b.cls", b"1")], r"'a' has no label \(KEY.cls\)"),
     ([("a.cls", b"1")], r"'a' has no data \(KEY.jpg or"),
     ([("a.jpg", IMAGE), ("a.cls", b"cat"), ("b.jpg", IMAGE), ("b.cls", b"1")], "label of sample 'a' is b'cat'"),
     ([("a.jpg", IMAGE), ("a.cls", b"")], "label of sample 'a'"),
@@ -459,21 +458,20 @@ def test_what_samples_lack_is_tolerated_up_to_a_fraction(tmp_path, caplog):
     directory = incomplete_tars(tmp_path)
     with pytest.raises(InputError, match="sample 's0002' has no data"):
         ShardIndex.open(directory)
-    with pytest.raises(InputError, match=r"'s0000' is b'cat'.*and 2 more problems"):
-        ShardIndex.open(directory, max_bad_fraction=0.2)
+    with pytest.raises(InputError, match=r"'s0000' is b'cat'.*and 1 more problems"):
+        ShardIndex.open(directory, max_bad_fraction=0.1)
     assert not (directory / "index.json").exists()
     for _ in range(2):  # indexed, then from its index
         caplog.clear()
         index = ShardIndex.open(directory, max_bad_fraction=0.3)
-        assert "and 2 more problems" in caplog.text and "such samples are replaced" in caplog.text
+        assert "and 1 more problems" in caplog.text and "such samples are replaced" in caplog.text
         keys = [index.key(i) for i in range(len(index))]
         assert keys == [f"s{i:04d}" for i in (0, 1, 3, 4, 5, 6, 7, 8, 9, 2)] + ["t0005", "t0006"]
         assert index.labels[[0, 8]].tolist() == [-1, -1] and index.label(9) == 2
         assert index.read(9) == b"" and index.read(1) == list(samples(2))[1].image_bytes
     problems = json.loads((directory / "index.json").read_bytes())["problems"]
-    assert [key for problem, key in zip(problems, ("'s0000'", "'s0002'", "'s0009'"), strict=True) if key
-            in problem] == [
-        "'s0000'", "'s0002'", "'s0009'"]
+    assert [key for problem, key in zip(problems, ("'s0000'", "'s0002'"), strict=True) if key in problem] == [
+        "'s0000'", "'s0002'"]
     with pytest.raises(InputError, match="'s0000' is b'cat'"):  # strict readers still refuse it
         ShardIndex.open(directory)
 

@@ -56,6 +56,13 @@ def test_a_run_goes_on_in_the_middle_on_other_ranks(folder, kind):
                 assert value == pytest.approx(theirs[name], rel=1e-4, abs=1e-4), (ours["step"], name)
 
 
+def test_one_place_may_be_there_twice(folder):
+    places = f"[{{location: {folder}/codes, name: a}}, {{location: {folder}/codes, name: b}}]"
+    code, output = start([folder / "gpt.yaml", "--out", folder / "twice", f"data.train={places}",
+                          f"data.validation={folder}/test_codes"])
+    assert code == 0, output
+
+
 def test_other_weights_are_other_data(folder):
     code, output = train(folder, "gpt", "gpt", f"data.train=[{{location: {folder}/codes}}, "
                          f"{{location: {folder}/more_codes, weight: 2}}]")

@@ -42,6 +42,11 @@ def test_it_goes_on_and_improves(folder, kind, before, after, name, capsys):
                  *after[1:], *arguments, *MORE]) == 0
     said = capsys.readouterr()
     assert "positional_embedding: " in said.err
+    if kind == "tokenizer":  # what it is measured on may be away
+        assert main(["convert", str(folder / kind), str(folder / "elsewhere"), "--to", "training", "--recipe", recipe,
+                     *after[1:], arguments[0], f"data.validation={folder}/nothing"]) == 0
+        err = capsys.readouterr().err
+        assert "warning: what it makes of images before any step is not known" in err and "Traceback" not in err
     run = folder / f"{kind}-larger"
     code, output = start([run / "recipe.yaml", "--out", run])
     assert code == 0, output

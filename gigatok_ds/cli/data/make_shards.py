@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.packing.image_sources import open_source
     from gigatok_ds.packing.pack_shards import Packing, pack
     from gigatok_ds.packing.workers import worker_count
-    from gigatok_ds.shards.tar_scan import in_words
+    from gigatok_ds.shards.tar_scan import NO_LABEL, in_words
 
     if args.quality is not None and args.resize is None:
         raise InputError("--quality goes with --resize; without it images are stored as they are")
@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     classes = f"of {len({image.label for image in source.images}) if source.classes else 'unnamed'} classes"
     print(f"wrote {written.count} images {classes if source.has_labels else 'without labels'} in "
           f"{len(written.shards)} shards ({size / 1e6:.1f} MB) to {written.directory}")
+    if source.has_labels and (lacking := sum(image.label == NO_LABEL for image in source.images)):
+        logger.warning("%d of these images have no label; only tokenizers do without", lacking)
     for note in source.notes:
         logger.warning("%s", note)
     if source.left_out:

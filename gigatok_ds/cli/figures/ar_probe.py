@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gigatok_ds.cli.orient import add_orient
+
 HELP = "a tokenizer judged by a GPT on its codes: gFID, loss, probe"
 
 
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--allow", action="append", default=[], choices=("count", "size", "reference"),
                         help="as of gigatok-ds evaluate; may be repeated")
+    add_orient(parser)
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes of a rank that decode images")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of this host (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer, train=args.train, val=args.val, reference=args.reference, inception=args.inception,
         out=args.out, recipe=args.recipe, gpt=tuple(args.gpt), zero=args.zero, scale=args.cfg, count=args.count,
         crops=args.crops, probe=tuple(args.probe), device=args.device, workers=args.workers, batch_size=args.batch_size,
-        allow=tuple(args.allow))
+        allow=tuple(args.allow), orient=bool(args.orient))
     figures = study.run(Launcher(ranks=args.ranks, dry_run=args.dry_run))
     for name, value in figures.items():
         print(f"{name}: {in_words(value)}")

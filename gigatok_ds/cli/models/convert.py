@@ -20,9 +20,12 @@ half-made.
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from gigatok_ds.cli.dtypes import add_dtype
+
+logger = logging.getLogger(__name__)
 
 HELP = "training run, standalone directory, original .pt: from each to each"
 
@@ -99,19 +102,28 @@ def _to_training(args: argparse.Namespace, model, recipe) -> int:
         raise InputError(f"{args.source} holds a {model.kind}, but recipe {recipe.name} trains a {recipe.kind}")
     with shown(model.weights) as weights:
         write_start_point(recipe, weights, args.out, fresh=args.fresh, classes=model.classes)
-    _tell_start(args.out, model, recipe)
     print(f"wrote {args.out}; train it with: gigatok-ds train {args.out}/recipe.yaml --out {args.out}")
+    _tell_start(args.out, model, recipe)
     return 0
 
 
 def _tell_start(run: Path, model, recipe) -> None:
     """How good a tokenizer is at another size at first, where there are images to see it by."""
     from gigatok_ds.config.sources import locations_of
+    from gigatok_ds.errors import InputError, MachineError
     from gigatok_ds.measurements.measure_start import measure_start
+    from gigatok_ds.shards.shard_cache import ShardCache
 
     shapes = [(config.image_size, config.latent_tokens) for config in (model.config, recipe.model)
               if recipe.kind == "tokenizer"]
-    data = next(iter(locations_of(recipe.data.validation)), None)
-    if len(set(shapes)) > 1 and data is not None:
-        count, value = measure_start(run, data, orient=recipe.data.orient)
+    data = recipe.data
+    location = next(iter(locations_of(data.validation)), None)
+    if len(set(shapes)) < 2 or location is None:
+        return
+    try:
+        count, value = measure_start(run, location, orient=data.orient,
+                                     cache=ShardCache.of(data.cache, data.cache_gb, data.patience))
+    except (InputError, MachineError, OSError) as error:
+        logger.warning("what it makes of images before any step is not known: %s", error)
+    else:
         print(f"PSNR of {count} validation images before any step: {value:.2f} dB")
