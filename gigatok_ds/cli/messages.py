@@ -7,8 +7,6 @@ import logging
 import sys
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 _PACKAGE = logging.getLogger("gigatok_ds")
 
 
@@ -31,7 +29,11 @@ class _AboveBars(logging.Handler):
         if sys.stderr is None:  # started without one
             return
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-            tqdm.write(self.format(record), file=sys.stderr)
+            line, bars = self.format(record), sys.modules.get("tqdm")  # a launcher's Python need not have it
+            if bars:
+                bars.tqdm.write(line, file=sys.stderr)
+            else:
+                sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 
 
