@@ -54,8 +54,8 @@ def _parquet_rows(path: Path, field: str | None) -> Iterable[tuple[str, str]]:
         raise InputError(f"--labels: {path} holds no Parquet files; a directory may be given for these only")
     for file in files:
         name, label = _columns(open_parquet(file).schema_arrow.names, field, file)
-        table = read_columns(file, [name, label])
-        for key, value in zip(table.column(name).to_pylist(), table.column(label).to_pylist(), strict=True):
+        columns = read_columns(file, [name, label])
+        for key, value in zip(columns[name], columns[label], strict=True):
             if key is not None and value is not None:
                 yield str(key), str(value)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.untrusted import brief
+from gigatok_ds.untrusted import reading
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,23 +39,21 @@ def parquet_files(path: Path) -> list[Path]:
 def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     """Raises InputError for what is none, and where pyarrow is not installed."""
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"{path}: reading Parquet files needs pyarrow; pip install 'gigatok_ds[parquet]'") from None
-    try:
-        return parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is no Parquet file ({brief(error)}); {_ADVICE}") from None
+    with reading(path, f"{_ADVICE} (a Parquet file is expected)"):
+        file = parquet.ParquetFile(path)
+        _ = file.schema_arrow.names  # which is made of what the file says only when it is asked for
+        return file
 
 
-def read_columns(path: Path, columns: list[str]) -> pyarrow.Table:
-    import pyarrow
-
-    try:
-        return open_parquet(path).read(columns=columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged ({brief(error)}); {_ADVICE}") from None
+def read_columns(path: Path, columns: Sequence[str]) -> dict[str, list]:
+    """The values of columns (`image.path`: a part of one, in dictionaries), by the name of the column."""
+    file = open_parquet(path)
+    with reading(path, _ADVICE):
+        table = file.read(columns=list(columns))
+        return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
 def image_column(schema: pyarrow.Schema, file: Path) -> str:
@@ -83,17 +82,15 @@ def read_image(path: str, row: int) -> bytes:
 @functools.lru_cache(maxsize=4)
 def _opened(path: str) -> tuple[Any, list[int], str]:
     file = open_parquet(Path(path))
-    rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    with reading(path, _ADVICE):
+        rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     return file, [sum(rows[:number]) for number in range(len(rows))], image_column(file.schema_arrow, Path(path))
 
 
 @functools.lru_cache(maxsize=1)
 def _group(path: str, group: int, column: str) -> list[bytes | None]:
     """Images are read in their order, and a row group only as a whole."""
-    import pyarrow
-
-    try:
-        values = _opened(path)[0].read_row_group(group, columns=[f"{column}.bytes"]).column(column)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged ({brief(error)}); {_ADVICE}") from None
-    return [(value or {}).get("bytes") for value in values.to_pylist()]
+    file = _opened(path)[0]
+    with reading(path, _ADVICE):
+        values = file.read_row_group(group, columns=[f"{column}.bytes"]).column(column).to_pylist()
+        return [(value or {}).get("bytes") for value in values]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 
 
+_LARGEST = 999_999_999  # class number, as of KEY.cls
+
+
 def parquet_source(path: Path, field: str | None) -> ImageSource:
     """The images of a file, or of all files below a directory. field: the column of labels, `label` or `class` if None.
 
@@ -37,9 +40,9 @@ def parquet_source(path: Path, field: str | None) -> ImageSource:
         if images and names != classes:
             raise InputError(f"{file} names other classes than the files before it; pack them one by one")
         classes = names
-        table = read_columns(file, [*([found] if found else []), f"{column}.path"])
-        paths = table.column(column).to_pylist()
-        values += table.column(found).to_pylist() if found else [None] * len(paths)
+        columns = read_columns(file, [*([found] if found else []), f"{column}.path"])
+        paths = columns[column]
+        values += columns[found] if found else [None] * len(paths)
         images += [SourceImage(numbered_key(len(images) + row, Path((place or {}).get("path") or file.stem).stem),
                                NO_LABEL, str(file), row=row) for row, place in enumerate(paths)]
     if not images:
@@ -52,6 +55,8 @@ def parquet_source(path: Path, field: str | None) -> ImageSource:
 def _numbered(values: list, classes: list[str], source: str) -> tuple[list[int], list[str]]:
     known = [value for value in values if value is not None]
     if all(isinstance(value, int) and not isinstance(value, bool) for value in known):
+        if (most := max(known, default=0)) > _LARGEST:
+            raise InputError(f"{source} has a label {most}; class numbers are {_LARGEST} at most")
         return [NO_LABEL if value is None or value < 0 else value for value in values], classes
     names, number = class_order([str(value) for value in known], source)
     return [NO_LABEL if value is None else number[str(value)] for value in values], names

@@ -18,10 +18,12 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from imagenet_files import devkit
 from made_pictures import corrupted
+from pyarrow import parquet
 from small_models import small_gpt
 from small_shards import plain_tar
 from training_runs import GPT
@@ -39,7 +41,9 @@ from gigatok_ds.data.codes import CodeDataset
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_sets import NpzImages
 from gigatok_ds.evaluation.results import Results, read_figures, write_results
+from gigatok_ds.packing import parquet_files
 from gigatok_ds.packing.devkit import devkit_classes
+from gigatok_ds.packing.image_sources import open_source
 from gigatok_ds.packing.label_files import read_labels
 from gigatok_ds.packing.npy_codes import NpyCodes
 from gigatok_ds.sampling.collection import collection_at
@@ -207,6 +211,15 @@ class World:
         np.save(root / "npy" / "a_codes" / "0.npy", np.zeros((2, 4), np.int64))
         np.save(root / "npy" / "a_labels" / "0.npy", np.array(3))
         (root / "labels.txt").write_text("a.jpg n1\nb.jpg n2\n")
+        (root / "labels.csv").write_text("key,label\na,n1\nb,n2\n")
+        parquet.write_table(pyarrow.Table.from_pylist([{"key": "a", "label": "n1"}, {"key": "b", "label": "n2"}]),
+                            root / "labels.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(
+            [{"image": {"bytes": b"image", "path": f"{number}.jpg"}, "label": number} for number in range(4)]),
+            root / "images.parquet", row_group_size=2)
+        (root / "lists").mkdir()
+        (root / "lists" / "a.jpg").write_bytes(b"image")
+        (root / "lists" / "list.txt").write_text("a.jpg\na.jpg\n")
         devkit(root)
         (root / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}))
         write_results(root / "results", Results(title="t", figures={"gfid": 1.0}, settings={"a": 1}))
@@ -225,6 +238,12 @@ def read_engine(path):
 def read_npy_codes(path):
     source = NpyCodes.open(path.parents[1])
     return source.sample(0)
+
+
+def read_parquet_images(path):
+    for cached in (parquet_files._opened, parquet_files._group):
+        cached.cache_clear()
+    return [image.read() for image in open_source(path).images]
 
 
 # kind: the file, how it is damaged, and what reads it, given its path
@@ -254,6 +273,12 @@ KINDS = {
     ".npy of a label": ("npy/a_labels/0.npy", damaged_npy, read_npy_codes),
     "labels": ("labels.txt", lambda data, rng: corrupted(data, rng),
                lambda path: read_labels(path, ["a.jpg", "b.jpg"])),
+    "labels.csv": ("labels.csv", lambda data, rng: corrupted(data, rng), lambda path: read_labels(path, ["a", "b"])),
+    "labels.parquet": ("labels.parquet", lambda data, rng: corrupted(data, rng),
+                       lambda path: read_labels(path, ["a", "b"])),
+    "images.parquet": ("images.parquet", lambda data, rng: corrupted(data, rng), read_parquet_images),
+    "list of images": ("lists/list.txt", lambda data, rng: corrupted(data, rng),
+                       lambda path: open_source(path, unlabelled=True)),
     "devkit": ("devkit.tar.gz", damaged_devkit, devkit_classes),
     "tar": ("shards/x.tar", damaged_tar, scan_tar),
     "DeepSpeed's JSON": ("ds.json", damaged_json, read_settings),
