@@ -18,7 +18,7 @@ def odd(number):
     return encode(picture(30 + number, 30), "JPEG", exif=BROKEN + bytes([number]))
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("default")
 def test_make_shards_and_check_shards_say_it_once(workers, tmp_path, capfd):
     make_images(tmp_path / "in", {f"{number % 3}/{number}.jpg": odd(number) for number in range(9)})

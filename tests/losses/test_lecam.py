@@ -162,7 +162,7 @@ def test_every_layout_has_the_means_of_all_images(runs, name, more, ranks, stage
 
 
 @pytest.mark.parametrize("stage, precision", [
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "fp32"), (3, "fp32"))), (1, "bf16"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "fp32"), (3, "fp32"), (1, "bf16"))),
 ])
 def test_a_resumed_run_continues_with_its_means(runs, stage, precision):
     name, more = f"stage{stage}-{precision}", [f"training.precision={precision}", "checkpoint.every=6"]
