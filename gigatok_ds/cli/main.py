@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from gigatok_ds.cli.messages import messages_shown
 from gigatok_ds.cluster.launched import launched_rank_or_alone
 from gigatok_ds.config.location import masked
-from gigatok_ds.data.pillow_warnings import Said, say_pillows_once
+from gigatok_ds.data.pillow_warnings import say_pillows_once
 from gigatok_ds.errors import InputError, MachineError, exit_code
 from gigatok_ds.signals import interrupts_noted
 from gigatok_ds.untrusted import printable
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             with messages_shown(), warnings.catch_warnings():
-                say_pillows_once(Said())
+                say_pillows_once(threading.Event())
                 return _until_interrupted(argv)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever does not want to wait for the end asks again

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gigatok_ds.config.location import is_remote, masked
 from gigatok_ds.errors import InputError
@@ -42,10 +42,13 @@ def locations_of(value: Locations) -> Iterator[str]:
 
 def masked_sources(value: Locations) -> Locations:
     """The same without the secrets of URLs and commands."""
-    if value is None or isinstance(value, str):
-        return masked(value) if is_remote(value) else value
-    return tuple(DataSource(location=masked(source.location) if is_remote(source.location) else source.location,
-                            weight=source.weight, name=source.name) for source in value)
+    if isinstance(value, tuple):
+        return tuple(replace(source, location=_masked(source.location)) for source in value)
+    return value and _masked(value)
+
+
+def _masked(location: str) -> str:
+    return masked(location) if is_remote(location) else location
 
 
 def check_sources_of(setting: str, value: Locations) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
@@ -20,7 +21,7 @@ from gigatok_ds.compat import sockets_without_files
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.data.bad_samples import BadSample, BadSamples
 from gigatok_ds.data.mixture import MixedBatches, Mixture
-from gigatok_ds.data.pillow_warnings import Said, say_pillows_once
+from gigatok_ds.data.pillow_warnings import say_pillows_once
 from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, ReadingPlan, SampleAddress
 from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError, MachineError
@@ -64,7 +65,10 @@ def _collate(items: list) -> Batch | Exception:
 def _prepare_worker(worker: int) -> None:
     keep_freed_memory()
     sockets_without_files()
-    say_pillows_once(Said(worker > 0 or not launched_rank_or_alone().is_first))
+    said = threading.Event()
+    if worker > 0 or not launched_rank_or_alone().is_first:
+        said.set()  # by the first worker of the first rank
+    say_pillows_once(said)
 
 
 def _told(error: RuntimeError | OSError) -> Exception | None:
@@ -174,13 +178,12 @@ class _AugmentedImages(Dataset):
                  read_ahead: bool):
         self.index, self.transform, self.seed, self.num_classes = index, transform, seed, num_classes
         self.read_ahead = read_ahead
-        usable = np.ones(len(index), bool)
+        self.labelled: np.ndarray | None = None  # where labels are asked for
         if num_classes is not None:
             index.check_labels(num_classes, max_bad_fraction=1.0)
-            usable = index.has_label(num_classes)
-        self.usable = np.flatnonzero(usable)
-        if num_classes is not None and not len(self.usable):
-            index.check_labels(num_classes)
+            self.labelled = np.flatnonzero(index.has_label(num_classes))
+            if not len(self.labelled):
+                index.check_labels(num_classes)
 
     def __getitem__(self, address: SampleAddress) -> dict:
         """Of the sample or, if it cannot be used, the next one that can: a bad file must not end a long run."""
@@ -207,7 +210,9 @@ class _AugmentedImages(Dataset):
     def _next(self, sample: int) -> int:
         """The following sample that has a label, if it needs one, in the order of the data and from its end to its
         beginning."""
-        return int(self.usable[np.searchsorted(self.usable, sample, side="right") % len(self.usable)])
+        if self.labelled is None:
+            return (sample + 1) % len(self.index)
+        return int(self.labelled[np.searchsorted(self.labelled, sample, side="right") % len(self.labelled)])
 
 
 class ImageBatches(TrainingBatches):

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.synchronize
+import threading
 import warnings
-from typing import Protocol, TextIO
+from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
 
-class Flag(Protocol):
-    """As threading's and multiprocessing's events are."""
-
-    def is_set(self) -> bool: ...
-
-    def set(self) -> None: ...
-
-
-class Said:
-    """A flag of this process."""
-
-    def __init__(self, value: bool = False):
-        self._value = value
-
-    def is_set(self) -> bool:
-        return self._value
-
-    def set(self) -> None:
-        self._value = True
-
-
-def say_pillows_once(said: Flag) -> None:
-    """From now on, a warning that comes from Pillow is logged if nobody has `said` so yet, and left out otherwise.
+def say_pillows_once(said: threading.Event | multiprocessing.synchronize.Event) -> None:
+    """From now on, a warning that comes from Pillow is logged if nobody has `said` so yet, and left out
+    otherwise.
 
     Warnings of other packages are shown as before. `warnings.catch_warnings` ends it.
     """

@@ -12,8 +12,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.synchronize import Event
 
-from gigatok_ds.data.pillow_warnings import Flag, say_pillows_once
+from gigatok_ds.data.pillow_warnings import say_pillows_once
 from gigatok_ds.errors import InputError
 
 
@@ -65,7 +66,7 @@ def _deaf_to_interruptions() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare(said: Flag) -> None:
+def _prepare(said: Event) -> None:
     say_pillows_once(said)
     _end_with_parent()
 

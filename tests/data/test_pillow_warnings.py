@@ -1,6 +1,7 @@
 """Pillow's warnings are said once a run, whatever images and processes there are."""
 
 import re
+import threading
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from made_pictures import encode, picture
 from small_shards import make_images
 
 from gigatok_ds.cli.main import main
-from gigatok_ds.data.pillow_warnings import Said, say_pillows_once
+from gigatok_ds.data.pillow_warnings import say_pillows_once
 from gigatok_ds.data.transforms import decode_image
 
 BROKEN = b"Exif\0\0II*\0\x08\0\0\0\x02\0"  # a directory of two entries that are not there
@@ -31,7 +32,7 @@ def test_make_shards_and_check_shards_say_it_once(workers, tmp_path, capfd):
 
 @pytest.mark.filterwarnings("default")
 def test_others_are_shown_and_afterwards_all_are_as_before(caplog):
-    before, shown, said = warnings.showwarning, [], Said()
+    before, shown, said = warnings.showwarning, [], threading.Event()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest: shown.append(str(message))
         say_pillows_once(said)
@@ -45,8 +46,10 @@ def test_others_are_shown_and_afterwards_all_are_as_before(caplog):
 
 
 def test_whoever_is_not_to_say_it_does_not(caplog):
+    said = threading.Event()
+    said.set()
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        say_pillows_once(Said(True))
+        say_pillows_once(said)
         decode_image(odd(1), "x", orient=True)
     assert not caplog.messages
