@@ -53,7 +53,15 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, list]:
     file = open_parquet(path)
     with reading(path, _ADVICE):
         table = file.read(columns=list(columns))
-        return {name: table.column(name).to_pylist() for name in table.column_names}
+        return {name: _all_of(table.column(name), file.metadata.num_rows, path) for name in table.column_names}
+
+
+def _all_of(column: pyarrow.ChunkedArray, rows: int, path: str | Path) -> list:
+    """The values of a column, as many as the file says that there are."""
+    values = column.to_pylist()
+    if len(values) != rows:
+        raise InputError(f"{path} is damaged: it holds {len(values)} of {rows} rows of a column; {_ADVICE}")
+    return values
 
 
 def image_column(schema: pyarrow.Schema, file: Path) -> str:
@@ -92,5 +100,5 @@ def _group(path: str, group: int, column: str) -> list[bytes | None]:
     """Images are read in their order, and a row group only as a whole."""
     file = _opened(path)[0]
     with reading(path, _ADVICE):
-        values = file.read_row_group(group, columns=[f"{column}.bytes"]).column(column).to_pylist()
-        return [(value or {}).get("bytes") for value in values]
+        found = file.read_row_group(group, columns=[f"{column}.bytes"]).column(column)
+        return [(value or {}).get("bytes") for value in _all_of(found, file.metadata.row_group(group).num_rows, path)]

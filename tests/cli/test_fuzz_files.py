@@ -348,6 +348,12 @@ def test_damaged_files_are_read_or_refused_in_one_line(kind, world, tmp_path):
     assert try_many(kind, world, tmp_path, FEW) > 0
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_group_shorter_than_it_says_is_refused(world, tmp_path):
+    """Found by the many, below."""
+    assert try_many("images.parquet", world, tmp_path, 1, first=3173) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
