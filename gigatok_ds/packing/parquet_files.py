@@ -66,15 +66,23 @@ def _all_of(column: pyarrow.ChunkedArray, rows: int, path: str | Path) -> list:
 
 def image_column(schema: pyarrow.Schema, file: Path) -> str:
     """The column whose values are {bytes, path}; InputError unless there is one."""
-    import pyarrow
-
-    columns = [name for name, kind in zip(schema.names, schema.types, strict=True)
-               if pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name
-                                                                         for i in range(kind.num_fields)}]
+    columns = [name for name, kind in zip(schema.names, schema.types, strict=True) if _is_image(kind)]
     if len(columns) != 1:
         raise InputError(f"{file} has {len(columns)} columns of images, which are structs of bytes and path, as "
                          f"datasets writes them; its columns are {', '.join(schema.names)}")
     return columns[0]
+
+
+def _is_image(kind: pyarrow.DataType) -> bool:
+    """Whether a type is a struct of `bytes`, bytes of any length, and `path`, text."""
+    from pyarrow import types
+
+    if not types.is_struct(kind):
+        return False
+    parts = {kind.field(number).name: kind.field(number).type for number in range(kind.num_fields)}
+    return {"bytes", "path"} <= parts.keys() and (
+        types.is_binary(parts["bytes"]) or types.is_large_binary(parts["bytes"])) and (
+        types.is_string(parts["path"]) or types.is_large_string(parts["path"]) or types.is_null(parts["path"]))
 
 
 def read_image(path: str, row: int) -> bytes:
