@@ -1,6 +1,7 @@
 """Images per second and core of our loader beside torchvision's ImageFolder and plain webdataset; resuming; memory.
 
     python benchmarks/loader.py [--images 1600] [--workers 2] [--rounds 3] [--batch 32] [--samples 1281167]
+    python benchmarks/loader.py --scale [--samples 100000000] [--ranks 2] [--workers 2] [--batch 32]
 
 Photographs that scikit-image, scikit-learn and matplotlib ship are cut into JPEG files of ImageNet's sizes
 (loader_data.py), as class folders and as shards. All four ways read them once in random order and give float32 batches
@@ -17,7 +18,11 @@ which does not depend on who else uses the machine. The difference of the fast p
 Then an index of 1.28 million samples: how long a fresh process takes from opening it to the first batch at 90% of an
 epoch, and what its index adds to the memory of a process, at its peak.
 
-Exit code 1: exact is slower than torchvision, fast less than 2 x as fast, resuming takes 5 s, or the index 200 MB.
+With --scale only an index is measured, of 100 million samples in 10,000 tars (small images, hard links to one tar):
+memory of a host with several ranks and their workers, time to open it, to agree on it and to the first batch.
+
+Exit code 1: exact is slower than torchvision, fast less than 2 x as fast, resuming takes 5 s, or the index 200 MB; with
+--scale, a sample takes more than 40 bytes of the host, or the first batch 30 s.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ from datetime import date
 from pathlib import Path
 
 import figures
+import loader_scale
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -59,23 +65,33 @@ from gigatok_ds.data.transforms import open_image, resize_short_side
 from gigatok_ds.shards.index import ShardIndex
 
 SIZE, SCALE = 256, (0.8, 1.0)
+IMAGENET, MANY = 1_281_167, 100_000_000  # samples
 WAYS = ("torchvision", "webdataset", "exact", "fast")
 EXACT, FAST, RESUME_SECONDS, INDEX_MB = 1.0, 2.0, 5.0, 200.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("images", 1600), ("workers", 2), ("rounds", 3), ("batch", 32), ("samples", 1_281_167)):
+    for name, default in (("images", 1600), ("workers", 2), ("rounds", 3), ("batch", 32), ("ranks", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--scale", action="store_true")
     parser.add_argument("--part", nargs="*", help=argparse.SUPPRESS)
     figures.add_option(parser)
     args = parser.parse_args()
+    if args.samples is None:
+        args.samples = MANY if args.scale else IMAGENET
+    if args.part and args.part[0] == "rank":
+        loader_scale.rank(*map(Path, args.part[1:]), args)
+        return 0
     if args.part:
         way, root = args.part
         json.dump(resume(Path(root), args) if way == "resume" else measure(way, Path(root), args), sys.stdout)
         return 0
     with tempfile.TemporaryDirectory(prefix="gigatok-loader-") as folder:
         root = Path(folder)
+        if args.scale:
+            return loader_scale.report(root, args)
         make_images(root, args.images)
         make_large_index(root / "shards", root / "large", args.samples)
         return report(root, args)

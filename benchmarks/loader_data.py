@@ -13,8 +13,10 @@ from PIL import Image
 from gigatok_ds.data.transforms import decode_image
 from gigatok_ds.packing.image_sources import open_source
 from gigatok_ds.packing.pack_shards import Packing, pack
+from gigatok_ds.packing.shard_writer import Sample, write_shards
 from gigatok_ds.shards.contents import Contents, TarShard, write_index
 from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.sample_table import SampleTable
 from gigatok_ds.streams import numpy_stream
 
 # Sizes of ImageNet's photographs: most have a long side of 500, a few come from larger cameras.
@@ -22,6 +24,7 @@ SIZES = {(500, 375): 0.55, (375, 500): 0.18, (500, 333): 0.17, (640, 480): 0.05,
 QUALITY = 96  # gives about ImageNet's mean of 110 kB
 LEAST_SHARE = 0.7  # of a photograph's width or height in the smallest window
 CLASSES = 10
+KEY_DIGITS = 9  # of a sample: five for its tar and four within that
 
 
 def make_images(root: Path, count: int) -> None:
@@ -51,20 +54,39 @@ def _jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def make_small_images(root: Path, count: int) -> Path:
+    """root/tiny: one tar of `count` samples, each the same image of 32 pixels: what an index points to where only its
+    size matters.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(buffer, "PNG")
+    samples = (Sample(key=f"{number:06d}", image_bytes=buffer.getvalue(), extension="png", label=number % CLASSES)
+               for number in range(count))
+    return write_shards(samples, root / "tiny", prefix="tiny", samples_per_shard=count,
+                        classes=[f"class{number}" for number in range(CLASSES)], total=count).directory
+
+
 def make_large_index(shards: Path, directory: Path, count: int) -> None:
-    """An index of `count` samples over hard links to the first tar of `shards`, with keys like ImageNet's."""
+    """An index of at least `count` samples over hard links to the first tar of `shards`, with keys as img2dataset
+    writes them.
+    """
     index = ShardIndex.open(shards)
-    first, entries = index.shards[0], next(index.entries())
-    links = -(-count // len(entries))
+    first, samples = index.shards[0], int(index.table.counts[0])
+    links = -(-count // samples)
     directory.mkdir()
     for number in range(links):
         os.link(shards / first.name, directory / f"{number:06d}.tar")
-    copies = [TarShard(name=f"{number:06d}.tar", size=first.size, sha256=first.sha256, samples=len(entries))
+    copies = [TarShard(name=f"{number:06d}.tar", size=first.size, sha256=first.sha256, samples=samples)
               for number in range(links)]
-    columns = {"offset": np.int64, "size": np.int64, "label": np.int32, "crc32": np.uint32}
-    table = {name: np.tile(np.array([getattr(entry, name) for entry in entries], kind), links)
-             for name, kind in columns.items()}
-    table["shard"] = np.repeat(np.arange(links, dtype=np.int32), len(entries))
-    table["key"] = np.array([f"{number:07d}_n{number % 10**8:08d}_{number % 9973}".encode()
-                             for number in range(links * len(entries))])
+    columns = {name: np.tile(column[:samples], links) for name, column in index.table.stored().items() if name != "key"}
+    table = SampleTable({**columns, "key": numbered_keys(links * samples)}, [samples] * links)
     write_index(directory, Contents(copies, index.classes, table))
+
+
+def numbered_keys(count: int) -> np.ndarray:
+    """000000000, 000000001, ...: bytes (count,)."""
+    keys, rest = np.empty((count, KEY_DIGITS), np.uint8), np.arange(count, dtype=np.uint32)
+    for place in reversed(range(KEY_DIGITS)):
+        keys[:, place] = rest % 10 + ord("0")
+        rest //= 10
+    return keys.view(f"S{KEY_DIGITS}").reshape(count)

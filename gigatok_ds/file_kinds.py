@@ -1,4 +1,4 @@
-"""What a file is that is not what its name says: downloads go wrong in few ways."""
+"""What kind of file one is, by its name; and where its name is wrong, for downloads go wrong in few ways."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import struct
 from pathlib import Path
 
 _LONGEST_HEADER = 100_000_000  # of safetensors
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.lz4", ".tar.z")
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file of this name is an uncompressed tar, and not hidden."""
+    return name.lower().endswith(".tar") and not name.startswith(".")
+
+
+def is_compressed_tar(name: str) -> bool:
+    """Whether a file of this name is a compressed tar, and not hidden."""
+    return name.lower().endswith(_COMPRESSED) and not name.startswith(".")
 
 
 def mistaken_weights(path: Path) -> str | None:

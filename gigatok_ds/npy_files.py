@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from gigatok_ds.untrusted import read_bytes, reading
 
 ARRAY_BYTES = 16 * 1024**3
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip: signature, lengths of its name and of extra fields
 
 
 def read_npy(path: Path, most: int = ARRAY_BYTES) -> np.ndarray:
@@ -28,6 +32,32 @@ def read_npz(source: Path | bytes, most: int = ARRAY_BYTES, name: object = None)
     with reading(name or source), zipfile.ZipFile(file) as archive:
         return {member.filename.removesuffix(".npy"): parse_npy(unpacked(archive, member, most))
                 for member in archive.infolist()}
+
+
+def map_npz(file: BinaryIO) -> dict[str, np.ndarray]:
+    """All arrays of an open `.npz`, by name, read-only: those stored as they are stay in the file and are mapped, so
+    that processes share them; compressed ones are read. Raises what zipfile and numpy do, or ValueError.
+    """
+    with zipfile.ZipFile(file) as archive:
+        return {member.filename.removesuffix(".npy"): _mapped(file, member)
+                if member.compress_type == zipfile.ZIP_STORED else parse_npy(unpacked(archive, member))
+                for member in archive.infolist()}
+
+
+def _mapped(file: BinaryIO, member: zipfile.ZipInfo) -> np.ndarray:
+    file.seek(member.header_offset)
+    signature, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    start = member.header_offset + _LOCAL_HEADER.size + name + extra
+    if signature != b"PK\3\4" or start + member.file_size > file.seek(0, io.SEEK_END):
+        raise ValueError(f"{member.filename} is not where the file says")
+    file.seek(start)
+    shape, fortran_order, dtype = npy_header(file)
+    offset, size = file.tell(), math.prod(shape) * dtype.itemsize
+    if offset + size > start + member.file_size:
+        raise ValueError(f"its header claims {size:,} bytes, there are {start + member.file_size - offset:,}")
+    if not size:
+        return np.empty(shape, dtype)
+    return np.asarray(np.memmap(file, dtype, "r", offset, shape, "F" if fortran_order else "C"))
 
 
 def unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int = ARRAY_BYTES) -> bytes:

@@ -21,8 +21,9 @@ from gigatok_ds.compat import sockets_without_files
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.data.bad_samples import BadSample, BadSamples
 from gigatok_ds.data.mixture import MixedBatches, Mixture
+from gigatok_ds.data.order import Locality
 from gigatok_ds.data.pillow_warnings import say_pillows_once
-from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, ReadingPlan, SampleAddress
+from gigatok_ds.data.reader import GlobalBatches, MicroBatches, ReadingPlan, SampleAddress
 from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError, MachineError
 from gigatok_ds.shards.index import ShardIndex
@@ -178,11 +179,9 @@ class _AugmentedImages(Dataset):
                  read_ahead: bool):
         self.index, self.transform, self.seed, self.num_classes = index, transform, seed, num_classes
         self.read_ahead = read_ahead
-        self.labelled: np.ndarray | None = None  # where labels are asked for
         if num_classes is not None:
             index.check_labels(num_classes, max_bad_fraction=1.0)
-            self.labelled = np.flatnonzero(index.has_label(num_classes))
-            if not len(self.labelled):
+            if index.next_labelled(-1, num_classes) is None:
                 index.check_labels(num_classes)
 
     def __getitem__(self, address: SampleAddress) -> dict:
@@ -210,9 +209,8 @@ class _AugmentedImages(Dataset):
     def _next(self, sample: int) -> int:
         """The following sample that has a label, if it needs one, in the order of the data and from its end to its
         beginning."""
-        if self.labelled is None:
-            return (sample + 1) % len(self.index)
-        return int(self.labelled[np.searchsorted(self.labelled, sample, side="right") % len(self.labelled)])
+        labelled = None if self.num_classes is None else self.index.next_labelled(sample, self.num_classes)
+        return (sample + 1) % len(self.index) if labelled is None else labelled
 
 
 class ImageBatches(TrainingBatches):
@@ -234,7 +232,7 @@ class ImageBatches(TrainingBatches):
         self.bad_samples = BadSamples(index, max_bad_fraction, len(index) / plan.share.size)
         dataset = _AugmentedImages(index, transform, seed, num_classes, read_ahead=shuffle_shards is not None)
         super().__init__(dataset, len(index), plan, seed=seed, **loading,
-                         locality=None if shuffle_shards is None else Locality(index.shard_numbers, shuffle_shards))
+                         locality=None if shuffle_shards is None else Locality(index.table.counts, shuffle_shards))
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
@@ -272,6 +270,6 @@ def evaluation_batches(index: ShardIndex, size: int, batch_size: int, share: Sha
     """
     images, per_round = len(index) if images is None else images, batch_size * share.size
     starts = range(share.rank * batch_size, -(-images // per_round) * per_round, per_round)
-    positions = [list(range(start, start + batch_size)) for start in starts]
+    positions = [range(start, start + batch_size) for start in starts]
     kind = BatchLoader if as_bytes else _FloatImages
     return kind(_EvaluationImages(index, size, images, orient), positions, **loading)

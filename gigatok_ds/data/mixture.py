@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from gigatok_ds.data.reader import Locality, epoch_order
+from gigatok_ds.data.order import AsStored, Locality, Order, epoch_order
 from gigatok_ds.streams import numpy_stream, stream_key
 
 _BLOCK = 1000  # positions
@@ -40,11 +40,9 @@ class MixedBatches:
         self.starts = [0, *accumulate(mixture.counts)]
         weights = [Fraction(str(weight)) for weight in mixture.weights]
         self._shares = [Fraction(0), *(part / sum(weights) for part in accumulate(weights))]
-        self._localities = [None if locality is None else Locality(_counted_from_zero(locality.shards[start:end]),
-                                                                   locality.mixed)
-                            for start, end in pairwise(self.starts)]
+        self._localities = [locality and _of_rows(locality, start, end) for start, end in pairwise(self.starts)]
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._orders: dict[int, dict[int, np.ndarray]] = {}  # by source and epoch
+        self._orders: dict[int, dict[int, Order]] = {}  # by source and epoch
 
     def batch(self, step: int) -> np.ndarray:
         """The samples of global batch number `step`: int64 (global_batch_size,)."""
@@ -92,18 +90,21 @@ class MixedBatches:
         ends = [positions * share.numerator // share.denominator for share in self._shares]
         return [end - start for start, end in pairwise(ends)]
 
-    def _orders_of(self, source: int, epochs: list[int]) -> dict[int, np.ndarray]:
+    def _orders_of(self, source: int, epochs: list[int]) -> dict[int, Order]:
         """Of these epochs of a source, which are kept until it is in others."""
         kept = self._orders.get(source, {})
         self._orders[source] = {epoch: kept[epoch] if epoch in kept else self._order(source, epoch) for epoch in epochs}
         return self._orders[source]
 
-    def _order(self, source: int, epoch: int) -> np.ndarray:
+    def _order(self, source: int, epoch: int) -> Order:
         count = self.mixture.counts[source]
         if not self.shuffle:
-            return np.arange(count)
+            return AsStored()
         return epoch_order(count, stream_key(self.seed, "mixture", "source", source), epoch, self._localities[source])
 
 
-def _counted_from_zero(numbers: np.ndarray) -> np.ndarray:
-    return numbers - numbers.min()
+def _of_rows(locality: Locality, start: int, end: int) -> Locality:
+    """The tars that hold the samples start ... end - 1."""
+    ends = np.cumsum(locality.counts)
+    first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, end)
+    return Locality(locality.counts[first : last + 1], locality.mixed)

@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gigatok_ds.cluster.share import WHOLE, Share
+from gigatok_ds.data.order import AsStored, Locality, Order, epoch_order
 from gigatok_ds.errors import InputError
-from gigatok_ds.streams import numpy_stream
 
 
 class SampleAddress(NamedTuple):
@@ -24,27 +24,6 @@ class SampleAddress(NamedTuple):
     position: int
     epoch: int
     sample: int
-
-
-class Locality(NamedTuple):
-    """Samples are mixed with those of few tars: `shards` (N,) has each one's, and `mixed` tars are mixed at a time."""
-
-    shards: np.ndarray
-    mixed: int
-
-
-def epoch_order(count: int, seed: int, epoch: int, locality: Locality | None = None) -> np.ndarray:
-    """The order of epoch `epoch`: a permutation of 0 ... count - 1, int64.
-
-    With `locality` the tars are put in a random order and cut into groups of `mixed`: the samples of a group come in a
-    random order, before those of the next group.
-    """
-    draws = numpy_stream(seed, "order", epoch)
-    order = draws.permutation(count)
-    if locality is None:
-        return order
-    groups = draws.permutation(int(locality.shards.max()) + 1) // locality.mixed
-    return order[np.argsort(groups[locality.shards[order]], kind="stable")]
 
 
 class GlobalBatches:
@@ -66,7 +45,7 @@ class GlobalBatches:
         self.shuffle = shuffle
         self.locality = locality
         self.epoch_length = count // global_batch_size * global_batch_size if drop_last else count
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders: dict[int, Order] = {}
 
     def batch(self, step: int) -> np.ndarray:
         """The samples of global batch number `step`, counted from 0 over all epochs: int64
@@ -88,9 +67,9 @@ class GlobalBatches:
         samples = np.concatenate([self._orders[epoch][offsets[epochs == epoch]] for epoch in needed])
         return epochs, samples
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> Order:
         if not self.shuffle:
-            return np.arange(self.count)
+            return AsStored()
         return epoch_order(self.count, self.seed, epoch, self.locality)
 
 

@@ -201,6 +201,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return resized_window(image, size, (width - size) // 2, (height - size) // 2, size)
 
 
+def center_window(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle height x width window of the image resized so that it just covers it; `center_crop` of any shape."""
+    scale = max(height / image.height, width / image.width)
+    resized = resize_short_side(image, math.ceil(min(image.size) * scale - 1e-6))
+    left, top = (resized.width - width) // 2, (resized.height - height) // 2
+    return resized.crop((left, top, left + width, top + height))
+
+
 def ten_crop(image: Image.Image, size: int, crop_range: float = 1.1) -> list[Image.Image]:
     """Ten size x size views of the center crop of side int(size * crop_range).
 

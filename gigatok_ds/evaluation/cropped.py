@@ -16,13 +16,13 @@ from gigatok_ds.data.folder import ImageFolder, scan_image_folder
 from gigatok_ds.data.loader import BatchLoader, image_name
 from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of
 from gigatok_ds.errors import InputError
+from gigatok_ds.file_kinds import is_tar
 from gigatok_ds.files import sha256
 from gigatok_ds.parallel.topology import Topology
-from gigatok_ds.shards.class_labels import renumbered
+from gigatok_ds.shards.class_labels import numbering, renumbered
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.remote import open_shards
 from gigatok_ds.shards.shard_cache import ShardCache
-from gigatok_ds.shards.tar_members import is_tar
 
 
 class CroppedImages(Dataset):
@@ -51,7 +51,8 @@ class CroppedImages(Dataset):
         if isinstance(self.source, ShardIndex):
             return self.source.number_as(classes, source)
         folder = self.source
-        labels = renumbered(np.array(folder.labels), folder.classes, classes, self.location, source)
+        position = numbering(set(folder.labels), folder.classes, classes, self.location, source)
+        labels = renumbered(np.array(folder.labels), position)
         self.source = dataclasses.replace(folder, labels=labels.tolist(), classes=list(classes) or folder.classes)
         return None
 

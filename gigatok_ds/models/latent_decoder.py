@@ -25,7 +25,7 @@ class _Decoder(PositionTables):
     def __init__(self, config: TokenizerConfig, layers: Layers, **tables: int):
         width = config.decoder_size.width
         super().__init__(width, positional_embedding=config.grid**2, **tables)
-        self.grid = config.grid
+        self.grid = config.grid, config.grid  # rows and columns
         self.cut = layers.tokens
         self.ln_pre = nn.LayerNorm(config.z_channels)
         self.decoder_embed = nn.Linear(config.z_channels, width)
@@ -44,7 +44,7 @@ class _Decoder(PositionTables):
         return self.distill_mlp(self.cut.gather(x)).transpose(0, 1)
 
     def output(self, x: Tensor) -> Tensor:
-        return self.conv_out(tokens_to_map(self.ln_post(self.cut.gather(x)), self.grid, self.grid))
+        return self.conv_out(tokens_to_map(self.ln_post(self.cut.gather(x)), *self.grid))
 
 
 class LatentDecoder(_Decoder):
@@ -71,7 +71,7 @@ class LatentDecoder(_Decoder):
     def forward(self, latent: Tensor, *, semantic: bool = False) -> tuple[Tensor, Tensor | None]:
         memory = self.embed(latent)
         start = self.q_2d.to(memory.dtype) if self.query == "learned" else memory[:1]
-        x = self.cut.scatter(start.expand(self.grid**2, memory.shape[1], -1))
+        x = self.cut.scatter(start.expand(self.grid[0] * self.grid[1], memory.shape[1], -1))
         memory = self.cut.scatter(memory)
         position = self.cut.scatter(self.positional_embedding)
         memory_position = self.cut.scatter(self.latent_token_positional_embedding)

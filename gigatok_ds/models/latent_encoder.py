@@ -39,16 +39,19 @@ class PositionTables(nn.Module):
 
 
 def multi_level_pool(x: Tensor, tokens: int) -> Tensor:
-    """Average-pool a map (B, C, G, G) at log2(tokens) + 1 levels into (tokens, B, C), coarse to fine.
+    """Average-pool a map (B, C, H, W) at log2(tokens) + 1 levels into (tokens, B, C), coarse to fine.
 
     Levels 0 and 1 are both the global mean; level i >= 1 has 2^(i-1) cells, as square as possible and wider than
-    high. Within a level cells are row-major.
+    high, which overlap where the map cannot be cut into them. Within a level cells are row-major.
     """
-    grid = x.shape[-1]
+    height, width = x.shape[-2:]
     levels = []
     for level in range(tokens.bit_length()):
         rows, columns = level_shape(level)
-        levels.append(map_to_tokens(F.avg_pool2d(x, (grid // rows, grid // columns))))
+        if height % rows or width % columns:
+            levels.append(map_to_tokens(F.adaptive_avg_pool2d(x, (rows, columns))))
+        else:
+            levels.append(map_to_tokens(F.avg_pool2d(x, (height // rows, width // columns))))
     return torch.cat(levels)
 
 
@@ -81,17 +84,17 @@ class LatentEncoder(PositionTables):
         self.ln_post = nn.LayerNorm(size.width)
         self.conv_out = nn.Conv2d(size.width, config.z_channels, 1)
 
-    def initial_queries(self, memory: Tensor, grid: int) -> Tensor:
-        """Queries (T, B, W) from the embedded feature map (G * G, B, W)."""
+    def initial_queries(self, memory: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Queries (T, B, W) from the embedded feature map (R * C, B, W) of a grid of R x C cells."""
         if self.query == "learned":
             return self.query_1d.to(memory.dtype).expand(-1, memory.shape[1], -1)
         if self.query == "mean":
             return self.global_proj(memory.mean(0, keepdim=True)).expand(self.tokens, -1, -1)
-        return self.global_proj(multi_level_pool(tokens_to_map(memory, grid, grid), self.tokens))
+        return self.global_proj(multi_level_pool(tokens_to_map(memory, *grid), self.tokens))
 
     def forward(self, feature: Tensor) -> Tensor:
         memory = self.encoder_embed(self.ln_pre(map_to_tokens(feature)))
-        x = self.initial_queries(memory, feature.shape[-1])
+        x = self.initial_queries(memory, (feature.shape[-2], feature.shape[-1]))
         x, memory = self.cut.scatter(x), self.cut.scatter(memory)
         position = self.cut.scatter(self.latent_token_positional_embedding)
         memory_position = self.cut.scatter(self.positional_embedding)

@@ -54,7 +54,7 @@ def resize(table: Tensor, rows: int, how: str, *, keep: int = 0) -> Resized | No
         before, after = math.isqrt(len(flat)), math.isqrt(wanted)
         if before**2 != len(flat) or after**2 != wanted:
             return None
-        resized = _resized_grid(flat, (before, before), (after, after))
+        resized = resized_grid(flat, (before, before), (after, after))
         said = f"{before} x {before} positions become {after} x {after}, bicubically"
     elif how == "levels":
         resized = _by_level(flat, wanted)
@@ -83,11 +83,12 @@ def _by_level(flat: Tensor, wanted: int) -> Tensor:
     last = len(flat).bit_length() - 1
     rows, columns = level_shape(last)
     finest = flat[-rows * columns :]
-    finer = [_resized_grid(finest, (rows, columns), level_shape(level))
+    finer = [resized_grid(finest, (rows, columns), level_shape(level))
              for level in range(last + 1, wanted.bit_length())]
     return torch.cat([flat, *finer])
 
 
-def _resized_grid(flat: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+def resized_grid(flat: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    """Values (R * C, W) of the cells of a grid, row by row, for one of other numbers of rows and columns."""
     grid = flat.t().reshape(1, -1, *before)
     return F.interpolate(grid, after, mode="bicubic", antialias=True, align_corners=False)[0].flatten(1).t()

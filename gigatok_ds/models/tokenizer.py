@@ -58,6 +58,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig, layers: Layers = PLAIN):
         super().__init__()
         self.config = config
+        self.image_shape = config.image_size, config.image_size  # height and width
         encoder, decoder = (LatentEncoder, LatentDecoder) if config.layout == "1d" else (GridEncoder, GridDecoder)
         dim = config.quantizer.codebook_dim
         self.images = layers.images
@@ -68,6 +69,12 @@ class Tokenizer(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, dim, 1)
         self.post_quant_conv = nn.Conv2d(dim, config.z_channels, 1)
         self.quantizer = VectorQuantizer(config.quantizer, layers)
+
+    @property
+    def latent_tokens(self) -> int:
+        """How many codes an image has: of images of another shape (models.image_shape) not always the config's."""
+        rows, columns = self.decoder.grid
+        return self.config.latent_tokens if self.config.layout == "1d" else rows * columns
 
     def init_fn(self, name: str) -> Fill | None:
         """N(0, 0.02) for weights, as in the original, whose quantizer convolutions keep torch's own default."""
@@ -80,10 +87,10 @@ class Tokenizer(nn.Module):
 
     def accept(self, images: Tensor) -> Tensor:
         """The images in the weights' dtype and on their device; InputError when they have another shape."""
-        size = self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        height, width = self.image_shape
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
             raise InputError(
-                f"images have shape {tuple(images.shape)}; this tokenizer takes (batch, 3, {size}, {size})"
+                f"images have shape {tuple(images.shape)}; this tokenizer takes (batch, 3, {height}, {width})"
             )
         return images.to(self.quant_conv.weight.device, self.quant_conv.weight.dtype)
 
@@ -123,7 +130,7 @@ class Tokenizer(nn.Module):
         """
         check_range(images)
         if len(images) == 0:
-            return torch.empty(0, self.config.latent_tokens, dtype=torch.long, device=self.accept(images).device)
+            return torch.empty(0, self.latent_tokens, dtype=torch.long, device=self.accept(images).device)
         return self.quantize(images).codes
 
     @torch.no_grad()
@@ -132,9 +139,9 @@ class Tokenizer(nn.Module):
 
         Raises InputError when a code lies outside the codebook or T is not the number of latent tokens.
         """
-        if codes.ndim != 2 or codes.shape[1] != self.config.latent_tokens:
+        if codes.ndim != 2 or codes.shape[1] != self.latent_tokens:
             raise InputError(
-                f"codes have shape {tuple(codes.shape)}; this tokenizer takes (batch, {self.config.latent_tokens})"
+                f"codes have shape {tuple(codes.shape)}; this tokenizer takes (batch, {self.latent_tokens})"
             )
         latent = self.quantizer.lookup(codes.to(self.quant_conv.weight.device))
         return self.cnn_decoder(self.images.scatter(self.decoder(self.post_quant_conv(latent))[0]))

@@ -33,7 +33,15 @@ from gigatok_ds.data.codes import (
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically, written_aside
 from gigatok_ds.ownership import OWNER_FILE, owned
-from gigatok_ds.shards.contents import INDEX_FILE, TABLE_FILE, Contents, build_table, describe_shard, write_index
+from gigatok_ds.shards.contents import (
+    INDEX_FILE,
+    TABLE_FILE,
+    Contents,
+    build_table,
+    columns_of,
+    describe_shard,
+    write_index,
+)
 from gigatok_ds.shards.tar_scan import Entry, scan_tar
 from gigatok_ds.shards.tar_writer import new_directory, write_tar
 from gigatok_ds.untrusted import parse_json
@@ -194,9 +202,12 @@ class CodeDirectory:
     def _finish(self) -> None:
         """Write the index, remove what killed processes left, and give the metadata its name: in this order."""
         bar = tqdm(range(self.shards), desc=f"indexing {self.directory}", unit="shard", disable=None)
-        entries = [self._scan(shard) for shard in bar]
-        shards = [describe_shard(self.path(shard), found) for shard, found in enumerate(entries)]
-        write_index(self.directory, Contents(shards, self.classes, build_table(shards, entries)))
+        shards, columns = [], []
+        for shard in bar:
+            entries = self._scan(shard)
+            shards.append(describe_shard(self.path(shard), entries))
+            columns.append(columns_of(entries))
+        write_index(self.directory, Contents(shards, self.classes, build_table(shards, columns)))
         for pattern in (".codes-*.tar.*", f".{INDEX_FILE}.*", f".{TABLE_FILE}.*", OWNER_FILE):
             for leftover in self.directory.glob(pattern):
                 leftover.unlink()

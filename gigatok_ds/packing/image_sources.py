@@ -1,5 +1,5 @@
 """Images to be packed into shards, wherever they lie: a folder, a list of files, ImageNet's own tars read without
-unpacking, shards, or Parquet files.
+unpacking, shards, Parquet files, or the shards of other loaders.
 
 A source lists its images in a fixed order, with the byte range of each in its file, so that any process can read any
 of them, and counts whatever else is there.
@@ -25,12 +25,14 @@ from gigatok_ds.data.folder import (
     why_no_image,
 )
 from gigatok_ds.errors import InputError
+from gigatok_ds.file_kinds import is_compressed_tar, is_tar
+from gigatok_ds.packing.chunked_source import chunked_source, is_chunked
 from gigatok_ds.packing.label_files import read_labels
 from gigatok_ds.packing.listing import ImageSource, SourceImage, numbered_key
 from gigatok_ds.packing.parquet_files import parquet_files
 from gigatok_ds.packing.parquet_source import parquet_source
 from gigatok_ds.packing.shard_source import shard_source
-from gigatok_ds.shards.tar_members import FILE, Member, is_compressed_tar, is_tar, tar_members
+from gigatok_ds.shards.tar_members import FILE, Member, tar_members
 from gigatok_ds.shards.tar_scan import IMAGE_EXTENSIONS, NO_LABEL
 from gigatok_ds.untrusted import reading
 
@@ -41,13 +43,13 @@ IMAGENET = {"train": (1000, 1_281_167), "val": (1000, 50_000)}  # classes and im
 
 def open_source(path: str | Path, labels: str | Path | None = None, *, field: str | None = None,
                 unlabelled: bool = False) -> ImageSource:
-    """The images of a directory (classes, shards, Parquet files, or ImageNet's nNNNNNNNN.tar files), of one of
-    ImageNet's tars, of a Parquet file, or of a text file with the path of an image in each line.
+    """The images of a directory (classes, shards, MDS, litdata, Parquet files, or ImageNet's nNNNNNNNN.tar files), of
+    one of ImageNet's tars, of a Parquet file, or of a text file with the path of an image in each line.
 
     labels: which class each image of a source without classes has; see `read_labels`. field: the column of labels in
-    Parquet files, in a table that `labels` is, or the field of each sample's KEY.json in shards. unlabelled: images
-    have no labels, whatever directories they lie in. Raises InputError when there is nothing to read, or labels are
-    missing or do nothing.
+    MDS, litdata and Parquet files, in a table that `labels` is, or the field of each sample's KEY.json in shards.
+    unlabelled: images have no labels, whatever directories they lie in. Raises InputError when there is nothing to
+    read, or labels are missing or do nothing.
     """
     if unlabelled and (labels is not None or field is not None):
         raise InputError(f"--no-labels and {'--labels' if labels is not None else '--label-field'} say different "
@@ -64,8 +66,12 @@ def _opened(path: Path, labels: str | Path | None, field: str | None, unlabelled
     if path.suffix == ".parquet" or (path.is_dir() and not holds_images(path) and parquet_files(path)):
         _refuse(labels, f"{path} has a column of labels, which --label-field names")
         return parquet_source(path, field)
+    if is_chunked(path):
+        _refuse(labels, f"{path} has a column of labels, which --label-field names")
+        return chunked_source(path, field)
     if field is not None and labels is None:
-        raise InputError(f"--label-field is for shards, Parquet files and tables (--labels); {path} is none of them")
+        raise InputError(f"--label-field is for shards, MDS, litdata, Parquet files and tables (--labels); {path} is "
+                         "none of them")
     if path.is_dir():
         return _directory_of_images(path, labels, field, unlabelled)
     if not path.is_file():

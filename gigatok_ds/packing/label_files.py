@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.file_kinds import is_compressed_tar
 from gigatok_ds.packing.devkit import devkit_classes
 from gigatok_ds.packing.label_tables import KAGGLE, is_table, table_of_labels
-from gigatok_ds.shards.tar_members import is_compressed_tar
 from gigatok_ds.untrusted import reading
 
 

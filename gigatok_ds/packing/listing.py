@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from gigatok_ds.data.folder import class_order
 from gigatok_ds.errors import InputError
 from gigatok_ds.packing.parquet_files import read_image
 from gigatok_ds.shards.tar_scan import NO_LABEL, safe_key
 
 _KEY_NAME = 20  # characters of a file name in a key
+_LARGEST = 999_999_999  # class number, as of KEY.cls
 
 
 class SourceImage(NamedTuple):
@@ -75,3 +77,16 @@ class ImageSource:
 def numbered_key(number: int, stem: str) -> str:
     """The number keeps keys unique; the (shortened) name lets a person find the file again."""
     return f"{number:08d}_{safe_key(stem)[:_KEY_NAME]}"
+
+
+def numbered_labels(values: list, classes: list[str], source: str) -> tuple[list[int], list[str]]:
+    """Labels, and class names: values that are numbers are labels of `classes`, names become classes in the order of
+    the alphabet; None stands for no label.
+    """
+    known = [value for value in values if value is not None]
+    if all(isinstance(value, int) and not isinstance(value, bool) for value in known):
+        if (most := max(known, default=0)) > _LARGEST:
+            raise InputError(f"{source} has a label {most}; class numbers are {_LARGEST} at most")
+        return [NO_LABEL if value is None or value < 0 else value for value in values], classes
+    names, number = class_order([str(value) for value in known], source)
+    return [NO_LABEL if value is None else number[str(value)] for value in values], names

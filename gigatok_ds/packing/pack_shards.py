@@ -27,7 +27,7 @@ from gigatok_ds.ownership import owned
 from gigatok_ds.packing.listing import ImageSource, SourceImage
 from gigatok_ds.packing.workers import in_processes
 from gigatok_ds.plain import from_plain
-from gigatok_ds.shards.contents import Contents, TarShard, build_table, describe_shard, write_index
+from gigatok_ds.shards.contents import Contents, TarShard, build_table, columns_of, describe_shard, write_index
 from gigatok_ds.shards.tar_scan import CAPTION, IMAGE_EXTENSIONS, NO_LABEL, Entry, is_safe_key, scan_tar
 from gigatok_ds.shards.tar_writer import Record, ShardSet, unused, write_tar
 from gigatok_ds.streams import numpy_stream
@@ -213,10 +213,10 @@ def _extension(data: bytes) -> str:
 def _finish(partial: Path, out_dir: Path, source: ImageSource, notes: list[dict]) -> ShardSet:
     """Write the index and give the directory its name."""
     shards = [TarShard(**note["shard"]) for note in notes if note["shard"]["samples"]]
-    entries = [[Entry(*entry) for entry in note["entries"]] for note in notes if note["entries"]]
+    columns = [columns_of([Entry(*entry) for entry in note["entries"]]) for note in notes if note["entries"]]
     if not shards:
         raise InputError("no image can be decoded, so there is nothing to write")
-    write_index(partial, Contents(shards, source.classes, build_table(shards, entries)))
+    write_index(partial, Contents(shards, source.classes, build_table(shards, columns)))
     skipped = [line for note in notes for line in note["skipped"]]
     if skipped:
         write_atomically(partial / SKIPPED_FILE, (json.dumps(skipped, indent=1) + "\n").encode())

@@ -10,18 +10,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gigatok_ds.data.folder import class_order
 from gigatok_ds.errors import InputError
-from gigatok_ds.packing.listing import ImageSource, SourceImage, numbered_key
+from gigatok_ds.packing.listing import ImageSource, SourceImage, numbered_key, numbered_labels
 from gigatok_ds.packing.parquet_files import LABEL_COLUMNS, image_column, open_parquet, parquet_files, read_columns
 from gigatok_ds.shards.tar_scan import NO_LABEL
 
 if TYPE_CHECKING:
     import pyarrow
-
-
-
-_LARGEST = 999_999_999  # class number, as of KEY.cls
 
 
 def parquet_source(path: Path, field: str | None) -> ImageSource:
@@ -47,19 +42,9 @@ def parquet_source(path: Path, field: str | None) -> ImageSource:
                                NO_LABEL, str(file), row=row) for row, place in enumerate(paths)]
     if not images:
         raise InputError(f"{path} holds no rows of images")
-    labels, classes = _numbered(values, classes, str(path))
+    labels, classes = numbered_labels(values, classes, str(path))
     return ImageSource(images=[image._replace(label=label) for image, label in zip(images, labels, strict=True)],
                        classes=classes)
-
-
-def _numbered(values: list, classes: list[str], source: str) -> tuple[list[int], list[str]]:
-    known = [value for value in values if value is not None]
-    if all(isinstance(value, int) and not isinstance(value, bool) for value in known):
-        if (most := max(known, default=0)) > _LARGEST:
-            raise InputError(f"{source} has a label {most}; class numbers are {_LARGEST} at most")
-        return [NO_LABEL if value is None or value < 0 else value for value in values], classes
-    names, number = class_order([str(value) for value in known], source)
-    return [NO_LABEL if value is None else number[str(value)] for value in values], names
 
 
 def _label_column(names: list[str], field: str | None, file: Path) -> str | None:

@@ -12,7 +12,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.packing.label_files import read_labels
 from gigatok_ds.packing.listing import ImageSource, SourceImage
 from gigatok_ds.shards.index import ShardIndex
-from gigatok_ds.shards.tar_scan import CAPTION, NO_LABEL, members_by_key
+from gigatok_ds.shards.tar_scan import CAPTION, members_by_key
 from gigatok_ds.untrusted import parse_json
 
 
@@ -21,7 +21,7 @@ def shard_source(path: Path, labels: str | Path | None, field: str | None) -> Im
     label there, and what `ShardIndex.open` raises.
     """
     index = ShardIndex.open(path)
-    labelled = index.labels.max() != NO_LABEL
+    labelled = index.is_labelled()
     if labels is not None and labelled and field is None:
         raise InputError(f"--labels goes with images without classes; {path} is a directory of tars that say their "
                          "classes, leave it out")

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from gigatok_ds.data.folder import scan_image_folder
-from gigatok_ds.data.transforms import center_crop, decode_image, to_tensor
+from gigatok_ds.data.transforms import center_window, decode_image, to_tensor
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import psnr, to_uint8
 from gigatok_ds.models.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def reconstruct_folder(tokenizer: Tokenizer, images: Path, out: Path) -> tuple[i
         )
     values = []
     for path, target in tqdm(zip(paths, targets, strict=True), total=len(paths), desc="reconstruct", unit="image"):
-        crop = center_crop(decode_image(path.read_bytes(), str(path), orient=True), tokenizer.config.image_size)
+        crop = center_window(decode_image(path.read_bytes(), str(path), orient=True), *tokenizer.image_shape)
         pixels = to_tensor(crop)[None]
         restored = tokenizer.decode(tokenizer.encode(pixels)).float().cpu()
         values.append(psnr(pixels, restored))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +56,14 @@ class StoredLabels:
         return list(self._met)[label - self.FIRST_NAME]
 
 
-def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str], location: str | Path,
-               source: str | Path) -> np.ndarray:
-    """Labels (N,), positions in `names`, as positions of the same names in `classes`; see `ShardIndex.number_as`."""
+def numbering(used: Iterable[int], names: Sequence[str], classes: Sequence[str], location: str | Path,
+              source: str | Path) -> np.ndarray | None:
+    """The position in `classes` of each class of `names` that a label in `used` is of (C,), for `renumbered`;
+    None where both are the same, or one of both names no classes. See `ShardIndex.number_as`.
+    """
     if not names or not classes or names == classes:
-        return labels
-    used = sorted({int(label) for label in np.unique(labels) if 0 <= label < len(names)})
+        return None
+    used = sorted(label for label in used if 0 <= label < len(names))
     unknown = [names[label] for label in used if names[label] not in classes]
     if unknown:
         raise InputError(f"{location} has a class {unknown[0]!r} ({len(unknown)} such) that {source} does not have; "
@@ -71,6 +73,16 @@ def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str],
         raise InputError(f"there are two classes called {twice!r} in {location} or {source}, so names do not tell "
                          "which is which; name them apart")
     number = {name: position for position, name in enumerate(classes)}
-    position = np.arange(max(len(names), int(labels.max()) + 1), dtype=labels.dtype)
+    position = np.arange(len(names), dtype=np.int32)
     position[used] = [number[names[label]] for label in used]
-    return np.where(labels >= 0, position[labels], labels)
+    return position
+
+
+def renumbered(labels: np.ndarray, position: np.ndarray | None) -> np.ndarray:
+    """`position[label]` of the labels (N,) that it has (C,), the others as they are; all of them as they are without
+    it.
+    """
+    if position is None:
+        return labels
+    known = (labels >= 0) & (labels < len(position))
+    return np.where(known, position[np.where(known, labels, 0)], labels).astype(labels.dtype, copy=False)

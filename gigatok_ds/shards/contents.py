@@ -1,17 +1,16 @@
 """What an index knows of a directory of tars, and the two files that hold it: `index.json` (classes, shards with size
-and SHA-256) and `index.npz` (one row per sample: where its data lies in which shard, its label, CRC-32 and key, in
-UTF-8).
+and SHA-256) and `index.npz` (one row per sample, tar by tar: where its data lies in which shard, its label, CRC-32 and
+key, in UTF-8). The latter is not compressed, so that the processes of a host share it where it lies.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,19 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import sha256, write_atomically
-from gigatok_ds.npy_files import read_npz
+from gigatok_ds.file_kinds import is_tar
+from gigatok_ds.files import sha256, write_atomically, written_aside
+from gigatok_ds.npy_files import map_npz
 from gigatok_ds.plain import from_plain
-from gigatok_ds.shards.tar_members import is_tar
+from gigatok_ds.shards.sample_table import COLUMNS, Samples, SampleTable
 from gigatok_ds.shards.tar_scan import Entry
 from gigatok_ds.untrusted import brief, parse_json
 
 INDEX_FILE = "index.json"
 TABLE_FILE = "index.npz"
 FORMAT = "gigatok-ds-shards/2"
-
-_TABLE_TYPES = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32,
-                "crc32": np.uint32}
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +53,7 @@ class Contents(NamedTuple):
 
     shards: list[TarShard]
     classes: list[str]
-    table: dict[str, np.ndarray]
+    table: Samples
     problems: Sequence[str] = ()
 
     def check_problems(self, max_bad_fraction: float) -> None:
@@ -65,38 +62,44 @@ class Contents(NamedTuple):
             return
         more = len(self.problems) - 1
         told = f"{self.problems[0]} (and {more} more problems)" if more else self.problems[0]
-        if len(self.problems) > max_bad_fraction * len(self.table["label"]):
+        if len(self.problems) > max_bad_fraction * len(self.table):
             raise InputError(told)
         logger.warning("%s; such samples are replaced", told)
 
 
-def build_table(shards: list[TarShard], entries: list[list[Entry]]) -> dict[str, np.ndarray]:
-    """The per-sample arrays of `entries[shard number]`. InputError when there are none or a key repeats."""
-    rows = [(number, entry) for number, group in enumerate(entries) for entry in group]
-    if not rows:
+def columns_of(entries: Sequence[Entry]) -> dict[str, np.ndarray]:
+    """The samples of a tar, as they are kept of many tars: in arrays."""
+    columns = {name: np.array([getattr(entry, name) for entry in entries], kind) for name, kind in COLUMNS.items()}
+    return columns | {"key": np.array([entry.key.encode() for entry in entries], np.bytes_)}
+
+
+def build_table(shards: Sequence[TarShard], groups: Sequence[Mapping[str, np.ndarray]]) -> SampleTable:
+    """The rows of all tars, from `columns_of` each. InputError when there are none or a key repeats."""
+    if not sum(shard.samples for shard in shards):
         raise InputError("there are no samples in any shard")
-    first: dict[str, int] = {}
-    for number, entry in rows:
-        if first.setdefault(entry.key, number) != number:
-            names = f"{shards[first[entry.key]].name} and {shards[number].name}"
-            raise InputError(f"sample {entry.key!r} occurs in both {names}; keys must be unique")
-    table = {name: np.array([getattr(entry, name) for _, entry in rows], kind)
-             for name, kind in _TABLE_TYPES.items() if name != "shard"}
-    return table | {"shard": np.array([number for number, _ in rows], _TABLE_TYPES["shard"]),
-                    "key": np.array([entry.key.encode() for _, entry in rows])}
+    table = SampleTable({name: np.concatenate([group[name] for group in groups]) for name in groups[0]},
+                        [shard.samples for shard in shards])
+    keys = table.columns["key"]
+    order = np.argsort(keys, kind="stable")
+    again = order[1:][keys[order[1:]] == keys[order[:-1]]]
+    if len(again):
+        second = int(again.min())
+        first = int(np.flatnonzero(keys == keys[second])[0])
+        names = f"{shards[table.row(first).tar].name} and {shards[table.row(second).tar].name}"
+        raise InputError(f"sample {table.key(second).decode()!r} occurs in both {names}; keys must be unique")
+    return table
 
 
 def write_index(directory: Path, contents: Contents) -> None:
     """Write both sidecars: `index.json` comes last and holds the hash of `index.npz` (no mixed pairs)."""
     shards, classes, table, problems = contents
-    buffer = io.BytesIO()
-    columns: dict[str, Any] = {name: table[name] for name in sorted(table)}
-    np.savez_compressed(buffer, **columns)
-    data = buffer.getvalue()
-    description = {"format": FORMAT, "classes": classes, "count": len(table["label"]),
-                   "table_sha256": hashlib.sha256(data).hexdigest(), "problems": list(problems),
+    numbers = np.arange(len(shards), dtype=np.min_scalar_type(len(shards)))
+    columns: dict[str, Any] = {"shard": np.repeat(numbers, table.counts), **table.stored()}
+    with written_aside(directory / TABLE_FILE) as file:
+        np.savez(file, **{name: columns[name] for name in sorted(columns)})
+    description = {"format": FORMAT, "classes": classes, "count": len(table),
+                   "table_sha256": sha256(directory / TABLE_FILE), "problems": list(problems),
                    "shards": [dataclasses.asdict(shard) for shard in shards]}
-    write_atomically(directory / TABLE_FILE, data)
     write_atomically(directory / INDEX_FILE, (json.dumps(description, indent=1) + "\n").encode())
 
 
@@ -111,13 +114,11 @@ def load_index(directory: Path) -> Contents:
             raise InputError(f"its format is {description['format']!r}, this version reads {FORMAT!r}")
         shards = from_plain(list[TarShard], description["shards"], "shards")
         classes, problems = ([str(text) for text in description[name]] for name in ("classes", "problems"))
-        data = (directory / TABLE_FILE).read_bytes()
-        if hashlib.sha256(data).hexdigest() != description["table_sha256"]:
-            raise InputError(f"{TABLE_FILE} does not belong to {INDEX_FILE}")
-        arrays = read_npz(data, name=TABLE_FILE)
-        table = {name: arrays[name].astype(kind, casting="safe") for name, kind in _TABLE_TYPES.items()}
-        table["key"] = arrays["key"].astype(np.bytes_, casting="safe", copy=False)
-        _check_table(description["count"], shards, table)
+        with open(directory / TABLE_FILE, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != description["table_sha256"]:
+                raise InputError(f"{TABLE_FILE} does not belong to {INDEX_FILE}")
+            arrays = map_npz(file)
+        table = _checked_table(arrays, description["count"], shards, directory / TABLE_FILE)
     except FileNotFoundError as error:
         raise InputError(str(error)) from None
     except Exception as error:
@@ -125,15 +126,32 @@ def load_index(directory: Path) -> Contents:
     return Contents(shards, classes, table, problems)
 
 
-def _check_table(count: int, shards: list[TarShard], table: dict[str, np.ndarray]) -> None:
+def _checked_table(arrays: Mapping[str, np.ndarray], count: int, shards: list[TarShard], path: Path) -> SampleTable:
     for shard in shards:
         if shard.name != os.path.basename(shard.name) or not is_tar(shard.name):
             raise InputError(f"shard name {shard.name!r} leads outside the directory")
-    stored = sum(shard.samples for shard in shards)
-    if {len(column) for column in table.values()} != {count} or count != stored:
+    columns = {name: arrays[name] for name in (*COLUMNS, "key")}
+    for name, kind in {**COLUMNS, "shard": np.int32}.items():
+        if not np.can_cast(arrays[name].dtype, kind, "safe"):
+            raise InputError(f"its column {name} has type {arrays[name].dtype}")
+    if columns["key"].dtype.kind != "S":
+        raise InputError(f"its column key has type {columns['key'].dtype}")
+    samples = [shard.samples for shard in shards]
+    if {column.shape for column in (*columns.values(), arrays["shard"])} != {(count,)} or count != sum(samples):
         raise InputError("the numbers of samples disagree")
-    number, offset, size = table["shard"], table["offset"], table["size"]
-    if count == 0 or number.min() < 0 or number.max() >= len(shards) or offset.min() < 0 or size.min() < 0:
+    if not count or min(samples) < 0:
         raise InputError("a sample lies in no shard")
-    if (size > np.array([shard.size for shard in shards])[number] - offset).any():
+    table = SampleTable(columns, samples, source=path)
+    for rows in table.parts():
+        _check_places({name: column[rows] for name, column in arrays.items()}, table.tars(rows), shards)
+    return table
+
+
+def _check_places(part: Mapping[str, np.ndarray], tars: np.ndarray, shards: list[TarShard]) -> None:
+    if (part["shard"] != tars).any():
+        raise InputError("the samples are not in the order of their shards")
+    offset, size = (part[name].astype(np.int64) for name in ("offset", "size"))
+    if offset.min() < 0 or size.min() < 0:
+        raise InputError("a sample lies in no shard")
+    if (size > np.array([shard.size for shard in shards])[tars] - offset).any():
         raise InputError("a sample lies beyond the end of its shard")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from gigatok_ds.errors import InputError
 from gigatok_ds.shards.class_labels import StoredLabels
+from gigatok_ds.shards.contents import Contents
 from gigatok_ds.shards.shard_files import REBUILD
 from gigatok_ds.shards.tar_scan import stored_labels
 
@@ -23,26 +23,25 @@ _SAMPLED_TARS, _SAMPLED = 16, 4  # so many labels of each of so many tars are co
 logger = logging.getLogger(__name__)
 
 
-def check_fresh(directory: Path, index: Path, names: list[str], table: dict[str, np.ndarray],
-                classes: list[str]) -> None:
+def check_fresh(directory: Path, index: Path, contents: Contents, changed: Sequence[int]) -> None:
     """Compare the labels of tars in a directory that are newer than the file `index` with it, and a few labels of
     others.
 
-    `table` holds the samples of the tars of these names, and `classes` their classes' names. Raises InputError, naming
-    tar and sample, for a label that is not what was indexed.
+    `contents` are what it says of the tars, and `changed` when each was changed, in nanoseconds. Raises InputError,
+    naming tar and sample, for a label that is not what was indexed.
     """
-    indexed_at = index.stat().st_mtime_ns
-    newer = {name for name in names if (directory / name).stat().st_mtime_ns > indexed_at}
+    indexed_at, names = index.stat().st_mtime_ns, [shard.name for shard in contents.shards]
+    newer = {name for name, when in zip(names, changed, strict=True) if when > indexed_at}
     if newer:
         logger.warning("%s: %d tars are newer than the index, so their labels are compared with it", directory,
                        len(newer))
     sampled = set(names[:: -(-len(names) // _SAMPLED_TARS)])
-    for number, name in enumerate(names):
+    table, end = contents.table, 0
+    for name, samples in zip(names, table.counts.tolist(), strict=True):
+        first, end = end, end + samples
         if name in newer or name in sampled:
-            rows = np.flatnonzero(table["shard"] == number)
-            _compare(directory / name, index,
-                     {key: int(label) for key, label in zip(table["key"][rows], table["label"][rows], strict=True)},
-                     None if name in newer else _SAMPLED, StoredLabels(classes) if classes else None)
+            _compare(directory / name, index, {table.key(row): table.row(row).label for row in range(first, end)},
+                     None if name in newer else _SAMPLED, StoredLabels(contents.classes) if contents.classes else None)
     if newer:
         with suppress(OSError):  # the next start need not look again
             os.utime(index)

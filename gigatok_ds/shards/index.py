@@ -7,34 +7,38 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from gigatok_ds.cluster.launched import launched_rank_or_alone
 from gigatok_ds.errors import InputError
-from gigatok_ds.shards.class_labels import StoredLabels, renumbered
+from gigatok_ds.file_kinds import is_compressed_tar, is_tar
+from gigatok_ds.shards.class_labels import StoredLabels, numbering
 from gigatok_ds.shards.contents import (
     INDEX_FILE,
     TABLE_FILE,
     Contents,
     TarShard,
     build_table,
+    columns_of,
     describe_shard,
     load_index,
     write_index,
 )
 from gigatok_ds.shards.freshness import check_fresh
 from gigatok_ds.shards.rereading import reread
+from gigatok_ds.shards.sample_table import parts_of
 from gigatok_ds.shards.shard_files import REBUILD, LocalFiles, ShardFiles, most_open
-from gigatok_ds.shards.tar_members import is_compressed_tar, is_tar
 from gigatok_ds.shards.tar_scan import (
     CAPTION,
     IMAGE_EXTENSIONS,
@@ -64,26 +68,28 @@ def scan_shards(files: ShardFiles, names: list[str], extensions: tuple[str, ...]
     Raises what `scan_tar`, `build_table` and `check_problems` raise.
     """
     shards: list[TarShard] = []
-    entries: list[list[Entry]] = []
+    columns: list[dict[str, np.ndarray]] = []
     problems: list[str] = []
     labels = StoredLabels()
     tally = Counter() if tally is None else tally
     for name in tqdm(names, desc=f"indexing {files.location}", unit="shard", disable=None):
         with files.held(name) as path:
-            entries.append(scan_tar(path, extensions, problems if max_bad_fraction else None, tally, labels))
-            shards.append(describe_shard(path, entries[-1]))
+            entries = scan_tar(path, extensions, problems if max_bad_fraction else None, tally, labels)
+            shards.append(describe_shard(path, entries))
+            columns.append(columns_of(entries))
     if rest := left_out(tally):
         logger.warning("%s: of %d members of %d tars, %d are the data of samples and %d their labels; left out: %s",
                        files.location, tally.total(), len(names), tally[SAMPLES], tally[LABELS], in_words(rest))
     try:
-        table = build_table(shards, entries)
+        table = build_table(shards, columns)
     except InputError as error:
         raise InputError(f"{files.location}: {error}") from None
-    classes, table["label"] = labels.settle(table["label"])
-    named = np.flatnonzero(table["label"] >= StoredLabels.FIRST_NAME)
-    problems[:0] = [no_number(files.name(names[table["shard"][row]]), table["key"][row].decode(),
-                              labels.name(int(table["label"][row])).encode()) for row in named]
-    table["label"][named] = NO_LABEL
+    classes, settled = labels.settle(table.labels())
+    named = np.flatnonzero(settled >= StoredLabels.FIRST_NAME).tolist()
+    problems[:0] = [no_number(files.name(names[table.tar(row)]), table.key(row).decode(),
+                              labels.name(int(settled[row])).encode()) for row in named]
+    settled[named] = NO_LABEL
+    table.columns["label"] = settled
     contents = Contents(shards, classes, table, problems)
     contents.check_problems(max_bad_fraction)
     return contents
@@ -92,7 +98,7 @@ def scan_shards(files: ShardFiles, names: list[str], extensions: tuple[str, ...]
 class ShardIndex:
     """The samples of a set of tars, numbered from 0 in shard order.
 
-    `classes` holds the class names, or nothing when the tars came without them; `labels` is int32 (N,).
+    `classes` holds the class names, or nothing when the tars came without them.
     Reading uses positioned reads, which share no file offset: an index may be used on both sides of a fork,
     and it can be pickled.
     """
@@ -102,8 +108,7 @@ class ShardIndex:
         self.tars, self._identity = tars, identity
         self.shards = contents.shards
         self.classes = self._named = contents.classes
-        self.labels = contents.table["label"]
-        self._table = contents.table
+        self.table = contents.table
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
         self.patience = PATIENCE  # seconds
         self._captions: tuple[int, dict[str, tuple[int, int]]] | None = None  # of one tar: places by key
@@ -140,11 +145,11 @@ class ShardIndex:
             raise InputError(f"shard {directory / unknown[0]} is not in the index; {REBUILD}")
         contents.check_problems(max_bad_fraction)
         index = cls(LocalFiles(directory), contents)
-        for shard in contents.shards:
-            index._check_size(shard, directory / shard.name)
-        if compare:
-            check_fresh(directory, directory / INDEX_FILE, [shard.name for shard in contents.shards], contents.table,
-                        contents.classes)
+        # By one rank of a host: a file system that many hosts share is asked for each tar by each of them as it is.
+        if launched_rank_or_alone().is_first_of_host:
+            changed = [index._check_size(shard, directory / shard.name).st_mtime_ns for shard in contents.shards]
+            if compare:
+                check_fresh(directory, directory / INDEX_FILE, contents, changed)
         return index
 
     @classmethod
@@ -160,7 +165,7 @@ class ShardIndex:
         return cls(files, contents)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.table)
 
     @property
     def location(self) -> str:
@@ -175,22 +180,17 @@ class ShardIndex:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
-    def table(self) -> dict[str, np.ndarray]:
-        """A row for each sample: see shards.contents. Labels are as they were stored."""
-        return self._table
-
-    @property
-    def shard_numbers(self) -> np.ndarray:
-        """The number of each sample's tar: int32 (N,)."""
-        return self._table["shard"]
+    def labels(self) -> np.ndarray:
+        """All class numbers, int32 (N,): of very many samples, better ask for the `label` of those of interest."""
+        return self.table.labels()
 
     def label(self, i: int) -> int:
-        """The class number of sample `i`, as stored; see `check_labels`."""
-        return int(self.labels[i])
+        """The class number of sample `i`; see `check_labels`."""
+        return self.table.row(i).label
 
     def key(self, i: int) -> str:
         """The key of sample `i`: unique, and the name of no file outside a directory (else InputError)."""
-        stored = self._table["key"][i]
+        stored = self.table.key(i)
         try:
             if is_key(key := stored.decode()):
                 return key
@@ -200,26 +200,24 @@ class ShardIndex:
 
     def place(self, i: int) -> tuple[str, int, int]:
         """(tar's file name, offset, size) of the data of sample `i`."""
-        number, offset, size = (int(self._table[column][i]) for column in ("shard", "offset", "size"))
-        return self.shards[number].name, offset, size
+        row = self.table.row(i)
+        return self.shards[row.tar].name, row.offset, row.size
 
     def entries(self) -> Iterator[list[Entry]]:
         """The samples of each shard as they were indexed."""
-        numbers = self._table["shard"]
-        ends = np.cumsum(np.bincount(numbers, minlength=len(self.shards)))
-        for rows in np.split(np.argsort(numbers, kind="stable"), ends[:-1]):
-            columns = [self._table[name][rows].tolist() for name in Entry._fields]
-            yield [Entry(key.decode(errors="replace"), *row) for key, *row in zip(*columns, strict=True)]
+        end = 0
+        for samples in self.table.counts.tolist():
+            first, end = end, end + samples
+            yield [Entry(self.table.key(i).decode(errors="replace"), *self.table.row(i)[1:]) for i in range(first, end)]
 
     def read(self, i: int) -> bytes:
         """The data of sample `i`. Raises InputError when its shard has changed since it was indexed."""
-        number, offset, size, crc32 = (int(self._table[column][i])
-                                       for column in ("shard", "offset", "size", "crc32"))
+        number, offset, size, _, crc32 = self.table.row(i)
         name = self.tars.name(self.shards[number].name)
         data = reread(lambda: os.pread(self._file(number).fileno(), size, offset), name, self.patience,
                       before=lambda: self._close(number))
         if len(data) != size or zlib.crc32(data) != crc32:
-            raise InputError(f"sample {self.key(i)!r} in {self.tars.name(self.shards[number].name)} is damaged or has "
+            raise InputError(f"sample {self.key(i)!r} in {name} is damaged or has "
                              f"changed since it was indexed; {self.tars.advice}")
         return data
 
@@ -227,7 +225,7 @@ class ShardIndex:
         """The text KEY.txt that goes with sample `i`, as it is stored, if there is one. Samples are to be asked for in
         their order, for each tar is looked through anew.
         """
-        number = int(self._table["shard"][i])
+        number = self.table.row(i).tar
         if self._captions is None or self._captions[0] != number:
             with self.tars.held(self.shards[number].name, self.shards[number]) as path:
                 self._captions = number, members_by_key(path, CAPTION)
@@ -238,7 +236,7 @@ class ShardIndex:
 
     def read_ahead(self, i: int, epoch: int) -> None:
         """Have the operating system read the whole tar of sample `i`, in one run, once in each epoch."""
-        number = int(self._table["shard"][i])
+        number = self.table.row(i).tar
         if self._read_ahead.get(number) != epoch and hasattr(os, "posix_fadvise"):
             self._read_ahead[number] = epoch
             with suppress(OSError):  # reading will tell
@@ -252,31 +250,36 @@ class ShardIndex:
         And when more than that fraction of the samples have none, or a negative one.
         """
         self.check_labelled()
-        for wrong, cause in ((np.flatnonzero(self.labels >= num_classes), self._likely_cause(num_classes)),
-                             (np.flatnonzero(self.labels < 0), "")):
-            if len(wrong) > (0 if cause else max_bad_fraction * len(self)):
+        for allowed, (count, first) in ((0, self._with_label(lambda labels: labels >= num_classes)),
+                                        (max_bad_fraction * len(self), self._with_label(lambda labels: labels < 0))):
+            if count > allowed:
                 try:
-                    self.check_label(int(wrong[0]), num_classes)
+                    self.check_label(first, num_classes)
                 except InputError as error:
-                    raise InputError(f"{error} ({len(wrong)} such samples){cause}") from None
+                    cause = self._likely_cause(num_classes) if self.label(first) >= 0 else ""
+                    raise InputError(f"{error} ({count} such samples){cause}") from None
 
     def check_labelled(self, *, every: bool = False) -> None:
         """Raise InputError when no sample has a label, or not every one."""
-        if every and (lacking := np.flatnonzero(self.labels == NO_LABEL)).size not in (0, len(self)):
-            raise InputError(f"{self.location}: {lacking.size} of {len(self)} images have no label, which is needed "
-                             f"here, the first of them sample {self.key(int(lacking[0]))!r}; give them one, or leave "
-                             "them out")
-        if self.labels.max() == NO_LABEL == self.labels.min():
+        lacking, first = self._with_label(lambda labels: labels == NO_LABEL)
+        if every and lacking not in (0, len(self)):
+            raise InputError(f"{self.location}: {lacking} of {len(self)} images have no label, which is needed here, "
+                             f"the first of them sample {self.key(first)!r}; give them one, or leave them out")
+        if lacking == len(self):
             raise InputError(f"{self.location} has no labels, which are needed here (only tokenizers do without); "
                              "gigatok-ds make-shards --labels, or --label-field, adds them")
+
+    def is_labelled(self) -> bool:
+        """Whether any sample has a label."""
+        return self._with_label(lambda labels: labels >= 0)[0] > 0
 
     def count_classes(self) -> int:
         """How many classes labels are of: all that have names or else, if none has, up to the largest label."""
         self.check_labelled()
-        return len(self.classes) or int(self.labels.max()) + 1
+        return len(self.classes) or self._label_range()[1] + 1
 
     def _likely_cause(self, num_classes: int) -> str:
-        low, high = int(self.labels[self.labels >= 0].min(initial=num_classes)), int(self.labels.max())
+        low, high = self._label_range()
         if low == 1 and high == num_classes:
             return f": labels 1 to {high} are counted from 1, and must be from 0; subtract 1 from each, and index again"
         return f": labels go up to {high}; set model.num_classes to at least {high + 1}, or give the data it is for"
@@ -286,12 +289,39 @@ class ShardIndex:
 
         Nothing happens where one of both does not name its classes. Raises InputError for a name that is not in them.
         """
-        self.labels = renumbered(self.labels, self.classes, classes, self.location, source)
-        self.classes = list(classes) if self.classes and classes else self.classes
+        if not self.classes or not classes:
+            return
+        used = {int(label) for rows in parts_of(len(self)) for label in np.unique(self.table.labels(rows))}
+        position = numbering(used, self.classes, classes, self.location, source)
+        if position is not None:
+            self.table, self.classes = self.table.numbered(position), list(classes)
 
-    def has_label(self, num_classes: int) -> np.ndarray:
-        """Of which samples the label is 0 or more, and below `num_classes`: bool (N,)."""
-        return (self.labels >= 0) & (self.labels < num_classes)
+    def next_labelled(self, i: int, num_classes: int) -> int | None:
+        """The next sample after `i`, in the order of the data and from its end to its beginning, whose label is 0 or
+        more, and below `num_classes`; `i` itself if it is the only one, None if there is none.
+        """
+        def found(rows: slice) -> Iterator[int]:
+            labels = self.table.labels(rows)
+            return (rows.start + int(place) for place in np.flatnonzero((labels >= 0) & (labels < num_classes))[:1])
+
+        after = (slice(i + 1 + part.start, i + 1 + part.stop) for part in parts_of(len(self) - i - 1))
+        return next(itertools.chain.from_iterable(map(found, itertools.chain(after, parts_of(i + 1)))), None)
+
+    def _with_label(self, condition: Callable[[np.ndarray], np.ndarray]) -> tuple[int, int]:
+        """How many samples have a label of which that holds, and the number of the first of them (0 if there is none).
+        """
+        count = first = 0
+        for rows in parts_of(len(self)):
+            found = np.flatnonzero(condition(self.table.labels(rows)))
+            first = rows.start + int(found[0]) if len(found) and not count else first
+            count += len(found)
+        return count, first
+
+    def _label_range(self) -> tuple[int, int]:
+        """The smallest that is not negative, and the largest label."""
+        parts = [self.table.labels(rows) for rows in parts_of(len(self))]
+        high = max(int(labels.max()) for labels in parts)
+        return min(int(labels[labels >= 0].min(initial=max(high, 0))) for labels in parts), high
 
     def check_label(self, i: int, num_classes: int) -> None:
         """Raise InputError when sample `i` has no label, or one that is not below `num_classes`."""
@@ -300,14 +330,16 @@ class ShardIndex:
             raise InputError(f"{self.tars.name(self.place(i)[0])}: sample {self.key(i)!r} has label {label}; a model "
                              f"with num_classes {num_classes} allows 0 to {num_classes - 1}")
 
-    def _check_size(self, shard: TarShard, file: Path | int) -> None:
+    def _check_size(self, shard: TarShard, file: Path | int) -> os.stat_result:
         name, advice = self.tars.name(shard.name), self.tars.advice
         try:
-            size = os.stat(file).st_size
+            status = os.stat(file)
         except FileNotFoundError:
             raise InputError(f"shard {name} is missing; {advice}") from None
-        if size != shard.size:
-            raise InputError(f"shard {name} has changed since it was indexed: {size} bytes, not {shard.size}; {advice}")
+        if status.st_size != shard.size:
+            raise InputError(f"shard {name} has changed since it was indexed: {status.st_size} bytes, not "
+                             f"{shard.size}; {advice}")
+        return status
 
     def _file(self, number: int) -> io.FileIO:
         if number not in self._files:

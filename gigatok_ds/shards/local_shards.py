@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from gigatok_ds.errors import InputError
+from gigatok_ds.file_kinds import is_tar
 from gigatok_ds.shards.contents import INDEX_FILE, Contents, load_index, write_index
 from gigatok_ds.shards.freshness import check_fresh
 from gigatok_ds.shards.index import ShardIndex, scan_shards
 from gigatok_ds.shards.patterns import local_tars
+from gigatok_ds.shards.sample_table import SampleTable
 from gigatok_ds.shards.shard_cache import ShardCache, locked
 from gigatok_ds.shards.shard_files import LocalFiles
-from gigatok_ds.shards.tar_members import is_tar
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,14 @@ def _kept(kept: Path, directory: Path, names: list[str], compare: bool) -> Conte
     except InputError as error:
         logger.warning("the index of %s in %s is damaged (%s); it is made again", directory, kept, error)
         return None
-    there = [(name, (directory / name).stat().st_size) for name in names]
-    if [(shard.name, shard.size) for shard in contents.shards] != there:
+    there = {name: (directory / name).stat() for name in names}
+    if [(shard.name, shard.size) for shard in contents.shards] != [(name, status.st_size) for name, status
+                                                                   in there.items()]:
         logger.warning("%s: the tars have changed since they were indexed in %s, and are indexed again", directory,
                        kept)
         return None
     if compare:
-        check_fresh(directory, kept / INDEX_FILE, names, contents.table, contents.classes)
+        check_fresh(directory, kept / INDEX_FILE, contents, [status.st_mtime_ns for status in there.values()])
     return contents
 
 
@@ -80,10 +82,11 @@ def _of_part(directory: Path, tars: dict[str, Path]) -> Contents | None:
     if not tars.keys() <= number.keys():
         return None
     shards = [whole.shards[number[name]] for name in tars]
-    rows = [np.flatnonzero(whole.table["shard"] == number[name]) for name in tars]
-    table = {name: column[np.concatenate(rows)] for name, column in whole.table.items()}
-    table["shard"] = np.repeat(np.arange(len(rows), dtype=np.int32), [len(part) for part in rows])
-    return Contents(shards, whole.classes, table, whole.problems)
+    ends = np.cumsum(whole.table.counts)
+    rows = np.concatenate([np.arange(ends[number[name]] - whole.table.counts[number[name]], ends[number[name]])
+                           for name in tars])
+    columns = {name: column[rows] for name, column in whole.table.stored().items()}
+    return Contents(shards, whole.classes, SampleTable(columns, [shard.samples for shard in shards]), whole.problems)
 
 
 def _made(kept: Path, directory: Path, names: list[str], extensions: tuple[str, ...], max_bad_fraction: float,

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from gigatok_ds.config.location import is_remote, masked
 from gigatok_ds.errors import InputError
-from gigatok_ds.shards.tar_members import is_tar
+from gigatok_ds.file_kinds import is_tar
 
 MOST = 1_000_000  # names that a location may stand for
 

@@ -25,13 +25,13 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.files import is_scratch_of, write_atomically, written_aside
 from gigatok_ds.npy_files import ARRAY_BYTES
 from gigatok_ds.shards.contents import INDEX_FILE, TABLE_FILE, Contents, TarShard, load_index, write_index
-from gigatok_ds.shards.http_client import OtherPart
 from gigatok_ds.shards.index import ShardIndex, scan_shards
 from gigatok_ds.shards.local_shards import open_local
 from gigatok_ds.shards.patterns import expanded, local_tars, names_tars
 from gigatok_ds.shards.shard_cache import ShardCache, lock_of, locked
 from gigatok_ds.shards.tar_scan import IMAGE_EXTENSIONS
-from gigatok_ds.shards.transports import (
+from gigatok_ds.transport.http_client import OtherPart
+from gigatok_ds.transport.transports import (
     Missing,
     Unreachable,
     beside,

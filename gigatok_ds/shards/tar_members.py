@@ -13,7 +13,6 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.untrusted import members_in, open_tar
 
 FILE = "file"
-COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.lz4", ".tar.z")
 
 _BLOCK = tarfile.BLOCKSIZE
 # Two blocks of zeros end a tar, and fill up a record of the usual size: more of them were never written to.
@@ -30,16 +29,6 @@ class Member(NamedTuple):
     offset: int
     size: int
     kind: str = FILE
-
-
-def is_tar(name: str) -> bool:
-    """Whether a file of this name is an uncompressed tar, and not hidden."""
-    return name.lower().endswith(".tar") and not name.startswith(".")
-
-
-def is_compressed_tar(name: str) -> bool:
-    """Whether a file of this name is a compressed tar, and not hidden."""
-    return name.lower().endswith(COMPRESSED) and not name.startswith(".")
 
 
 def tar_members(path: Path, offset: int = 0, size: int | None = None, name: str | None = None) -> Iterator[Member]:

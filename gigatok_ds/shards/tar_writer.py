@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside
-from gigatok_ds.shards.contents import Contents, TarShard, build_table, describe_shard, write_index
-from gigatok_ds.shards.tar_scan import Entry, is_key, is_safe_key, scan_tar
+from gigatok_ds.shards.contents import Contents, TarShard, build_table, columns_of, describe_shard, write_index
+from gigatok_ds.shards.tar_scan import is_key, is_safe_key, scan_tar
 
 _TAR_OPTIONS = {"user": "gigatok", "group": "gigatok", "mtime": 0, "encoder": False}
 
@@ -62,16 +64,17 @@ def write_tars(records: Iterable[Record], directory: Path, *, prefix: str, sampl
     records = iter(records)
     seen: set[str] = set()
     shards: list[TarShard] = []
-    entries: list[list[Entry]] = []
+    columns: list[dict[str, np.ndarray]] = []
     for first in records:
         path = directory / f"{prefix}-{len(shards):06d}.tar"
         with open(path, "xb") as file:
             write_tar(itertools.chain([first], itertools.islice(records, samples_per_shard - 1)), file, seen)
-        entries.append(scan_tar(path, extensions))
-        shards.append(describe_shard(path, entries[-1]))
+        entries = scan_tar(path, extensions)
+        columns.append(columns_of(entries))
+        shards.append(describe_shard(path, entries))
     if not shards:
         raise InputError("there are no samples to write")
-    write_index(directory, Contents(shards, classes, build_table(shards, entries)))
+    write_index(directory, Contents(shards, classes, build_table(shards, columns)))
     return shards
 
 

@@ -48,7 +48,7 @@ OPTIONS = {
     "export-graph": {"checkpoint", "out", "--part", "--format"},
     "extract-codes": {"tokenizer", "shards", "--out", "--crops", "--batch-size", "--samples-per-shard", "--workers",
                       "--device", "--tf32", "--orient", "--from-npy", "--codebook-size"},
-    "reconstruct": {"tokenizer", "images", "--out", "--device"},
+    "reconstruct": {"tokenizer", "images", "--out", "--device", "--size"},
     "sample": {"--gpt", "--tokenizer", "--classes", "--count", "--out", "--per-class", "--balanced", "--cfg",
                "--cfg-schedule", "--cfg-start", "--cfg-end", "--cfg-interval", "--temperature", "--top-k", "--top-p",
                "--seed", "--batch-size", "--dtype", "--compile", "--tp", "--device"},
@@ -128,6 +128,13 @@ def test_images_to_shards_to_codes_and_reconstructions(models, photos, tmp_path,
     assert CodeDataset.open(codes).codes.shape == (6, 2, 8)
     assert run(capsys, "reconstruct", tokenizer, photos, "--out", tmp_path / "rec")[0] == 0
     assert sorted(p.name for p in (tmp_path / "rec").rglob("*.png")) == ["0.png"] * 2 + ["1.png"] * 2 + ["2.png"] * 2
+    wide = "reconstruct", tokenizer, photos, "--out", tmp_path / "wide", "--size"
+    assert run(capsys, *wide, "8x24")[0] == 0
+    assert {Image.open(path).size for path in (tmp_path / "wide").rglob("*.png")} == {(24, 8)}
+    assert "nearest size is 8 x 24" in refused(capsys, *wide, "8x25")
+    with pytest.raises(SystemExit):
+        run(capsys, *wide, "24")
+    assert "'24' is not a height and a width in pixels, such as 384x256" in capsys.readouterr().err
 
 
 def test_a_pt_needs_the_right_recipe_and_leaves_nothing_behind(tmp_path, capsys):

@@ -23,6 +23,7 @@ import pytest
 import torch
 from imagenet_files import devkit
 from made_pictures import corrupted
+from places import TESTS
 from pyarrow import parquet
 from small_models import small_gpt
 from small_shards import plain_tar
@@ -42,6 +43,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_sets import NpzImages
 from gigatok_ds.evaluation.results import Results, read_figures, write_results
 from gigatok_ds.packing import parquet_files
+from gigatok_ds.packing.chunked_source import chunked_source
 from gigatok_ds.packing.devkit import devkit_classes
 from gigatok_ds.packing.image_sources import open_source
 from gigatok_ds.packing.label_files import read_labels
@@ -220,6 +222,8 @@ class World:
         (root / "lists").mkdir()
         (root / "lists" / "a.jpg").write_bytes(b"image")
         (root / "lists" / "list.txt").write_text("a.jpg\na.jpg\n")
+        for kind in ("mds", "litdata"):
+            shutil.copytree(TESTS / "packing/files" / kind, root / kind)
         devkit(root)
         (root / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}))
         write_results(root / "results", Results(title="t", figures={"gfid": 1.0}, settings={"a": 1}))
@@ -244,6 +248,10 @@ def read_parquet_images(path):
     for cached in (parquet_files._opened, parquet_files._group):
         cached.cache_clear()
     return [image.read() for image in open_source(path).images]
+
+
+def read_chunks(path):
+    return [(image.read(), image.read_caption()) for image in chunked_source(path, None).images]
 
 
 # kind: the file, how it is damaged, and what reads it, given its path
@@ -279,6 +287,11 @@ KINDS = {
     "images.parquet": ("images.parquet", lambda data, rng: corrupted(data, rng), read_parquet_images),
     "list of images": ("lists/list.txt", lambda data, rng: corrupted(data, rng),
                        lambda path: open_source(path, unlabelled=True)),
+    "MDS index": ("mds/index.json", damaged_json, lambda path: read_chunks(path.parent)),
+    "MDS shard": ("mds/shard.00000.mds", lambda data, rng: corrupted(data, rng), lambda path: read_chunks(path.parent)),
+    "litdata index": ("litdata/index.json", damaged_json, lambda path: read_chunks(path.parent)),
+    "litdata chunk": ("litdata/chunk-0-0.bin", lambda data, rng: corrupted(data, rng),
+                      lambda path: read_chunks(path.parent)),
     "devkit": ("devkit.tar.gz", damaged_devkit, devkit_classes),
     "tar": ("shards/x.tar", damaged_tar, scan_tar),
     "DeepSpeed's JSON": ("ds.json", damaged_json, read_settings),

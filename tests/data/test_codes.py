@@ -129,7 +129,7 @@ def test_missing_and_damaged_directories_are_refused(tmp_path, directory):
 def test_a_changed_shard_is_named(directory):
     tar = directory / "codes-000001.tar"
     data = bytearray(tar.read_bytes())
-    data[ShardIndex.open(directory, ("npy",))._table["offset"][12] + 130] ^= 4
+    data[ShardIndex.open(directory, ("npy",)).place(12)[1] + 130] ^= 4
     tar.write_bytes(data)
     with pytest.raises(InputError, match=r"'c012' in .*codes-000001.tar is damaged"):
         CodeDataset.open(directory)

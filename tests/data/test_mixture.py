@@ -16,7 +16,7 @@ from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.joined import join, open_each, open_sources
 from gigatok_ds.data.loader import ImageBatches
 from gigatok_ds.data.mixture import MixedBatches, Mixture
-from gigatok_ds.data.reader import Locality
+from gigatok_ds.data.order import Locality
 from gigatok_ds.errors import InputError
 from gigatok_ds.shards.index import ShardIndex
 
@@ -75,7 +75,7 @@ def test_in_order_and_with_tars_read_one_after_the_other():
         own = samples[sources_in(([4, 6], [1, 1]), samples) == source]
         assert (own == start + np.arange(len(own)) % count).all()
     shards = np.repeat([0, 1, 2, 3], 10)  # two sources of two tars
-    samples = read(([20, 20], [1, 1]), 10, size=4, locality=Locality(shards, 1))
+    samples = read(([20, 20], [1, 1]), 10, size=4, locality=Locality(np.bincount(shards), 1))
     for source in (0, 1):
         own = samples[sources_in(([20, 20], [1, 1]), samples) == source][:20]
         assert len(set(shards[own[:10]])) == 1 and len(set(shards[own[10:]])) == 1

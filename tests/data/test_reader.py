@@ -16,7 +16,8 @@ from small_shards import with_bad_images, write
 from gigatok_ds.cluster.share import WHOLE, Share
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import MAX_REPLACEMENTS, ImageBatches, evaluation_batches
-from gigatok_ds.data.reader import GlobalBatches, MicroBatches, ReadingPlan, epoch_order, micro_steps, rank_slice
+from gigatok_ds.data.order import epoch_order
+from gigatok_ds.data.reader import GlobalBatches, MicroBatches, ReadingPlan, micro_steps, rank_slice
 from gigatok_ds.data.transforms import center_crop, decode_image, to_tensor
 from gigatok_ds.errors import InputError
 from gigatok_ds.shards.index import ShardIndex

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import HELPERS
 from reading_plans import planned
@@ -20,9 +20,11 @@ from stream_ranks import GLOBAL_BATCH, image_batches, lines
 
 from gigatok_ds.cluster.local_job import free_port
 from gigatok_ds.cluster.share import Share
+from gigatok_ds.data import order as order_module
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.loader import ImageBatches, evaluation_batches
-from gigatok_ds.data.reader import GlobalBatches, Locality, MicroBatches, ReadingPlan, epoch_order
+from gigatok_ds.data.order import Locality, epoch_order
+from gigatok_ds.data.reader import GlobalBatches, MicroBatches, ReadingPlan
 from gigatok_ds.shards.index import ShardIndex
 
 RANKS = HELPERS / "stream_ranks.py"
@@ -36,7 +38,7 @@ def layouts(draw):
     count = draw(st.integers(size, size + 200))
     seed, locality = draw(st.integers(0, 2**40)), draw(st.sampled_from([None, 1, 2, 5]))
     shards = np.sort(np.random.default_rng(seed).integers(0, 10, count))
-    return (count, ranks, micro, accumulation, seed, locality and Locality(shards, locality),
+    return (count, ranks, micro, accumulation, seed, locality and Locality(np.bincount(shards), locality),
             draw(st.integers(0, 30)), draw(st.integers(1, 12)))
 
 
@@ -49,9 +51,11 @@ def addresses(batches, micro, ranks, start, stop):
     return [address for turn in zip(*streams, strict=False) for part in turn for address in part]
 
 
-@settings(max_examples=150, deadline=None)
-@given(layouts())
-def test_any_layout_reads_the_one_process_order_and_resumes_in_it(layout):
+@pytest.mark.parametrize("held", [order_module.HELD, 0], ids=["held", "computed"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layout=layouts())
+def test_any_layout_reads_the_one_process_order_and_resumes_in_it(monkeypatch, held, layout):
+    monkeypatch.setattr(order_module, "HELD", held)
     count, ranks, micro, accumulation, seed, locality, start, steps = layout
     size = ranks * micro * accumulation
     alone = addresses(GlobalBatches(count, size, seed, locality=locality), size, 1, 0, start + steps)
@@ -66,11 +70,14 @@ def test_any_layout_reads_the_one_process_order_and_resumes_in_it(layout):
             assert len(read) == count // size * size
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 12), st.integers(1, 40), st.integers(0, 2**30), st.integers(0, 4))
-def test_locality_is_bounded(count, shards, mixed, seed, epoch):
-    numbers = np.random.default_rng(seed).integers(0, shards, count)
-    order = epoch_order(count, seed, epoch, Locality(numbers, mixed))
+@pytest.mark.parametrize("held", [order_module.HELD, 0], ids=["held", "computed"])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(count=st.integers(1, 300), shards=st.integers(1, 12), mixed=st.integers(1, 40), seed=st.integers(0, 2**30),
+       epoch=st.integers(0, 4))
+def test_locality_is_bounded(monkeypatch, held, count, shards, mixed, seed, epoch):
+    monkeypatch.setattr(order_module, "HELD", held)
+    numbers = np.sort(np.random.default_rng(seed).integers(0, shards, count))
+    order = epoch_order(count, seed, epoch, Locality(np.bincount(numbers), mixed))[np.arange(count)]
     assert sorted(order.tolist()) == list(range(count))
     # From the first to the last reading of a tar only the others of its group are read, and they are at most `mixed`.
     read = numbers[order].tolist()
@@ -80,9 +87,9 @@ def test_locality_is_bounded(count, shards, mixed, seed, epoch):
 
 def test_all_tars_at_a_time_is_a_mix_of_everything():
     numbers = np.repeat(np.arange(10), 100)
-    order = epoch_order(1000, 3, 0, Locality(numbers, 10))
+    order = epoch_order(1000, 3, 0, Locality(np.bincount(numbers), 10))
     assert len(set(numbers[order[:20]].tolist())) > 5
-    first = [numbers[epoch_order(1000, seed, 0, Locality(numbers, 1))[0]] for seed in range(30)]
+    first = [numbers[epoch_order(1000, seed, 0, Locality(np.bincount(numbers), 1))[0]] for seed in range(30)]
     assert len(set(first)) > 5  # the order of the tars is random, too
 
 

@@ -242,7 +242,7 @@ def test_what_needs_classes_says_that_there_are_none(tmp_path):
     for ask in (index.count_classes, lambda: index.check_labels(10), lambda: index.check_labels(10, 1.0)):
         with pytest.raises(InputError, match="has no labels, which are needed here"):
             ask()
-    assert not index.has_label(1000).any() and np.all(index.labels == NO_LABEL)
+    assert index.next_labelled(-1, 1000) is None and np.all(index.labels == NO_LABEL)
 
 
 def test_a_sample_is_what_webdataset_reads(tmp_path):

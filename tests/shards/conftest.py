@@ -4,8 +4,9 @@ import pytest
 from small_shards import write
 
 from gigatok_ds.kernels.build import cache_directory
-from gigatok_ds.shards import shard_cache, transports
+from gigatok_ds.shards import shard_cache
 from gigatok_ds.shards.shard_cache import ShardCache
+from gigatok_ds.transport import transports
 
 
 @pytest.fixture

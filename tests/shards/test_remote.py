@@ -31,7 +31,6 @@ from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.packing.checking import check_shards
 from gigatok_ds.sampling.augmented_views import views_of
 from gigatok_ds.sampling.extract import extract_codes
-from gigatok_ds.shards import http_client, transports
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.patterns import expanded
 from gigatok_ds.shards.remote import check_data, open_shards, short_name
@@ -39,6 +38,7 @@ from gigatok_ds.shards.shard_cache import ShardCache
 from gigatok_ds.training.code_sources import open_source
 from gigatok_ds.training.environment import write_environment
 from gigatok_ds.training.run_checks import check_run
+from gigatok_ds.transport import http_client, transports
 
 pytestmark = pytest.mark.usefixtures("remote_settings")
 

@@ -14,9 +14,9 @@ from shard_server import FolderServer, copies, only_error
 from small_shards import samples
 
 from gigatok_ds.cli.main import main
-from gigatok_ds.shards import http_client, transports
 from gigatok_ds.shards.remote import open_shards
 from gigatok_ds.shards.shard_cache import ShardCache
+from gigatok_ds.transport import http_client, transports
 
 pytestmark = pytest.mark.usefixtures("remote_settings")
 

@@ -190,7 +190,7 @@ def test_a_directory_that_cannot_be_written_is_indexed_in_memory(tmp_path, monke
     def refuse(*_):
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(contents, "write_atomically", refuse)
+    monkeypatch.setattr(contents, "written_aside", refuse)
     assert ShardIndex.open(directory).read(0) == encoded(0)
     assert "in memory only" in caplog.text
     assert [path.name for path in directory.iterdir()] == ["x.tar"]
@@ -294,10 +294,9 @@ def test_a_changed_missing_or_added_shard_is_named(shards):
 def test_a_shard_changed_while_it_is_used_is_named(shards):
     index = ShardIndex.open(shards)
     index.read(0)
-    row = index._table
     flipped = shards / "demo-000000.tar"
     data = bytearray(flipped.read_bytes())
-    data[row["offset"][1] + 30] ^= 1
+    data[index.place(1)[1] + 30] ^= 1
     flipped.write_bytes(data)
     with pytest.raises(InputError, match=r"'s0001' in .*demo-000000.tar is damaged or has changed"):
         index.read(1)

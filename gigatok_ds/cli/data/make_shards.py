@@ -7,10 +7,11 @@
 
 SOURCE is a directory with one sub-directory per class, one of ImageNet's tars, which is not unpacked, a directory of
 its nNNNNNNNN.tar files, a directory of shards, which are packed anew with their captions (KEY.txt), Parquet files as
-Hugging Face's datasets have them, or a text file (.txt, .lst) with the path of an image in each line. Images without
-classes get them from --labels or --label-field; a tokenizer needs none (--no-labels). Class names that are whole
-numbers are the labels. Image files are stored as they are, unless --resize shrinks them. The same images and settings
-give the same bytes. Interrupted, the same command goes on where it was; until all is written, it lies in OUT.partial.
+Hugging Face's datasets have them, MosaicML's MDS shards, litdata's chunks, or a text file (.txt, .lst) with the path of
+an image in each line. Images without classes get them from --labels or --label-field; a tokenizer needs none
+(--no-labels). Class names that are whole numbers are the labels. Image files are stored as they are, unless --resize
+shrinks them. The same images and settings give the same bytes. Interrupted, the same command goes on where it was;
+until all is written, it lies in OUT.partial.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "LOC_val_solution.csv, a text file with a line NAME CLASS for each image, or a CSV or Parquet table",
     )
     parser.add_argument("--label-field", metavar="NAME", help="the column of classes in such a table or in SOURCE's "
-                        "Parquet files (default: label or class), or a field of each sample's KEY.json in shards")
+                        "Parquet, MDS or litdata files (default: label or class), or a field of each sample's KEY.json "
+                        "in shards")
     parser.add_argument("--no-labels", action="store_true", help="pack the images at any depth, without classes")
     parser.add_argument("--resize", type=int, metavar="N",
                         help="shrink larger images to a shorter side of N pixels and store them as JPEG")

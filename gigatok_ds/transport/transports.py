@@ -18,8 +18,8 @@ from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from gigatok_ds.config.location import masked
 from gigatok_ds.errors import InputError, MachineError
-from gigatok_ds.shards.http_client import OtherPart, open_url, part_of
-from gigatok_ds.shards.tar_members import is_tar
+from gigatok_ds.file_kinds import is_tar
+from gigatok_ds.transport.http_client import OtherPart, open_url, part_of
 
 ATTEMPTS = 6  # at least
 BACKOFF, LONGEST = 1.0, 60.0  # seconds, at most, before the second attempt; the next waits are up to twice as long each

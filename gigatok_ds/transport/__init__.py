@@ -1,0 +1,1 @@
+"""Files of other hosts, by whatever protocol."""
