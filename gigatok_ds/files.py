@@ -147,7 +147,7 @@ def write_failure(error: BaseException) -> str | None:
 
 
 @contextmanager
-def told_failures(path: Path) -> Iterator[None]:
+def naming_failures(path: Path) -> Iterator[None]:
     """Within, what keeps `path` from being written becomes an InputError of one line."""
     try:
         yield

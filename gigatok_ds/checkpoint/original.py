@@ -18,7 +18,7 @@ from gigatok_ds.checkpoint.pt_file import lazy_tensors, load_plain_data, write_p
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, Spec, check_fits, check_size, shapes_of
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import scratch_beside, told_failures
+from gigatok_ds.files import naming_failures, scratch_beside
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 
@@ -196,7 +196,7 @@ def save_original(path: Path, config: TokenizerConfig | GPTConfig, weights: Mapp
     check_fits(weights, written_specs(network), "the state_dict")
     specs = original_specs(config, written_specs(network, dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with told_failures(path), scratch_beside(path) as scratch:
+    with naming_failures(path), scratch_beside(path) as scratch:
         write_pt(scratch, _KEY, specs, to_original(config, weights).__getitem__)
         check(scratch)
     return path

@@ -30,7 +30,7 @@ from gigatok_ds.checkpoint.tensor_files import (
 )
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, gpt_config_from_dict, tokenizer_config_from_dict
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import directory_beside, put_back, sha256, sync, told_failures
+from gigatok_ds.files import directory_beside, naming_failures, put_back, sha256, sync
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
 from gigatok_ds.parallel.sharding import declared_shards
@@ -93,7 +93,7 @@ def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weigh
     network = build_on_meta(config)
     check_fits(weights, written_specs(network), "the state_dict")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with told_failures(path), directory_beside(path, replaceable=_refuse_foreign if overwrite else None) as scratch:
+    with naming_failures(path), directory_beside(path, replaceable=_refuse_foreign if overwrite else None) as scratch:
         description = {
             "format": FORMAT,
             "kind": "tokenizer" if isinstance(config, TokenizerConfig) else "gpt",

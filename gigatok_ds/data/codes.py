@@ -54,8 +54,7 @@ def code_dtype(codebook_size: int) -> np.dtype:
 
 def write_code_shards(samples: Iterable[CodeSample], out_dir: str | Path, *, codebook_size: int,
                       latent_tokens: int, provenance: dict, classes: list[str] | None = None,
-                      prefix: str = "codes", samples_per_shard: int = 10_000,
-                      total: int | None = None) -> ShardSet:
+                      samples_per_shard: int = 10_000, total: int | None = None) -> ShardSet:
     """Write codes as tars (KEY.npy; KEY.cls and KEY.txt if there are) with an index and `metadata.json`: all or
     nothing.
 
@@ -67,7 +66,7 @@ def write_code_shards(samples: Iterable[CodeSample], out_dir: str | Path, *, cod
     metadata = {"format": FORMAT, "codebook_size": codebook_size, "latent_tokens": latent_tokens}
     with new_directory(out_dir) as scratch:
         records = code_records(tqdm(samples, total=total, unit="image", disable=None), metadata)
-        shards = write_tars(records, scratch, prefix=prefix, samples_per_shard=samples_per_shard,
+        shards = write_tars(records, scratch, prefix="codes", samples_per_shard=samples_per_shard,
                             extensions=CODE_EXTENSIONS, classes=classes or [])
         count = sum(shard.samples for shard in shards)
         metadata |= {"count": count, "provenance": provenance}

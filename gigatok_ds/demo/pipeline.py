@@ -27,7 +27,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.ownership import is_unused, owned
 from gigatok_ds.packing.shard_writer import write_shards
 from gigatok_ds.sampling.augmented_views import views_of
-from gigatok_ds.sampling.extract import extract_codes
+from gigatok_ds.sampling.extract import Extraction, extract_codes
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ class Demo(Workspace):
                 views = views_of(crops, recipe.model.image_size, crop_scale=recipe.data.crop_scale)
                 tokenizer = self.exports["tokenizer"]
                 extract_codes(load_tokenizer(tokenizer), self.shards[split], self.codes[split], views=views,
-                              provenance={"tokenizer": identify(tokenizer)}, batch_size=CODE_BATCH)
+                              provenance={"tokenizer": identify(tokenizer)},
+                              extraction=Extraction(batch_size=CODE_BATCH))
 
     def _verify(self) -> None:
         """Reload the exports in a fresh process that cannot import DeepSpeed or Megatron."""

@@ -17,7 +17,7 @@ _LONGEST = 2**20  # bytes of a line
 LATEST = 2.0**35  # Unix seconds, in the year 3058: no clock is so wrong
 
 
-def tell(run_dir: Path, event: str, **fields) -> None:
+def record_event(run_dir: Path, event: str, **fields) -> None:
     """Append a line {"time" (Unix seconds), "event", the fields}; whole lines only, whoever else writes.
 
     What a crash has cut short goes. Raises OSError, and leaves the file as it was, where there is no room.

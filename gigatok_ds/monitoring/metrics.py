@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import told_failures, write_atomically
+from gigatok_ds.files import naming_failures, write_atomically
 from gigatok_ds.monitoring.history import LATEST
 from gigatok_ds.monitoring.wandb_log import WandbRun, as_wandb_image
 from gigatok_ds.untrusted import is_number
@@ -52,7 +52,7 @@ class Monitor:
 
         metrics = self.run_dir / METRICS_FILE
         refresh = _REFRESH_SECONDS[sys.stderr.isatty()]
-        with told_failures(metrics), ExitStack() as stack:
+        with naming_failures(metrics), ExitStack() as stack:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             _truncate(metrics, self.start_step)
             stack.enter_context(_told_by_us())
@@ -68,7 +68,7 @@ class Monitor:
         return self
 
     def __exit__(self, *error) -> None:
-        with told_failures(self.run_dir / EVENTS_DIRECTORY):
+        with naming_failures(self.run_dir / EVENTS_DIRECTORY):
             self._resources.__exit__(*error)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -83,7 +83,7 @@ class Monitor:
         line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         self._write(line)
-        with told_failures(self.run_dir / EVENTS_DIRECTORY):
+        with naming_failures(self.run_dir / EVENTS_DIRECTORY):
             for name, number in numbers.items():
                 self._events.add_scalar(name, number, step)
             self._events.flush()
@@ -96,14 +96,14 @@ class Monitor:
             return
         logger.warning("step %d: %s", step, text)
         self._write({"step": step, "time": round(time.time(), 3), "warning": text})
-        with told_failures(self.run_dir / EVENTS_DIRECTORY):
+        with naming_failures(self.run_dir / EVENTS_DIRECTORY):
             self._events.add_text("warning", text, step)
             self._events.flush()
         if self._wandb_run:
             self._wandb_run.log({"step": step, "warning": text})
 
     def _write(self, line: dict) -> None:
-        with told_failures(self.run_dir / METRICS_FILE):
+        with naming_failures(self.run_dir / METRICS_FILE):
             self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
             self._metrics.flush()
 
@@ -112,7 +112,7 @@ class Monitor:
         if not self.enabled:
             return
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
-        with told_failures(self.run_dir / EVENTS_DIRECTORY):
+        with naming_failures(self.run_dir / EVENTS_DIRECTORY):
             self._events.add_image(name, image, step, dataformats="HWC")
             self._events.flush()
         if self._wandb_run:

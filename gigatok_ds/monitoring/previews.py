@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from gigatok_ds.evaluation.image_metrics import make_grid
-from gigatok_ds.files import told_failures, written_aside
+from gigatok_ds.files import naming_failures, written_aside
 
 PREVIEWS_DIRECTORY = "previews"
 COLUMNS = 8
@@ -34,8 +34,8 @@ def save_preview(run_dir: Path, step: int, image: np.ndarray) -> Path:
     """Write an image, uint8 (H, W, 3), as previews/step-NNNNNNN.png of a run, all of it or nothing."""
     folder = run_dir / PREVIEWS_DIRECTORY
     path = folder / f"step-{step:07d}.png"
-    with told_failures(path):
+    with naming_failures(path):
         folder.mkdir(exist_ok=True)
-    with told_failures(path), written_aside(path) as file:
+    with naming_failures(path), written_aside(path) as file:
         Image.fromarray(image).save(file, format="png")
     return path

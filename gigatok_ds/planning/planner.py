@@ -15,7 +15,7 @@ from gigatok_ds.planning.cluster import Cluster
 from gigatok_ds.planning.phases import fullest, longest, phases_of
 from gigatok_ds.planning.plan_cache import micro_batch, shapes
 from gigatok_ds.planning.rank_memory import Memory, memory_of
-from gigatok_ds.planning.speed import Assumptions, StepTime, Traffic, step_time, traffic_of
+from gigatok_ds.planning.speed import Assumptions, StepTime, Traffic, Update, step_time, traffic_of
 
 NOTHING, BLOCKS, EVERYTHING = "nothing", "transformer blocks", "transformer blocks and CNN"
 REHEARSED = 8  # samples of the micro batch that all others are scaled from: what does not grow with them is small
@@ -115,10 +115,11 @@ class Planner:
         micro = by_step[last]
         traffic = traffic_of(micro, cluster=self.cluster, tensor=layout.tensor, accumulation=accumulation, zero=zero,
                              half=recipe.training.precision != "fp32", elements=elements)
-        time = step_time(micro, traffic, cluster=self.cluster, accumulation=accumulation,
-                         precision=recipe.training.precision,
-                         stage=layout.stage, elements=elements, own_elements=elements / (data if layout.stage else 1),
-                         average=recipe.training.ema_decay is not None, assumptions=self.assumptions)
+        update = Update(precision=recipe.training.precision, stage=layout.stage, elements=elements,
+                        own_elements=elements / (data if layout.stage else 1),
+                        average=recipe.training.ema_decay is not None)
+        time = step_time(micro, traffic, update, cluster=self.cluster, accumulation=accumulation,
+                         assumptions=self.assumptions)
         memory = memory_of(recipe, networks, max(each.kept for each in by_step.values()), zero=zero, data_ranks=data)
         return Plan(layout=layout, accumulation=accumulation, data_ranks=data, memory=memory, usable=self.usable,
                     traffic=traffic, time=time, micro=micro)

@@ -98,16 +98,28 @@ def traffic_of(micro: MicroBatch, *, cluster: Cluster, tensor: int, accumulation
                    data_between=sent / in_host)
 
 
-def step_time(micro: MicroBatch, traffic: Traffic, *, cluster: Cluster, accumulation: int, precision: str, stage: int,
-              elements: float, own_elements: float, average: bool, assumptions: Assumptions) -> StepTime:
-    """stage: of ZeRO. elements: trained parameters of a tensor rank; own_elements: those that this rank's optimizer
-    updates, of which it keeps an average if `average`."""
-    device, how = cluster.device, {"half": precision != "fp32", "partitioned": stage > 0}
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What the optimizer does in a step: of the `elements` parameters that a tensor rank trains it updates
+    `own_elements`, in ZeRO stage `stage`, and keeps an average of them if `average`.
+    """
+
+    precision: str
+    stage: int
+    elements: float
+    own_elements: float
+    average: bool
+
+
+def step_time(micro: MicroBatch, traffic: Traffic, update: Update, *, cluster: Cluster, accumulation: int,
+              assumptions: Assumptions) -> StepTime:
+    """The seconds of a step of `accumulation` micro batches."""
+    device, how = cluster.device, {"half": update.precision != "fp32", "partitioned": update.stage > 0}
     rates = assumptions.rates(device)
     data_seconds = max(traffic.data_inside / (device.link * assumptions.links),
                        traffic.data_between / (device.network * assumptions.links))
-    moved = own_elements * sum(update_bytes(**how,
-                                            average=average).values()) + accumulation * elements * bucket_bytes(**how)
+    moved = (update.own_elements * sum(update_bytes(**how, average=update.average).values())
+             + accumulation * update.elements * bucket_bytes(**how))
     return StepTime(
         computing=accumulation * micro.work.seconds(rates),
         starting=accumulation * micro.work.starting(rates),

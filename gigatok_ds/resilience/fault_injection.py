@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gigatok_ds.errors import InputError
-from gigatok_ds.monitoring.history import read_history, tell
+from gigatok_ds.monitoring.history import read_history, record_event
 from gigatok_ds.parallel.topology import Topology
 
 _GRADIENTS = {"nan": math.nan, "inf": math.inf, "spike": 100.0}  # what gradients and losses are multiplied by
@@ -134,7 +134,7 @@ class _FaultyTask:
                 due += [fault] * (now or (fault.step is not None and step > fault.step))
             elif now and fault not in self._first:
                 self._first[fault] = step
-                tell(self._run_dir, "injected", fault=fault.text, step=step, rank=fault.rank)
+                record_event(self._run_dir, "injected", fault=fault.text, step=step, rank=fault.rank)
                 due.append(fault)
             elif fault.kind in _GRADIENTS and fault in self._first and step < self._first[fault] + fault.steps:
                 due.append(fault)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from gigatok_ds.files import told_failures, write_atomically
+from gigatok_ds.files import naming_failures, write_atomically
 from gigatok_ds.parallel.flight_recorder import last_collectives
 
 STACKS = "stacks"
@@ -67,7 +67,7 @@ class Watchdog:
         if self.rank == 0 and self._beat - self._written > HEARTBEAT_SECONDS:
             self._written = self._beat
             told = {"step": step, "time": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
-            with told_failures(self.run_dir / HEARTBEAT):
+            with naming_failures(self.run_dir / HEARTBEAT):
                 write_atomically(self.run_dir / HEARTBEAT, (json.dumps(told) + "\n").encode())
 
     def _write_stacks(self, file: TextIO) -> None:

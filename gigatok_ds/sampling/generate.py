@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,42 @@ def without_autocast(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return method(self, *arguments, **options)
 
     return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What codes are drawn by. Raises InputError for what no model can be sampled with.
+
+    cfg_scale: of classifier-free guidance; above 1, each step runs the conditional and the unconditional sequence in
+    one batch, and the first code is fully guided whatever the schedule, which cfg_schedule and cfg_schedule_kwargs say
+    (see `guidance_scales`). cfg_interval: no guidance after decoding step n, counted from 0 after the first code (-1:
+    guided throughout). temperature, top_k, top_p: see Choice.
+    """
+
+    cfg_scale: float = 1.0
+    cfg_schedule: str = "constant"
+    cfg_schedule_kwargs: dict | None = None
+    cfg_interval: int = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.scales(2)
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; it must be a finite number of at least 0")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or a positive whole number")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it must be in (0, 1]")
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.temperature, self.top_k, self.top_p)
+
+    def scales(self, length: int) -> list[float]:
+        """The guidance scale of each of so many codes."""
+        return guidance_scales(length, self.cfg_scale, self.cfg_schedule, self.cfg_schedule_kwargs, self.cfg_interval)
 
 
 class Sampler:
@@ -61,16 +99,13 @@ class Sampler:
 
     @torch.no_grad()
     @without_autocast
-    def codes(self, classes: Tensor, images: Sequence[int], *, seed: int = 0, cfg_scale: float = 1.0,
-              cfg_schedule: str = "constant", cfg_schedule_kwargs: dict | None = None, cfg_interval: int = -1,
-              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-        """Codes (B, T) int64 of the images with these classes (B,) and numbers; `generate` says what settings mean."""
-        choice = Choice(temperature, top_k, top_p)
-        _check_choice(choice)
+    def codes(self, classes: Tensor, images: Sequence[int], *, seed: int = 0, **settings: Any) -> Tensor:
+        """Codes (B, T) int64 of the images with these classes (B,) and numbers. `settings`: see Sampling."""
+        sampling = Sampling(**settings)
         _check_classes(self.gpt, classes)
         length, count, images = self.gpt.config.sequence_length, len(classes), list(images)
         assert count == len(images) <= self.batch_size
-        scales = guidance_scales(length, cfg_scale, cfg_schedule, cfg_schedule_kwargs, cfg_interval)
+        scales = sampling.scales(length)
         if count == 0:
             return torch.empty(0, length, dtype=torch.long, device=self.device)
         surplus = max(self.fewest - count, 0)
@@ -79,7 +114,7 @@ class Sampler:
         was_training = self.gpt.training
         self.gpt.eval()
         try:
-            drawn = self.decoder.draw(filled, uniform, scales, choice)[:count]
+            drawn = self.decoder.draw(filled, uniform, scales, sampling.choice)[:count]
         finally:
             self.gpt.train(was_training)
         refuse_failed(drawn, images)
@@ -121,13 +156,11 @@ def _rows(modulations: Modulations, count: int) -> Modulations:
     return [None if part is None else part[:count] for part in modulations]
 
 
-def check_numbers(*, batch_size: int | None = None, cfg_scale: float = 1.0, cfg_schedule: str = "constant",
-                  cfg_schedule_kwargs: dict | None = None, cfg_interval: int = -1, **choice) -> None:
-    """InputError for settings of `Sampler.codes` that no model can be sampled with, before one is loaded."""
+def check_numbers(*, batch_size: int | None = None, **settings: Any) -> None:
+    """InputError for settings that no model can be sampled with (see Sampling), before one is loaded."""
     if batch_size is not None:
         _check_batch_size(batch_size)
-    guidance_scales(2, cfg_scale, cfg_schedule, cfg_schedule_kwargs, cfg_interval)
-    _check_choice(Choice(**choice))
+    Sampling(**settings)
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -142,26 +175,14 @@ def _check_classes(gpt: GPT, classes: Tensor) -> None:
     gpt.check_classes(classes)
 
 
-def _check_choice(choice: Choice) -> None:
-    if not 0 <= choice.temperature < math.inf:
-        raise InputError(f"temperature is {choice.temperature}; it must be a finite number of at least 0")
-    if not isinstance(choice.top_k, int) or choice.top_k < 0:
-        raise InputError(f"top_k is {choice.top_k}; it must be 0 (off) or a positive whole number")
-    if not 0 < choice.top_p <= 1:
-        raise InputError(f"top_p is {choice.top_p}; it must be in (0, 1]")
-
-
 def generate(gpt: GPT, classes: Tensor, *, images: Sequence[int] | None = None, seed: int = 0, compile: bool = False,
              **settings) -> Tensor:
     """Sample one sequence of codes for each class, in one batch. Returns codes (B, T) int64.
 
     classes (B,) integers; the class num_classes means "no class". `images` (default: 0 to B - 1) are the numbers that,
-    with `seed`, address each sequence's draws. Settings and their defaults: cfg_scale 1 (above 1, each step runs the
-    conditional and the unconditional sequence in one batch; the first code is fully guided whatever the schedule),
-    cfg_schedule "constant" with its cfg_schedule_kwargs, cfg_interval -1 (all; n: no guidance after decoding step n,
-    counted from 0 after the first code), temperature 1, top_k 0 (all; 1 is greedy), top_p 1. Whoever draws many batches
-    keeps a `Sampler`. Raises InputError for arguments out of range, and for logits that are not finite. Computes in the
-    type of the GPT's weights, whatever torch.autocast says.
+    with `seed`, address each sequence's draws. `settings` are those of Sampling. Whoever draws many batches keeps a
+    `Sampler`. Raises InputError for arguments out of range, and for logits that are not finite. Computes in the type of
+    the GPT's weights, whatever torch.autocast says.
     """
     classes = torch.as_tensor(classes)
     if classes.shape == (0,):  # of an empty list torch makes fractions

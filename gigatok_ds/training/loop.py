@@ -25,8 +25,8 @@ from gigatok_ds.checkpoint.writer import CheckpointWriter
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.engine.engine import Engine
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import told_failures, written_aside
-from gigatok_ds.monitoring.history import tell
+from gigatok_ds.files import naming_failures, written_aside
+from gigatok_ds.monitoring.history import record_event
 from gigatok_ds.monitoring.loss_term_gradients import norms
 from gigatok_ds.monitoring.memory import memory_line, peak_memory
 from gigatok_ds.monitoring.metrics import Monitor
@@ -94,7 +94,7 @@ def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumul
             _Steps(recipe, task, run_dir, topology, accumulation, guard, monitor, writer, watchdog, requests).run(start)
     probe: dict[str, Any] = task.probe()
     if topology.is_first:
-        with told_failures(run_dir / PROBE_FILE), written_aside(run_dir / PROBE_FILE) as file:
+        with naming_failures(run_dir / PROBE_FILE), written_aside(run_dir / PROBE_FILE) as file:
             np.savez(file, **probe)
 
 
@@ -237,7 +237,7 @@ class _Steps:
 
     def _tell(self, event: str, **what) -> None:
         if self.topology.is_first:
-            tell(self.run_dir, event, **what)
+            record_event(self.run_dir, event, **what)
 
 
 class Window:
@@ -292,7 +292,7 @@ def _resume(task: Task, run_dir: Path, topology: Topology, guard: StepGuard, bra
             raise InputError(problem)
         if topology.is_first:
             logger.warning("%s. Going on from the checkpoint before", problem)
-            tell(run_dir, "damaged", reason=problem)
+            record_event(run_dir, "damaged", reason=problem)
     return 0
 
 

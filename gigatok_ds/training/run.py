@@ -44,7 +44,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
     `run_dir`.
     """
     from gigatok_ds.engine.deepspeed_schema import check_with_deepspeed
-    from gigatok_ds.monitoring.history import tell
+    from gigatok_ds.monitoring.history import record_event
     from gigatok_ds.parallel.timeouts import collective_timeout, outlast_watchdog
     from gigatok_ds.parallel.topology import start_process_group, stop_process_group
     from gigatok_ds.resilience.preemption import leaving_at_once
@@ -53,11 +53,11 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
 
     begun = threading.Event()
 
-    def tell_if_ours(event: str, reason: str) -> None:
+    def record_if_ours(event: str, reason: str) -> None:
         if begun.is_set() and is_ours(run_dir):  # another's is left alone
-            tell(run_dir, event, reason=reason)
+            record_event(run_dir, event, reason=reason)
 
-    with leaving_at_once(lambda name: tell_if_ours("stopped", name)):
+    with leaving_at_once(lambda name: record_if_ours("stopped", name)):
         order_kernels(recipe.parallel.tensor)
         branch = check_run(recipe, run_dir, branch_from)
         check_with_deepspeed(*check_settings(deepspeed, recipe))
@@ -65,7 +65,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                                        timeout=collective_timeout(recipe.monitor.stall_seconds))
         try:
             with ExitStack() as held, watch_ranks(topology,
-                                                  lambda text: tell_if_ours("failed", told_reason(text))) as end:
+                                                  lambda text: record_if_ours("failed", failure_reason(text))) as end:
                 settings, warnings = resolve_deepspeed(deepspeed, recipe, data_parallel_size=topology.data_size)
                 held.enter_context(owned_by_first(run_dir, topology))
                 classes = classes_of_run(run_dir, topology, _run_of(branch))
@@ -82,7 +82,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
                 train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch,
                       scaler_search=scaler_search(settings))
                 if topology.is_first:
-                    tell(run_dir, "finished", step=recipe.training.steps)
+                    record_event(run_dir, "finished", step=recipe.training.steps)
         finally:
             stop_process_group(topology)
 
@@ -91,18 +91,18 @@ def _begin(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], b
            identity: dict[str, str]) -> None:
     """Write down what is about to be run, unless it is of other data than before: then nothing. Collective."""
     from gigatok_ds.engine.compilation import left_eager
-    from gigatok_ds.monitoring.history import tell
+    from gigatok_ds.monitoring.history import record_event
     from gigatok_ds.training.data_record import check_identity, write_identity
 
     check_identity(identity, run_dir, topology, since=_run_of(branch))
     if topology.is_first:
         _prepare(recipe, run_dir, settings, warnings + left_eager(recipe, topology.device, settings), branch)
         write_identity(identity, run_dir)
-        tell(run_dir, "started", ranks=topology.world_size, command=list(map(masked, sys.argv)))
+        record_event(run_dir, "started", ranks=topology.world_size, command=list(map(masked, sys.argv)))
     topology.barrier()
 
 
-def told_reason(text: str) -> str:
+def failure_reason(text: str) -> str:
     """Of a report, in one line: the exception of a traceback, with all of its message, or a single line as it is."""
     lines = text.strip().splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]

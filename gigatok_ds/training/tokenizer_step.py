@@ -81,7 +81,7 @@ class TokenizerStep:
         outputs = [image for image in (output.reconstruction, output.direct_reconstruction) if image is not None]
         leaves = [leaf_of(image) for image in outputs]
         image_terms = self.objective.image_terms(images, leaves[0], leaves[1] if len(leaves) > 1 else None,
-                                                 self._frozen_judge(positions, step), step)
+                                                 self._frozen_discriminator(positions, step), step)
         gradients, extra = self._image_gradients(image_terms, leaves)
         surrogates = [(image.float() * gradient).sum() for image, gradient in zip(outputs, gradients, strict=True)]
         target = self.topology.gather_images(self.objective.teacher(images)) if self.objective.teacher else None
@@ -123,7 +123,7 @@ class TokenizerStep:
     def _gradient(self, term: Tensor, leaf: Tensor) -> Tensor:
         return torch.autograd.grad(self.image_scale * term, leaf)[0] / self.image_scale
 
-    def _frozen_judge(self, positions: Tensor, step: int):
+    def _frozen_discriminator(self, positions: Tensor, step: int):
         """The discriminator for the generator's step: its parameters take no gradient."""
         if not self.discriminator or not self.recipe.loss.discriminator_active(step):
             return None

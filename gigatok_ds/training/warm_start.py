@@ -24,7 +24,7 @@ from gigatok_ds.config.losses import AdversarialConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
-from gigatok_ds.files import directory_beside, sha256, told_failures, write_atomically
+from gigatok_ds.files import directory_beside, naming_failures, sha256, write_atomically
 from gigatok_ds.models.initialisation import initial_fills
 from gigatok_ds.models.positions import resizable, resize
 from gigatok_ds.parallel.sharding import declared_shards
@@ -57,7 +57,7 @@ def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, 
         discriminator = _discriminator(recipe, recipe.loss.adversarial)
         parts["discriminator"] = (discriminator, discriminator.state_dict())
     out.parent.mkdir(parents=True, exist_ok=True)
-    with told_failures(out), directory_beside(out) as scratch:
+    with naming_failures(out), directory_beside(out) as scratch:
         checkpoint = checkpoint_path(scratch, 0)
         files = {f"{part}/{name}": digest for part, (of, values) in parts.items()
                  for name, digest in _write_network(checkpoint / part, of, values)}

@@ -21,7 +21,7 @@ from training_runs import TOKENIZER, image_shards, prepare, start, train_with_fa
 
 from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, damage, read_state
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.monitoring.history import read_history, tell
+from gigatok_ds.monitoring.history import read_history, record_event
 from gigatok_ds.parallel.topology import single_process
 from gigatok_ds.resilience.watchdog import Watchdog
 
@@ -114,19 +114,19 @@ def test_stacks_that_cannot_be_written_keep_no_run_from_ending(tmp_path):
 def test_a_history_has_whole_lines_only(tmp_path):
     """On a disk that has no room for a line, and after a power failure in the middle of one."""
     with disk(tmp_path / "disk", "size=8k") as small:
-        tell(small, "started", text="x" * 4000)
+        record_event(small, "started", text="x" * 4000)
         with open(small / "filler", "wb") as filler, contextlib.suppress(OSError):
             filler.write(bytes(2**20))
         with pytest.raises(OSError, match="No space left on device"):
-            tell(small, "failed", text="y" * 300)
+            record_event(small, "failed", text="y" * 300)
         assert [line["event"] for line in read_history(small)] == ["started"]
         (small / "filler").unlink()
-        tell(small, "finished")
+        record_event(small, "finished")
         assert [line["event"] for line in read_history(small)] == ["started", "finished"]
-    tell(tmp_path, "started")
+    record_event(tmp_path, "started")
     with open(tmp_path / "history.jsonl", "a") as file:
         file.write('{"time": 1, "event": "sav')
-    tell(tmp_path, "failed")
+    record_event(tmp_path, "failed")
     assert [line["event"] for line in read_history(tmp_path)] == ["started", "failed"]
 
 

@@ -19,7 +19,7 @@ from gigatok_ds.checkpoint.run_directory import checkpoint_path, read_state
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero_settings
 from gigatok_ds.config.deepspeed_keys import DECIDED_ELSEWHERE, KNOWN_KEYS
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.training.run import run_training, told_reason
+from gigatok_ds.training.run import failure_reason, run_training
 
 PAGE = (ROOT / "docs" / "parallelism.md").read_text()
 
@@ -277,9 +277,9 @@ def test_what_failed_is_told_without_what_a_library_adds_to_it():
     text = ('rank 0 (host a, pid 1) failed:\nTraceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\n'
             "pydantic_core.ValidationError: 1 validation error for A\nb\n  Extra inputs are not permitted [type=x]\n"
             "    For further information visit https://errors.pydantic.dev/2.11/v/extra_forbidden")
-    assert told_reason(text) == ("pydantic_core.ValidationError: 1 validation error for A b Extra inputs are not "
+    assert failure_reason(text) == ("pydantic_core.ValidationError: 1 validation error for A b Extra inputs are not "
                                  "permitted [type=x]")
-    assert told_reason("gigatok-ds train: error: no\n") == "gigatok-ds train: error: no"
+    assert failure_reason("gigatok-ds train: error: no\n") == "gigatok-ds train: error: no"
 
 
 def train(recipe, out, given):

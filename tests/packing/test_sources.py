@@ -19,7 +19,7 @@ from gigatok_ds.packing.checking import check_shards
 from gigatok_ds.packing.image_sources import open_source
 from gigatok_ds.packing.pack_shards import Packing, pack
 from gigatok_ds.sampling.augmented_views import views_of
-from gigatok_ds.sampling.extract import extract_codes
+from gigatok_ds.sampling.extract import Extraction, extract_codes
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.tar_scan import NO_LABEL
 
@@ -229,7 +229,7 @@ def test_codes_keep_captions_and_do_without_labels(tmp_path):
     torch.manual_seed(0)
     tokenizer = small_tokenizer()
     extract_codes(tokenizer, cc, tmp_path / "codes", views=views_of("flip", tokenizer.config.image_size), provenance={},
-                  samples_per_shard=3)
+                  extraction=Extraction(samples_per_shard=3))
     codes = CodeDataset.open(tmp_path / "codes")
     assert codes.codes.shape[:2] == (7, 2) and set(codes.labels.tolist()) == {NO_LABEL}
     assert [codes.index.caption(i).decode() for i in range(7)] == [CAPTIONS[number] for number in numbers(codes.index)]
@@ -285,7 +285,7 @@ def test_where_some_have_labels_only_those_who_ask_for_them_mind(tmp_path, capsy
     tokenizer = small_tokenizer()
     for _ in range(2):  # again, it finds its own shards whole
         extract_codes(tokenizer, tars, tmp_path / "codes", views=views_of("center", tokenizer.config.image_size),
-                      provenance={}, samples_per_shard=4)
+                      provenance={}, extraction=Extraction(samples_per_shard=4))
     assert CodeDataset.open(tmp_path / "codes").labels.tolist() == index.labels.tolist()
 
 

@@ -106,6 +106,19 @@ def test_rooms_stay_small():
     assert not {room: number for room, number in count.items() if number > MOST_FILES}
 
 
+def test_no_function_has_more_than_eight_parameters():
+    """But for kernels, to which everything is handed one by one."""
+    wrong = []
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and room(path) != "kernels":
+                found = node.args
+                names = [each.arg for each in (*found.posonlyargs, *found.args, *found.kwonlyargs)]
+                if len([name for name in names if name not in ("self", "cls")]) > 8:
+                    wrong.append(f"{path.relative_to(PACKAGE)}: {node.name}")
+    assert not wrong
+
+
 def test_no_two_files_or_classes_share_a_name():
     names = Counter(path.name for path in files() if path.name != "__init__.py")
     classes = Counter(node.name for path in files() for node in ast.parse(path.read_text()).body

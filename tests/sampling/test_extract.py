@@ -31,7 +31,7 @@ from gigatok_ds.packing import code_directory
 from gigatok_ds.packing.shard_writer import Sample, write_shards
 from gigatok_ds.parallel.rank_device import rank_device
 from gigatok_ds.sampling.augmented_views import views_of
-from gigatok_ds.sampling.extract import extract_codes
+from gigatok_ds.sampling.extract import Extraction, extract_codes
 from gigatok_ds.sampling.read_later import read_later
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.tar_writer import new_directory, write_tars
@@ -83,7 +83,7 @@ def extract(source, out, rank=ALONE, **changes):
     checkpoint, images, crops = (arguments.pop(name) for name in ("tokenizer", "images", "crops"))
     tokenizer = load_tokenizer(source / checkpoint)
     extract_codes(tokenizer, source / images, out, views=views_of(crops, tokenizer.config.image_size), rank=rank,
-                  provenance={"tokenizer": identify(source / checkpoint)}, **arguments)
+                  provenance={"tokenizer": identify(source / checkpoint)}, extraction=Extraction(**arguments))
 
 
 def extract_as_launched(source, out, **changes):

@@ -30,7 +30,7 @@ from gigatok_ds.data.loader import ImageBatches
 from gigatok_ds.data.reader import ReadingPlan
 from gigatok_ds.packing.checking import check_shards
 from gigatok_ds.sampling.augmented_views import views_of
-from gigatok_ds.sampling.extract import extract_codes
+from gigatok_ds.sampling.extract import Extraction, extract_codes
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.shards.patterns import expanded
 from gigatok_ds.shards.remote import check_data, open_shards, short_name
@@ -580,7 +580,8 @@ def test_check_shards_reads_the_copies_and_names_problems(workers, shards, serve
 def test_extraction_writes_the_same_bytes_from_a_url(shards, serve, tmp_path):
     tokenizer = small_tokenizer()
     for place, out in ((shards, "local"), (f"{serve(tmp_path).url}/shards", "remote")):
-        extract_codes(tokenizer, place, tmp_path / out, views=views_of("flip", 16), provenance={}, workers=1)
+        extract_codes(tokenizer, place, tmp_path / out, views=views_of("flip", 16), provenance={},
+                      extraction=Extraction(workers=1))
     assert tree(tmp_path / "local") == tree(tmp_path / "remote")
 
 

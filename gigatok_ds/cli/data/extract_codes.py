@@ -59,16 +59,18 @@ def _extract(args: argparse.Namespace, rank) -> None:
     from gigatok_ds.checkpoint.standalone import identify, load_tokenizer
     from gigatok_ds.parallel.rank_device import rank_device
     from gigatok_ds.sampling.augmented_views import views_of
-    from gigatok_ds.sampling.extract import extract_codes
+    from gigatok_ds.sampling.extract import Extraction, extract_codes
 
     tokenizer = load_tokenizer(args.tokenizer, device=str(rank_device(rank, args.device or "cpu")))
     extract_codes(
-        tokenizer, args.shards, args.out, rank=rank, samples_per_shard=args.samples_per_shard,
+        tokenizer, args.shards, args.out, rank=rank,
         views=views_of("ten-crop" if args.crops is None else args.crops, tokenizer.config.image_size,
                        orient=bool(args.orient)),
         provenance={"tokenizer": identify(args.tokenizer)},
-        batch_size=32 if args.batch_size is None else args.batch_size,
-        workers=min(4, len(os.sched_getaffinity(0))) if args.workers is None else args.workers, tf32=bool(args.tf32),
+        extraction=Extraction(
+            batch_size=32 if args.batch_size is None else args.batch_size, samples_per_shard=args.samples_per_shard,
+            workers=min(4, len(os.sched_getaffinity(0))) if args.workers is None else args.workers,
+            tf32=bool(args.tf32)),
     )
 
 
