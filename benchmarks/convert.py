@@ -71,7 +71,7 @@ def write_checkpoint(recipe_name: str, run_dir: Path) -> Path:
             torch.manual_seed(DATA * tensor_rank + data_rank)
             fragments = {name: fragment(shape, data_rank) for name, shape in shapes.items()}
             snapshot = Snapshot(tensor_rank=tensor_rank, data_rank=data_rank, layout=layout,
-                                fragments={WEIGHTS: fragments}, whole=buffers)
+                                fragments={WEIGHTS: fragments}, full=buffers)
             files |= {f"{part}/{name}": digest for name, digest in snapshot.write(checkpoint / part).items()}
     save_resolved(recipe, checkpoint / RECIPE_FILE)
     state = State(step=1, samples=0, parts=[part], world_size=TENSOR * DATA, tensor_size=TENSOR, stage=3, metrics={},

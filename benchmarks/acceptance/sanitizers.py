@@ -45,5 +45,5 @@ def run(setting: Setting, found: Findings) -> None:
 def _telling(output: str) -> str:
     """The line that sums up, or else the last."""
     lines = [line.strip("= ") for line in output.splitlines() if line.strip("= ")]
-    telling = [line for line in lines if re.search(r"SUMMARY|not supported|Unable to|InputError", line)]
-    return (telling or lines or ["it said nothing"])[-1][:200]
+    reporting = [line for line in lines if re.search(r"SUMMARY|not supported|Unable to|InputError", line)]
+    return (reporting or lines or ["it said nothing"])[-1][:200]

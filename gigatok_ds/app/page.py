@@ -125,13 +125,14 @@ def _images_tab(gr, actions: Actions) -> None:
     count, kept_panels = _first_section(gr, tokens)
     other_upload, other_restored, ends, swap_panels = _swap_section(gr, tokens)
 
-    keep = dict(fn=_told(gr, actions.keep_first), inputs=[image, count], outputs=kept_panels, api_name="keep_first")
-    swap = dict(fn=_told(gr, actions.swap), inputs=[image, other, *ends], outputs=swap_panels, api_name="swap")
-    read = _on(upload.change, fn=_told(gr, actions.read), inputs=[upload], outputs=[image, *read_panels],
+    keep = dict(fn=_with_messages(gr, actions.keep_first), inputs=[image, count], outputs=kept_panels,
+                api_name="keep_first")
+    swap = dict(fn=_with_messages(gr, actions.swap), inputs=[image, other, *ends], outputs=swap_panels, api_name="swap")
+    read = _on(upload.change, fn=_with_messages(gr, actions.read), inputs=[upload], outputs=[image, *read_panels],
                api_name="read", show_progress_on=read_panels[:1])
     _on(_on(read.success, **keep).success, **swap)
     _clear(read, [upload, image, *read_panels, *kept_panels, *swap_panels])
-    read_other = _on(other_upload.change, fn=_told(gr, actions.read_other), inputs=[other_upload],
+    read_other = _on(other_upload.change, fn=_with_messages(gr, actions.read_other), inputs=[other_upload],
                      outputs=[other, other_restored], api_name="read_other", show_progress_on=[other_restored])
     _on(read_other.success, **swap)
     _clear(read_other, [other_upload, other, other_restored, *swap_panels])
@@ -195,8 +196,8 @@ def _samples_tab(gr, actions: Actions) -> None:
         seed = gr.Number(0, precision=0, label="Seed", info="the same seed, the same images", elem_id="seed")
     draw = gr.Button("Draw samples", variant="primary", elem_id="draw")
     grid = _picture(gr, "Samples", "samples", height=None)
-    _on(draw.click, fn=_told(gr, actions.sample), inputs=[classes, per_class, guidance, temperature, top_k, seed],
-        outputs=[grid], api_name="sample")
+    _on(draw.click, fn=_with_messages(gr, actions.sample),
+        inputs=[classes, per_class, guidance, temperature, top_k, seed], outputs=[grid], api_name="sample")
 
 
 def _upload(gr, label: str, name: str):
@@ -226,15 +227,15 @@ def _clear(event, outputs: list) -> None:
     event.failure(lambda: (None,) * len(outputs), outputs=outputs, show_progress="hidden", api_visibility="private")
 
 
-def _told(gr, action: Callable) -> Callable:
+def _with_messages(gr, action: Callable) -> Callable:
     """The action with InputErrors as messages on the page, which stay until they are closed."""
 
     @functools.wraps(action)
-    def told(*inputs):
+    def with_messages(*inputs):
         try:
             return action(*inputs)
         except InputError as error:
             # A message may hold a file's name, and Gradio takes it for HTML.
             raise gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False) from None
 
-    return told
+    return with_messages

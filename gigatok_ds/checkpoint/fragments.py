@@ -92,7 +92,7 @@ class Snapshot:
     data_rank: int
     layout: SavedLayout
     fragments: dict[str, dict[str, Fragment]]
-    whole: dict[str, Tensor] = field(default_factory=dict)
+    full: dict[str, Tensor] = field(default_factory=dict)
     arrived: Callable[[], None] = lambda: None
 
     def write(self, folder: Path) -> dict[str, str]:
@@ -107,7 +107,7 @@ class Snapshot:
         save_file(values, folder / names[0], metadata={_STARTS: starts})
         if self.data_rank == 0:
             names.append(f"whole-{place}.safetensors")
-            save_file(self.whole, folder / names[-1])
+            save_file(self.full, folder / names[-1])
         if (self.tensor_rank, self.data_rank) == (0, 0):
             names.append(DESCRIPTION_FILE)
             (folder / names[-1]).write_text(self.layout.to_json(), encoding="utf-8")
@@ -141,10 +141,10 @@ class SavedEngine:
         buffers.
         """
         shapes = {name: self.shape(name) for name in self.layout.parameters}
-        file = self._whole_file(0)
-        whole = {name: self._joined_shape(name, self._files.shape(file, name)) for name in self.whole_names()}
-        return LazyTensors(shapes | whole,
-                           lambda name: self.read_whole(name) if name in whole else self.read(kind, name))
+        file = self._full_file(0)
+        full = {name: self._joined_shape(name, self._files.shape(file, name)) for name in self.full_names()}
+        return LazyTensors(shapes | full,
+                           lambda name: self.read_full(name) if name in full else self.read(kind, name))
 
     def shape(self, name: str) -> list[int]:
         """Of a whole parameter."""
@@ -173,22 +173,22 @@ class SavedEngine:
             return self._range(tensor_rank if cut else 0, kind, name, start, stop)
         return cut.shard(self.read(kind, name), tensor_rank, tensor_size).flatten()[start:stop]
 
-    def read_whole(self, name: str, *, tensor_rank: int = 0, tensor_size: int = 1) -> Tensor:
+    def read_full(self, name: str, *, tensor_rank: int = 0, tensor_size: int = 1) -> Tensor:
         """A buffer or frozen parameter as that tensor rank holds it."""
         cut = self.layout.cuts.get(name)
         if cut is None:
-            return self._files.read(self._whole_file(0), name)
+            return self._files.read(self._full_file(0), name)
         with reading(self.folder):
             return self._joined(name, cut, tensor_rank, tensor_size)
 
     def _joined(self, name: str, cut: TensorShard, tensor_rank: int, tensor_size: int) -> Tensor:
-        parts = [self._files.read(self._whole_file(rank), name) for rank in range(self.layout.tensor_size)]
+        parts = [self._files.read(self._full_file(rank), name) for rank in range(self.layout.tensor_size)]
         return cut.shard(cut.unshard(parts), tensor_rank, tensor_size)
 
-    def whole_names(self) -> list[str]:
-        return self._files.names(self._whole_file(0))
+    def full_names(self) -> list[str]:
+        return self._files.names(self._full_file(0))
 
-    def _whole_file(self, tensor_rank: int) -> Path:
+    def _full_file(self, tensor_rank: int) -> Path:
         return self.folder / f"whole-tensor-{tensor_rank:03d}.safetensors"
 
     def _range(self, tensor_rank: int, kind: str, name: str, start: int, stop: int) -> Tensor:

@@ -84,8 +84,8 @@ def to_original(config: TokenizerConfig | GPTConfig, weights: Mapping[str, Tenso
 
     def read(original: str) -> Tensor:
         parts = [weights[name] for name in sources[original]]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return whole.float() if sources[original] == [_USAGE] else whole
+        full = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return full.float() if sources[original] == [_USAGE] else full
 
     shapes = shapes_of(weights)
     return LazyTensors({original: _packed_shape(shapes[names[0]], len(names)) for original, names in sources.items()},

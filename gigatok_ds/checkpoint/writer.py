@@ -157,10 +157,10 @@ class CheckpointWriter:
         reason = write_failure(error)
         if reason is None:
             return error
-        told = InputError(f"the checkpoint of step {step} could not be written below {self._run_dir} ({reason}); "
+        failed = InputError(f"the checkpoint of step {step} could not be written below {self._run_dir} ({reason}); "
                           "earlier checkpoints are untouched: make room and run the same command again")
-        told.__cause__ = error
-        return told
+        failed.__cause__ = error
+        return failed
 
 
 class _Background:

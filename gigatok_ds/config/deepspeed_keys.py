@@ -194,8 +194,8 @@ def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _check_number(path: str, value: Any, least: int, greatest: int | None, source: str) -> None:
     if value is None and path == "steps_per_print":
         return
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
-    if not whole or value < least or (greatest is not None and value > greatest):
+    full = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
+    if not full or value < least or (greatest is not None and value > greatest):
         bound = f"from {least} to {greatest}" if greatest is not None else f"of at least {least}"
         raise InputError(f"{source}: {path} is {value!r}; a whole number {bound} is expected")
     if path == "zero_optimization.allgather_bucket_size" and value % 2:  # DeepSpeed aligns to two elements

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from gigatok_ds.errors import InputError
 from gigatok_ds.shards.index import ShardIndex
 
-TOLD_SINGLY = 10  # bad samples with a line each; after these
-TELL_EVERY = 60.0  # seconds, at least, between two lines that sum up
+REPORTED_SINGLY = 10  # bad samples with a line each; after these
+REPORT_EVERY = 60.0  # seconds, at least, between two lines that sum up
 _NAMED = 3  # tars in a summary
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class BadSamples:
         self.index, self.limit, self.per_epoch = index, limit, per_epoch
         self.read = self.replaced = 0
         self.reasons: dict[int, str] = {}
-        self._told_at = -TELL_EVERY
+        self._reported_at = -REPORT_EVERY
 
     def add(self, found: Iterable[BadSample], read: int, replaced: int) -> None:
         """Count what a batch of `read` samples met, `replaced` of which are others. InputError beyond the limit."""
@@ -44,7 +44,7 @@ class BadSamples:
         self.reasons |= new
         self.read += read
         self.replaced += replaced
-        self._tell(list(new.values()))
+        self._report(list(new.values()))
         if self.limit is not None and self.replaced > self.limit * max(self.read, self.per_epoch):
             raise InputError(f"{self.replaced} of {self.read} samples could not be used, more than "
                              f"data.max_bad_fraction {self.limit:g} allows: {self.summary()}; gigatok-ds check-shards "
@@ -59,11 +59,11 @@ class BadSamples:
         rest = f" and {len(tars) - _NAMED} more shards" if len(tars) > _NAMED else ""
         return f"{', '.join(parts)}{rest} (the last: {next(reversed(self.reasons.values()))})"
 
-    def _tell(self, new: list[str]) -> None:
+    def _report(self, new: list[str]) -> None:
         """Of the reasons, which are counted already, these are the latest."""
         known = len(self.reasons)
-        for reason in new[: max(TOLD_SINGLY - (known - len(new)), 0)]:
+        for reason in new[: max(REPORTED_SINGLY - (known - len(new)), 0)]:
             logger.warning("%s; its neighbour takes its place", reason)
-        if new and known > TOLD_SINGLY and time.monotonic() >= self._told_at + TELL_EVERY:
-            self._told_at = time.monotonic()
+        if new and known > REPORTED_SINGLY and time.monotonic() >= self._reported_at + REPORT_EVERY:
+            self._reported_at = time.monotonic()
             logger.warning("%d samples could not be used so far: %s", len(self.reasons), self.summary())

@@ -72,7 +72,7 @@ def _prepare_worker(worker: int) -> None:
     say_pillows_once(said)
 
 
-def _told(error: RuntimeError | OSError) -> Exception | None:
+def _as_user_error(error: RuntimeError | OSError) -> Exception | None:
     """What to tell of an error of torch's loader; None of one that is not of its own making."""
     text = str(error)
     if any(words in text for words
@@ -125,10 +125,10 @@ class BatchLoader:
         try:
             yield from self._loader
         except (RuntimeError, OSError) as error:
-            told = _told(error)
-            if told is None:
+            known = _as_user_error(error)
+            if known is None:
                 raise
-            raise told from None
+            raise known from None
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """torch's loader pins tensors only."""

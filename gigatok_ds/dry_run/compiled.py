@@ -111,7 +111,7 @@ def _count(block: CompiledBlock) -> Passes:
         found.extend([_scheduled(forward, backward=False), _scheduled(backward, backward=True)])
         return graphs
 
-    def whole(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable:
+    def compile_joint(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable:
         if not found:  # nothing here takes a gradient
             found.extend([_scheduled(gm, backward=False), Work()])
         return gm.forward
@@ -125,7 +125,7 @@ def _count(block: CompiledBlock) -> Passes:
             return torch.func.functional_call(bare, {f"block.{name}": value for name, value in held.items()}, arguments,
                                               options)
 
-        aot_function(run, fw_compiler=whole, bw_compiler=whole, partition_fn=cut,
+        aot_function(run, fw_compiler=compile_joint, bw_compiler=compile_joint, partition_fn=cut,
                      decompositions=select_decomp_table())(held, arguments, options)
     return Passes(*found)
 

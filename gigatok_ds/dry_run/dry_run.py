@@ -63,8 +63,8 @@ def build_trained(recipe: Recipe, layers: Layers) -> dict[str, nn.Module]:
     adversarial = without_files(recipe.loss).adversarial
     if not adversarial:
         return {"generator": tokenizer}
-    judge = build_discriminator(adversarial, layers, image_size=recipe.model.image_size)
-    return {"generator": tokenizer, "discriminator": judge}
+    discriminate = build_discriminator(adversarial, layers, image_size=recipe.model.image_size)
+    return {"generator": tokenizer, "discriminator": discriminate}
 
 
 def objective_of(recipe: Recipe) -> TokenizerObjective | None:

@@ -24,11 +24,11 @@ class TensorTraffic:
     def all_reduce(self, tensor: Tensor) -> None:
         self.sent["all-reduce"] += 2 * (self.size - 1) / self.size * tensor.nbytes
 
-    def all_gather(self, whole: Tensor) -> None:
-        self.sent["all-gather"] += (self.size - 1) / self.size * whole.nbytes
+    def all_gather(self, full: Tensor) -> None:
+        self.sent["all-gather"] += (self.size - 1) / self.size * full.nbytes
 
-    def reduce_scatter(self, whole: Tensor) -> None:
-        self.sent["reduce-scatter"] += (self.size - 1) / self.size * whole.nbytes
+    def reduce_scatter(self, full: Tensor) -> None:
+        self.sent["reduce-scatter"] += (self.size - 1) / self.size * full.nbytes
 
     @property
     def total(self) -> float:
@@ -52,8 +52,8 @@ def _grown(part: Tensor, size: int) -> Tensor:
     return _exchanged(part, part.shape[0] * size)
 
 
-def _shrunk(whole: Tensor, size: int) -> Tensor:
-    return _exchanged(whole, whole.shape[0] // size)
+def _shrunk(full: Tensor, size: int) -> Tensor:
+    return _exchanged(full, full.shape[0] // size)
 
 
 class _Gather(torch.autograd.Function):
@@ -62,9 +62,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, part: Tensor, traffic: TensorTraffic, summed: bool) -> Tensor:
         ctx.traffic, ctx.summed = traffic, summed
-        whole = _grown(part, traffic.size)
-        traffic.all_gather(whole)
-        return whole
+        full = _grown(part, traffic.size)
+        traffic.all_gather(full)
+        return full
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -77,17 +77,17 @@ class _Scatter(torch.autograd.Function):
     """A whole to the own part, of the sum over ranks if they have parts of that (`summed`); backward gathers."""
 
     @staticmethod
-    def forward(ctx, whole: Tensor, traffic: TensorTraffic, summed: bool) -> Tensor:
+    def forward(ctx, full: Tensor, traffic: TensorTraffic, summed: bool) -> Tensor:
         ctx.traffic = traffic
         if summed:
-            traffic.reduce_scatter(whole)
-        return _shrunk(whole, traffic.size)
+            traffic.reduce_scatter(full)
+        return _shrunk(full, traffic.size)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        whole = _grown(gradient, ctx.traffic.size)
-        ctx.traffic.all_gather(whole)
-        return whole, None, None
+        full = _grown(gradient, ctx.traffic.size)
+        ctx.traffic.all_gather(full)
+        return full, None, None
 
 
 class _Enter(torch.autograd.Function):
@@ -126,18 +126,18 @@ class _GatheredProduct(torch.autograd.Function):
     def forward(ctx, part: Tensor, weight: Tensor, traffic: TensorTraffic) -> Tensor:
         ctx.save_for_backward(part, weight)
         ctx.traffic = traffic
-        whole = _grown(part, traffic.size)
-        traffic.all_gather(whole)
-        return whole @ weight.t()
+        full = _grown(part, traffic.size)
+        traffic.all_gather(full)
+        return full @ weight.t()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         part, weight = ctx.saved_tensors
-        whole = _grown(part, ctx.traffic.size)
-        ctx.traffic.all_gather(whole)
+        full = _grown(part, ctx.traffic.size)
+        ctx.traffic.all_gather(full)
         of_input = gradient @ weight
         ctx.traffic.reduce_scatter(of_input)
-        of_weight = gradient.flatten(0, -2).t() @ whole.flatten(0, -2)
+        of_weight = gradient.flatten(0, -2).t() @ full.flatten(0, -2)
         return _shrunk(of_input, ctx.traffic.size), of_weight, None
 
 
@@ -145,14 +145,14 @@ class _MeteredRegion:
     def __init__(self, traffic: TensorTraffic):
         self.traffic = traffic
 
-    def scatter(self, whole: Tensor) -> Tensor:
-        return _Scatter.apply(whole, self.traffic, False)
+    def scatter(self, full: Tensor) -> Tensor:
+        return _Scatter.apply(full, self.traffic, False)
 
     def gather(self, part: Tensor) -> Tensor:
         return _Gather.apply(part, self.traffic, False)
 
-    def copy(self, whole: Tensor) -> Tensor:
-        return _Enter.apply(whole, self.traffic)
+    def copy(self, full: Tensor) -> Tensor:
+        return _Enter.apply(full, self.traffic)
 
 
 class _Column(nn.Linear):
@@ -233,10 +233,10 @@ class MetaTPLayers(TensorParallelLayers):
     def vocab_head(self, width: int, vocab_size: int) -> nn.Module:
         return _VocabHead(self, width, vocab_size, False)
 
-    def whole_features(self, part: Tensor) -> Tensor:
-        whole = part.new_empty((*part.shape[:-1], part.shape[-1] * self.tensor_parallel_size))
-        self.traffic.all_gather(whole)
-        return whole
+    def full_features(self, part: Tensor) -> Tensor:
+        full = part.new_empty((*part.shape[:-1], part.shape[-1] * self.tensor_parallel_size))
+        self.traffic.all_gather(full)
+        return full
 
     def mean_over_data(self, x: Tensor) -> Tensor:
         return x

@@ -68,9 +68,9 @@ class Engine:
                                  enabled=self.stage == 3 and seed is not None):
             network = build()
         # A rank within the data group, unlike DeepSpeed's other ranks.
-        whole = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
+        full = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
         if seed is not None:
-            initialise_(network, seed, whole=whole, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size)
+            initialise_(network, seed, full=full, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size)
         name_dropouts(network)
         for part in compile(network) if compile else ():
             # ZeRO-3 gathers all of its parameters outside: hooks inside would tear the compiled code apart.
@@ -83,11 +83,11 @@ class Engine:
         self._adam: Any = build_optimizer(network, optimizer)
         self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._adam, config=settings, mpu=topology.mpu)
         self._norm: Tensor | float | None = None
-        self._told_left_out = False  # whether DeepSpeed has counted the last update as left out
+        self._reported_left_out = False  # whether DeepSpeed has counted the last update as left out
         check_spread(network, topology, deepspeed.zero.GatheredParameters)
         search_at_lowest_scale(self._engine.optimizer)
         zero = zero_stage(self._engine, self.stage, topology)
-        self._state, self._gradients = LiveState(zero, whole), LiveGradients(zero)
+        self._state, self._gradients = LiveState(zero, full), LiveGradients(zero)
         self._remembered: list[Tensor] = []
         self.ema = None if ema_decay is None else ShardedEMA(ema_decay, self._state.places())
 
@@ -122,7 +122,7 @@ class Engine:
         skipped = self._engine.skipped_steps
         self._engine.step()
         self._adam.found_inf = self._adam.grad_scale = None
-        self._told_left_out = self._engine.skipped_steps > skipped
+        self._reported_left_out = self._engine.skipped_steps > skipped
         if self._engine.was_step_applied():
             self._note_norm(self._engine.get_global_grad_norm() if norm is None else norm, left_out)
             if self.ema:
@@ -139,7 +139,7 @@ class Engine:
 
     def count_left_out(self) -> None:
         """The update that was left out on the device counts as such, unless DeepSpeed has found so by itself."""
-        if not self._told_left_out:
+        if not self._reported_left_out:
             self._engine.skipped_steps += 1
 
     def gradients_finite(self) -> Tensor:

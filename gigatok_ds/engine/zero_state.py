@@ -27,9 +27,9 @@ _ENGINE_STATE = ("global_steps", "global_samples", "skipped_steps")
 class LiveState:
     """The state of one DeepSpeed engine: views of it, copies of it, and putting it back."""
 
-    def __init__(self, zero: ZeroStage, whole: Callable[..., AbstractContextManager[Any]]):
+    def __init__(self, zero: ZeroStage, full: Callable[..., AbstractContextManager[Any]]):
         """whole: a context in which a parameter that data ranks share out is whole, and may be changed on the first."""
-        self._zero, self._whole_parameter = zero, whole
+        self._zero, self._full_parameter = zero, full
         self._engine, self._network, self._topology = zero.engine, zero.network, zero.topology
         self._places = zero.places(share=True)
         self._copies = HostCopies(zero.topology.device)
@@ -51,7 +51,7 @@ class LiveState:
         if ema is not None:
             kinds[EMA] = dict(ema)
         buffers, gathered = {}, {}
-        for name, value in self._whole():
+        for name, value in self._full():
             if hasattr(value, "ds_id"):
                 gathered[name] = value.detach().to("cpu", copy=True).contiguous()
             else:
@@ -60,9 +60,9 @@ class LiveState:
         copies, arrived = self._copies.take(parts, buffers)
         fragments = {kind: {name: Fragment(part.start, copies[f"{kind}/{name}"]) for name, part in by_name.items()}
                      for kind, by_name in kinds.items()}
-        whole = {name.partition("/")[2]: copies[name] for name in buffers} | gathered
+        full = {name.partition("/")[2]: copies[name] for name in buffers} | gathered
         return Snapshot(tensor_rank=self._topology.tensor_rank, data_rank=self._topology.data_rank,
-                        layout=self._layout(list(kinds), whole), fragments=fragments, whole=whole, arrived=arrived)
+                        layout=self._layout(list(kinds), full), fragments=fragments, full=full, arrived=arrived)
 
     def before_change(self) -> None:
         """Keep the next change of weights, moments and average from overtaking the copies of a snapshot."""
@@ -85,8 +85,8 @@ class LiveState:
         for name, (start, values) in (ema or {}).items():
             kind = EMA if saved.has(EMA) else WEIGHTS  # a start point has no average: it begins with the weights
             values.copy_(saved.read_range(kind, name, start, start + len(values), **rank))
-        for name, value in self._whole():
-            value.copy_(saved.read_whole(name, **rank))
+        for name, value in self._full():
+            value.copy_(saved.read_full(name, **rank))
         self._zero.refresh()
         self._set_counters(saved.layout.counters)
 
@@ -95,16 +95,16 @@ class LiveState:
         """
         cuts, everywhere = declared_shards(self._network), self._zero.holders_replicated
         for name, place in self._zero.places(share=False).items():
-            whole = name not in cuts
-            yield Replicated(name, place.view(place.holder), everywhere, whole)
+            full = name not in cuts
+            yield Replicated(name, place.view(place.holder), everywhere, full)
             for moment in MOMENTS:
-                yield Replicated(f"{moment} of {name}", self._moment(place, moment).values, everywhere, whole)
+                yield Replicated(f"{moment} of {name}", self._moment(place, moment).values, everywhere, full)
         for name, (_, values) in ema.items():
             yield Replicated(f"the average of {name}", values, False, name not in cuts)
         if self._zero.parameters_replicated:
             for name, parameter in self._zero.trained.items():
                 yield Replicated(name, parameter, True, name not in cuts)
-        for name, value in self._whole():
+        for name, value in self._full():
             yield Replicated(name, value, True, name not in cuts)
 
     def _adam(self) -> torch.optim.Optimizer:
@@ -124,21 +124,21 @@ class LiveState:
             state |= {moment: torch.zeros_like(place.holder) for moment in MOMENTS}
         return state
 
-    def _whole(self) -> Iterator[tuple[str, Tensor]]:
+    def _full(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers and frozen parameters, which are alike on all data ranks, by name."""
         for name, value in self._network.state_dict(keep_vars=True).items():
             if name in self._zero.trained or not isinstance(value, Tensor):
                 continue
-            with self._whole_parameter(value, enabled=hasattr(value, "ds_id")):
+            with self._full_parameter(value, enabled=hasattr(value, "ds_id")):
                 yield name, value
 
-    def _layout(self, kinds: list[str], whole: Mapping[str, Tensor]) -> SavedLayout:
+    def _layout(self, kinds: list[str], full: Mapping[str, Tensor]) -> SavedLayout:
         shapes = {name: shape_on_this_rank(parameter) for name, parameter in self._zero.trained.items()}
         cuts = declared_shards(self._network)
         steps = self._adam_steps()
         return SavedLayout(tensor_size=self._topology.tensor_size, data_size=self._topology.data_size,
                            parameters=shapes,
-                      cuts={name: cut for name, cut in cuts.items() if name in shapes or name in whole}, kinds=kinds,
+                      cuts={name: cut for name, cut in cuts.items() if name in shapes or name in full}, kinds=kinds,
                       adam_steps={name: steps.get(name, max(steps.values(), default=0)) for name in shapes},
                       counters=self._counters())
 

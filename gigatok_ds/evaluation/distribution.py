@@ -67,13 +67,13 @@ class FeatureStatistics:
 
     def over_ranks(self, add: Callable[[Tensor], Tensor]) -> FeatureStatistics:
         """Of what all ranks have seen. `add` sums a tensor over ranks, and may do so in place; collective."""
-        whole = FeatureStatistics(len(self.mean), self.mean.device)
-        whole.count = int(add(torch.tensor(self.count, device=self.mean.device)))
-        if whole.count:
-            whole.mean = add(self.mean * self.count) / whole.count
-            apart = self.mean - whole.mean
-            whole.scatter = add(self.scatter.addr(apart, apart, alpha=self.count))
-        return whole
+        full = FeatureStatistics(len(self.mean), self.mean.device)
+        full.count = int(add(torch.tensor(self.count, device=self.mean.device)))
+        if full.count:
+            full.mean = add(self.mean * self.count) / full.count
+            apart = self.mean - full.mean
+            full.scatter = add(self.scatter.addr(apart, apart, alpha=self.count))
+        return full
 
     def gaussian(self) -> Gaussian:
         """Raises InputError for fewer than two vectors, and when one was not finite."""

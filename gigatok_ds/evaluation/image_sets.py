@@ -36,8 +36,8 @@ class NpzImages:
             arrays, pixels = _arrays(path)
         except Exception as error:
             raise InputError(f"{path} is not an .npz batch of images ({brief(error)})") from None
-        whole = all(name in arrays and arrays[name].dtype.kind == "f" for name in STATISTICS)
-        self.statistics, labels = {name: arrays[name] for name in STATISTICS} if whole else None, arrays.get("arr_1")
+        full = all(name in arrays and arrays[name].dtype.kind == "f" for name in STATISTICS)
+        self.statistics, labels = {name: arrays[name] for name in STATISTICS} if full else None, arrays.get("arr_1")
         if pixels is None or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels):
             shape = None if pixels is None else pixels.shape
             raise InputError(f"{path} has no images: arr_0 should be (images, height, width, 3), not {shape}")

@@ -87,10 +87,10 @@ class Distances:
 
     def figures(self) -> dict[str, float]:
         """`rfid` and `rsfid`, of all ranks' images; collective."""
-        whole = [[found.over_ranks(self.topology.sum_over_ranks) for found in statistics] for statistics in self._sides]
+        full = [[found.over_ranks(self.topology.sum_over_ranks) for found in statistics] for statistics in self._sides]
         figures = None
         if self.topology.is_first:
-            pairs = [(ours.gaussian(), theirs.gaussian()) for ours, theirs in zip(*whole, strict=True)]
+            pairs = [(ours.gaussian(), theirs.gaussian()) for ours, theirs in zip(*full, strict=True)]
             figures = dict(zip(("rfid", "rsfid"), (frechet_distance(*pair) for pair in pairs), strict=True))
         return self.topology.from_first(figures)
 

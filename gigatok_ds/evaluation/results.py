@@ -59,9 +59,9 @@ def write_results(folder: Path, results: Results) -> None:
     for number, picture in enumerate(results.pictures.values(), 1):
         write_atomically(folder / f"picture-{number}.png", picture)
     write_atomically(folder / _HTML, _html(results).encode())
-    whole = {"format": FORMAT, "title": results.title, "figures": dict(results.figures),
+    full = {"format": FORMAT, "title": results.title, "figures": dict(results.figures),
              "settings": dict(results.settings)}
-    write_atomically(folder / RESULTS, (json.dumps(whole, indent=2, default=str) + "\n").encode())
+    write_atomically(folder / RESULTS, (json.dumps(full, indent=2, default=str) + "\n").encode())
 
 
 def read_figures(folder: Path) -> dict[str, float] | None:

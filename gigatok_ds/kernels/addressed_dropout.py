@@ -16,15 +16,15 @@ from gigatok_ds.kernels.dropout_mask import dropped
 
 
 @torch.library.custom_op("gigatok::addressed_dropout", mutates_args=())
-def addressed_dropout(x: Tensor, samples: Tensor, rule: Tensor, token: int, feature: int, whole: bool) -> Tensor:
+def addressed_dropout(x: Tensor, samples: Tensor, rule: Tensor, token: int, feature: int, full: bool) -> Tensor:
     """`dropped` as one operation; contiguous. All tensors lie on one device."""
     if x.is_cuda and x.dtype != torch.float64 and (drop := _kernel()):
-        return drop(x.contiguous(), samples, rule, token, feature, whole)
-    return dropped(x, samples, rule, token, feature, whole).contiguous()
+        return drop(x.contiguous(), samples, rule, token, feature, full)
+    return dropped(x, samples, rule, token, feature, full).contiguous()
 
 
 @addressed_dropout.register_fake
-def _(x: Tensor, samples: Tensor, rule: Tensor, token: int, feature: int, whole: bool) -> Tensor:
+def _(x: Tensor, samples: Tensor, rule: Tensor, token: int, feature: int, full: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -47,12 +47,13 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 15 & 0x1FFFF)
 
 
-def dropped(x: Tensor, samples: Tensor, rule: Tensor, token: int, feature: int, whole: bool) -> Tensor:
+def dropped(x: Tensor, samples: Tensor, rule: Tensor, token: int, feature: int, per_sample: bool) -> Tensor:
     """x (T, B, W), each value zero or divided by 1 - probability, in the arithmetic of float32 at least.
 
-    `token` and `feature` are the numbers of the first of each; with `whole` all of a sample shares the fate of those.
+    `token` and `feature` are the numbers of the first of each; with `per_sample` all of a sample shares the fate of
+    those.
     """
-    tokens, features = (1, 1) if whole else (x.shape[0], x.shape[2])
+    tokens, features = (1, 1) if per_sample else (x.shape[0], x.shape[2])
     kept = keep_mask(rule, samples, torch.arange(token, token + tokens, dtype=torch.int32, device=x.device),
                      torch.arange(feature, feature + features, dtype=torch.int32, device=x.device))
     return (x * (kept * rule[2].view(torch.float32))).to(x.dtype)

@@ -169,5 +169,5 @@ def _first_line(text: str) -> str:
 def _first_error(log: Path) -> str:
     """The line of a compiler's log that says most."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    telling = [line.strip() for line in lines if re.search(r"error:|not found|No space|Killed", line)]
-    return (telling or lines[-1:] or ["it said nothing"])[0][:200]
+    reporting = [line.strip() for line in lines if re.search(r"error:|not found|No space|Killed", line)]
+    return (reporting or lines[-1:] or ["it said nothing"])[0][:200]

@@ -138,7 +138,7 @@ class GPT(nn.Module):
             self.positional_embedding = nn.Parameter(torch.empty(config.sequence_length + 1, width))
         # Made when first needed, and no buffer: neither casts nor checkpoints are to reach it.
         self.rotary: Tensor | None = None
-        self.cut, self.whole_vocabulary = layers.tokens, layers.whole_features
+        self.cut, self.full_vocabulary = layers.tokens, layers.full_features
         self.token_dropout = layers.dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config, layers, index) for index in range(config.transformer.layers))
         self.norm = layers.per_token(RMSNorm(width, config.norm_eps))
@@ -181,7 +181,7 @@ class GPT(nn.Module):
         x = self._final_norm(self._blocks(codes, classes, modulations), modulations)
         if targets is not None:
             return self.output(x, targets.t()).t()
-        return self.whole_vocabulary(self.output(x)).transpose(0, 1).float()
+        return self.full_vocabulary(self.output(x)).transpose(0, 1).float()
 
     def hidden_states(self, codes: Tensor, classes: Tensor, *, depth: int | None = None) -> Tensor:
         """The residual stream (t + 1, B, width) after block `depth` (counted from 1; None: after the last)."""
@@ -243,4 +243,4 @@ class GPT(nn.Module):
         rotation = self._rotation(position, x.device)
         for block, modulation, cache in zip(self.layers, modulations, caches, strict=False):
             x = block(x, modulation, rotation, cache)
-        return self.whole_vocabulary(self.output(self._final_norm(x, modulations)))[0].float()
+        return self.full_vocabulary(self.output(self._final_norm(x, modulations)))[0].float()

@@ -65,16 +65,16 @@ def initial_fills(network: nn.Module) -> Iterator[tuple[str, nn.Parameter, Fill]
 
 @torch.no_grad()
 def initialise_(network: nn.Module, seed: int, *, tensor_rank: int = 0, tensor_size: int = 1,
-                whole: Callable[[nn.Parameter], AbstractContextManager[Any]] | None = None) -> nn.Module:
+                full: Callable[[nn.Parameter], AbstractContextManager[Any]] | None = None) -> nn.Module:
     """Give every parameter its initial value and return the network.
 
     `whole(parameter)` is a context in which the parameter has its full shape, for parameters spread over data ranks.
     Of parameters that are cut over `tensor_size` tensor ranks, the network holds the part of `tensor_rank`.
     """
-    whole = whole or contextlib.nullcontext
+    full = full or contextlib.nullcontext
     shards = declared_shards(network)
     for name, parameter, fill in initial_fills(network):
-        with whole(parameter):
+        with full(parameter):
             shard = shards.get(name)
             value = torch.empty(shard.full_shape(parameter.shape, tensor_size) if shard else parameter.shape)
             fill(value, torch_stream(seed, "weights", name))

@@ -25,7 +25,7 @@ class DeadTerms:
     def __init__(self, patience: int):
         self.patience = patience
         self._alive_at: dict[str, int] = {}  # the last step that is not known to be one of a dead term
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._last_step = 0
 
     def update(self, step: int, values: Mapping[str, float]) -> list[str]:
@@ -41,8 +41,8 @@ class DeadTerms:
                 self._alive_at[name] = step
                 continue
             steps = step - self._alive_at.setdefault(name, self._last_step)
-            if steps >= self.patience and name not in self._told:
-                self._told.add(name)
+            if steps >= self.patience and name not in self._warned:
+                self._warned.add(name)
                 warnings.append(f"the term {name} is dead: for {steps} steps its gradient norm has been below {DEAD:g} "
                                 f"of the largest other's (now {norm:.3g}, of {other} {largest:.3g}); raise its weight, "
                                 "or leave it out")

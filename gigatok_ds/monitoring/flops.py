@@ -112,20 +112,21 @@ class TokenizerFlops:
             self._known[phase] = self._count(*phase, step)
         return self._known[phase]
 
-    def _count(self, entropy: str | None, direct: bool, judged: bool, step: int) -> StepFlops:
+    def _count(self, entropy: str | None, direct: bool, discriminated: bool, step: int) -> StepFlops:
         sides, parts = 1 + direct, (entropy, direct)
         if parts not in self._passes:
             self._passes[parts] = self._tokenizer(*parts)
         tokenizer, again = self._passes[parts]
-        judge = self._judge(sides) if judged else 0
+        discriminate = self._discriminate(sides) if discriminated else 0
         if direct not in self._image_passes:
             self._image_passes[direct] = self._image_losses(direct, step)
         frozen = self._image_passes[direct] + self._teacher
         adversarial = self.recipe.loss.adversarial
-        if judged and adversarial and adversarial.adaptive_weight:
+        if discriminated and adversarial and adversarial.adaptive_weight:
             frozen += 2 * sides * self._last_layer()
         passes = self.recipe.training.global_batch_size / self.images
-        return StepFlops(model=round(passes * (tokenizer + judge)), hardware=round(passes * (again + judge + frozen)))
+        return StepFlops(model=round(passes * (tokenizer + discriminate)),
+                         hardware=round(passes * (again + discriminate + frozen)))
 
     def _tokenizer(self, entropy: str | None, direct: bool) -> Counted:
         """With what is computed once, and with all that is computed."""
@@ -144,13 +145,13 @@ class TokenizerFlops:
         assert isinstance(total, Tensor)
         total.backward()
 
-    def _judge(self, sides: int) -> int:
+    def _discriminate(self, sides: int) -> int:
         """The discriminator as a judge of reconstructions, and its own pass over these and the images."""
-        judging, own = self._judge_passes
+        judging, own = self._discriminator_passes
         return sides * judging + (1 + sides) * own
 
     @functools.cached_property
-    def _judge_passes(self) -> tuple[int, int]:
+    def _discriminator_passes(self) -> tuple[int, int]:
         adversarial = self.recipe.loss.adversarial
         assert adversarial is not None, "there is no discriminator"
         with torch.device("meta"):

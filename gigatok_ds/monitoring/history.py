@@ -60,5 +60,5 @@ def _line(text: str) -> dict | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(line, dict) and isinstance(line.get("event"), str) and is_number(line.get("time"), 0, LATEST)
-    return line if whole else None
+    full = isinstance(line, dict) and isinstance(line.get("event"), str) and is_number(line.get("time"), 0, LATEST)
+    return line if full else None

@@ -55,7 +55,7 @@ class Monitor:
         with naming_failures(metrics), ExitStack() as stack:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             _truncate(metrics, self.start_step)
-            stack.enter_context(_told_by_us())
+            stack.enter_context(_reported_by_us())
             self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8"))
             self._events = stack.enter_context(
                 SummaryWriter(str(self.run_dir / EVENTS_DIRECTORY), purge_step=self.start_step + 1))
@@ -132,7 +132,7 @@ class Monitor:
 
 
 @contextmanager
-def _told_by_us() -> Iterator[None]:
+def _reported_by_us() -> Iterator[None]:
     """Within, a thread of TensorBoard's that cannot write prints no traceback: what it raised, the next flush raises
     again.
     """
@@ -185,10 +185,10 @@ def _record(text: str) -> dict | None:
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
-    whole = is_number(record["step"], 0, LARGEST_STEP) and is_number(record.get("time"), 0, LATEST)
+    full = is_number(record["step"], 0, LARGEST_STEP) and is_number(record.get("time"), 0, LATEST)
     figures = all(value is None or is_number(value) or (name == "warning" and isinstance(value, str))
                   for name, value in record.items())
-    return record if whole and figures else None
+    return record if full and figures else None
 
 
 def _truncate(path: Path, last_step: int) -> None:

@@ -103,7 +103,7 @@ class CodeDirectory:
 
     def _write_missing(self, rank: LaunchedRank, make_samples: MakeSamples) -> None:
         own = range(rank.rank, self.shards, rank.world_size)
-        missing = [shard for shard in own if not self._is_whole(shard)]
+        missing = [shard for shard in own if not self._is_complete(shard)]
         ranges = [self.numbers(shard) for shard in missing]
         total = sum(map(len, ranges))
         name = f"rank {rank.rank} of {rank.world_size}" if rank.world_size > 1 else None
@@ -145,7 +145,7 @@ class CodeDirectory:
                                   advice="remove the directory")
         return None
 
-    def _is_whole(self, shard: int) -> bool:
+    def _is_complete(self, shard: int) -> bool:
         try:
             self._scan(shard)
         except FileNotFoundError:

@@ -71,10 +71,10 @@ def variable(data: bytes, name: str) -> list:
 
 def _unpacked(data: bytes) -> bytes:
     unpacker = zlib.decompressobj()
-    whole = unpacker.decompress(data, _FILE_BYTES)
+    full = unpacker.decompress(data, _FILE_BYTES)
     if unpacker.unconsumed_tail:
         raise ValueError("a variable is too large")
-    return whole
+    return full
 
 
 def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:

@@ -44,11 +44,11 @@ def compare_replicas(tensors: Iterable[Replicated], topology: Topology) -> None:
         if size > 1 and chosen:
             differing = outsiders(torch.stack([total for _, total in chosen]), group, size)
             found += [(chosen[index][0], places, group) for index, places in differing]
-    told = [(name, places, dist.get_process_group_ranks(group)) for name, places, group in found[:1]]
-    everywhere = topology.gather_objects((told, len(found), socket.gethostname()))
+    first = [(name, places, dist.get_process_group_ranks(group)) for name, places, group in found[:1]]
+    everywhere = topology.gather_objects((first, len(found), socket.gethostname()))
     hosts = [host for _, _, host in everywhere]
-    for told, count, _ in everywhere:
-        for name, places, ranks in told:
+    for first, count, _ in everywhere:
+        for name, places, ranks in first:
             raise MachineError(_text(name, [ranks[place] for place in places], ranks, count, hosts))
 
 

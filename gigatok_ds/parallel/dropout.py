@@ -51,7 +51,7 @@ class Dropout(nn.Module):
     Outside of `dropout_at` it is torch's own dropout, for those who train a whole model in a loop of their own.
     """
 
-    whole_samples = False
+    per_sample = False
 
     def __init__(self, probability: float, *, tokens: Share = WHOLE, features: Share = WHOLE):
         super().__init__()
@@ -74,7 +74,7 @@ class Dropout(nn.Module):
         tokens, _, features = x.shape
         return (dropped if written_out else addressed_dropout)(
             x, _address[1].to(x.device), self.rule.to(x.device), self.tokens.rank * tokens,
-            self.features.rank * features, self.whole_samples)
+            self.features.rank * features, self.per_sample)
 
     def _drop_anywhere(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.probability)
@@ -89,7 +89,7 @@ class DropPath(Dropout):
     The others are scaled up, so that the expectation stays. Every rank decides alike.
     """
 
-    whole_samples = True
+    per_sample = True
 
     def _drop_anywhere(self, x: Tensor) -> Tensor:
         return x * F.dropout(x.new_ones(1, x.shape[1], 1), self.probability)

@@ -24,11 +24,11 @@ Module = TypeVar("Module", bound=nn.Module)
 class Region(Protocol):
     """Between a whole tensor, alike on all tensor ranks, and this rank's part of it along the first axis."""
 
-    def scatter(self, whole: Tensor) -> Tensor: ...
+    def scatter(self, full: Tensor) -> Tensor: ...
 
     def gather(self, part: Tensor) -> Tensor: ...
 
-    def copy(self, whole: Tensor) -> Tensor:
+    def copy(self, full: Tensor) -> Tensor:
         """The same tensor, which each rank is about to apply to its part: its gradient is summed over the ranks."""
 
 
@@ -73,7 +73,7 @@ class Layers(Protocol):
     def per_head(self, module: Module) -> Module:
         """`module`, which sees only this rank's attention heads."""
 
-    def whole_features(self, part: Tensor) -> Tensor:
+    def full_features(self, part: Tensor) -> Tensor:
         """The output of a `column` with the features of all tensor ranks."""
 
     def mean_over_data(self, x: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ class Layers(Protocol):
 class _ReplicatedRegion:
     """One tensor rank has it all."""
 
-    def scatter(self, whole: Tensor) -> Tensor:
-        return whole
+    def scatter(self, full: Tensor) -> Tensor:
+        return full
 
     def gather(self, part: Tensor) -> Tensor:
         return part
 
-    def copy(self, whole: Tensor) -> Tensor:
-        return whole
+    def copy(self, full: Tensor) -> Tensor:
+        return full
 
 
 REPLICATED_REGION = _ReplicatedRegion()
@@ -139,7 +139,7 @@ class PlainLayers:
 
     per_token = per_head = per_image
 
-    def whole_features(self, part: Tensor) -> Tensor:
+    def full_features(self, part: Tensor) -> Tensor:
         return part
 
     def mean_over_data(self, x: Tensor) -> Tensor:

@@ -137,15 +137,15 @@ def _nothing(_: Tensor) -> None:
 class _TensorRanks:
     """The region along the first axis between a tensor that is alike on all tensor ranks and their parts of it."""
 
-    def scatter(self, whole: Tensor) -> Tensor:
-        return mappings.scatter_to_sequence_parallel_region(whole)
+    def scatter(self, full: Tensor) -> Tensor:
+        return mappings.scatter_to_sequence_parallel_region(full)
 
     def gather(self, part: Tensor) -> Tensor:
         # What follows is computed alike on all tensor ranks, so each takes its part of the gradient unsummed.
         return mappings.gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=False)
 
-    def copy(self, whole: Tensor) -> Tensor:
-        return mappings.copy_to_tensor_model_parallel_region(whole)
+    def copy(self, full: Tensor) -> Tensor:
+        return mappings.copy_to_tensor_model_parallel_region(full)
 
 
 class MegatronLayers(TensorParallelLayers):
@@ -176,7 +176,7 @@ class MegatronLayers(TensorParallelLayers):
     def vocab_head(self, width: int, vocab_size: int) -> MegatronVocabHead:
         return MegatronVocabHead(width, vocab_size, config=self.config)
 
-    def whole_features(self, part: Tensor) -> Tensor:
+    def full_features(self, part: Tensor) -> Tensor:
         return mappings.gather_from_tensor_model_parallel_region(part)
 
     def mean_over_data(self, x: Tensor) -> Tensor:

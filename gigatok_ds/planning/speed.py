@@ -87,10 +87,10 @@ def traffic_of(micro: MicroBatch, *, cluster: Cluster, tensor: int, accumulation
     parameters are gathered once, or at 3 in every forward and backward pass (Rajbhandari et al. 2020, arXiv:1910.02054,
     section 7)."""
     data, stage = cluster.ranks // tensor, zero["stage"]
-    whole = elements * (2 if half else 4)
+    full = elements * (2 if half else 4)
     sums = 1 if stage <= 1 else accumulation
     gathers = 1 if stage <= 2 else 2 * accumulation
-    sent = (data - 1) / data * whole * (sums + gathers)
+    sent = (data - 1) / data * full * (sums + gathers)
     in_host = cluster.per_host // tensor  # of a data group
     if cluster.hosts == 1:
         return Traffic(tensor=accumulation * micro.sent, data_inside=sent, data_between=0.0)

@@ -17,15 +17,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextmanager
-def leaving_at_once(told: Callable[[str], None]) -> Iterator[None]:
+def leaving_at_once(report: Callable[[str], None]) -> Iterator[None]:
     """Within, the signals raise SystemExit(REQUEUE), since there is nothing to save: before training, and after it.
 
-    `told` gets the signal's name. StopRequests, inside of this context, has its own way.
+    `report` gets the signal's name. StopRequests, inside of this context, has its own way.
     """
 
     def leave(number: int, _frame) -> None:
         name = signal.Signals(number).name
-        told(name)
+        report(name)
         if errors is not None:
             os.write(errors, f"stopped by {name}: the same command goes on (exit code {REQUEUE})\n".encode())
         raise SystemExit(REQUEUE)

@@ -40,20 +40,20 @@ End = Callable[[str, int], None]
 
 
 @contextlib.contextmanager
-def watch_ranks(topology: Topology, told: Callable[[str], None] = lambda text: None) -> Iterator[End]:
+def watch_ranks(topology: Topology, report: Callable[[str], None] = lambda text: None) -> Iterator[End]:
     """Within, no rank outlives another's failure; gives a function that ends all of them. Collective.
 
     An exception does not leave this context when there are several ranks: it is reported and the process ends, with
-    exit code 2 for an InputError, or an OSError that does not pass by itself, and 1 for anything else. `told` gets what
-    is reported, on the first rank.
+    exit code 2 for an InputError, or an OSError that does not pass by itself, and 1 for anything else. `report` gets
+    what is reported, on the first rank.
     """
     if topology.world_size == 1:
-        with _single(told) as end:
+        with _single(report) as end:
             yield end
         return
     server = socket.create_server(("", 0)) if topology.is_first else None
     port, token = topology.from_first((server.getsockname()[1], secrets.token_hex(16)) if server else None)
-    watch = _Hub(server, token, topology.world_size, told) if server else _Spoke(topology.rank, port, token)
+    watch = _Hub(server, token, topology.world_size, report) if server else _Spoke(topology.rank, port, token)
     try:
         yield watch.fail
     except BaseException as error:
@@ -64,12 +64,12 @@ def watch_ranks(topology: Topology, told: Callable[[str], None] = lambda text: N
 
 
 @contextlib.contextmanager
-def _single(told: Callable[[str], None]) -> Iterator[End]:
+def _single(report: Callable[[str], None]) -> Iterator[End]:
     """The same for a rank without others, whose exceptions go their way."""
 
     def end(text: str, code: int) -> None:
         with contextlib.suppress(OSError):
-            told(text)
+            report(text)
         _print(text)
         _leave(code)
 
@@ -79,7 +79,7 @@ def _single(told: Callable[[str], None]) -> Iterator[End]:
         text, _ = _described(error, 0)
         if text:
             with contextlib.suppress(OSError):
-                told(text)
+                report(text)
         raise
 
 
@@ -107,8 +107,8 @@ def _died(rank: int, place: str) -> str:
 class _Hub:
     """Rank 0's end of all connections."""
 
-    def __init__(self, server: socket.socket, token: str, world_size: int, told: Callable[[str], None]):
-        self._told = told
+    def __init__(self, server: socket.socket, token: str, world_size: int, report: Callable[[str], None]):
+        self._reported = report
         self._server, self._token, self._waiting = server, token, set(range(1, world_size))
         self._peers: dict[socket.socket, _Peer] = {}
         self._lock, self._all_left = threading.RLock(), threading.Event()
@@ -171,7 +171,7 @@ class _Hub:
             _print(text)
             if text:
                 with contextlib.suppress(OSError):
-                    self._told(text)
+                    self._reported(text)
             for connection in self._peers:
                 with contextlib.suppress(OSError):
                     _send(connection, end=code)

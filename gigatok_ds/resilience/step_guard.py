@@ -103,7 +103,7 @@ class StepGuard:
         question, self._undecided = self._undecided, None
         assert question is not None, "there is no step to tell of"
         wrong_values, wrong_engines, loss, asked = question.read(self.topology.world_size)
-        verdict = replace(self._judge(wrong_values, wrong_engines, loss), asked=asked)
+        verdict = replace(self._assess(wrong_values, wrong_engines, loss), asked=asked)
         if verdict.kind == "accept":
             self.losses.append(loss)
             self.in_a_row = self.searched = 0
@@ -141,7 +141,7 @@ class StepGuard:
         box = torch.stack([*(flag.to(device, torch.float64) for flag in wrong), values["loss"].double(), *signals])
         return _Question(names=names, rates=rates, answer=self.topology.sum_over_ranks(box))
 
-    def _judge(self, wrong_values: list[str], wrong_engines: list[str], loss: float) -> StepVerdict:
+    def _assess(self, wrong_values: list[str], wrong_engines: list[str], loss: float) -> StepVerdict:
         if wrong_values or wrong_engines:
             wrong = [*wrong_values, *(f"the gradient of the {name}" for name in wrong_engines)]
             reason = f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not finite"

@@ -66,9 +66,9 @@ class Watchdog:
             faulthandler.dump_traceback_later(self.seconds + BACKSTOP_SECONDS, exit=True, file=self._backstop)
         if self.rank == 0 and self._beat - self._written > HEARTBEAT_SECONDS:
             self._written = self._beat
-            told = {"step": step, "time": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
+            beat = {"step": step, "time": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
             with naming_failures(self.run_dir / HEARTBEAT):
-                write_atomically(self.run_dir / HEARTBEAT, (json.dumps(told) + "\n").encode())
+                write_atomically(self.run_dir / HEARTBEAT, (json.dumps(beat) + "\n").encode())
 
     def _write_stacks(self, file: TextIO) -> None:
         file.write(f"rank {self.rank}: at step {self.step} for more than {self.seconds:g} s\n")

@@ -90,9 +90,9 @@ class Sampler:
         # Whether batches are filled up, so that codes may depend on batch_size in near-ties.
         self.fills = fewest is None
         self.fewest = fewest or batch_size
-        whole = isinstance(gpt.output, nn.Linear)  # and not one of tensor ranks
+        full = isinstance(gpt.output, nn.Linear)  # and not one of tensor ranks
         self.decoder: StaticDecoder | EagerDecoder
-        if compile or (whole and self.device.type == "cuda"):
+        if compile or (full and self.device.type == "cuda"):
             self.decoder = StaticDecoder(gpt, batch_size, compile=compile)
         else:
             self.decoder = EagerDecoder(eager)

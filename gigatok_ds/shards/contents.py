@@ -61,10 +61,10 @@ class Contents(NamedTuple):
         if not self.problems:
             return
         more = len(self.problems) - 1
-        told = f"{self.problems[0]} (and {more} more problems)" if more else self.problems[0]
+        said = f"{self.problems[0]} (and {more} more problems)" if more else self.problems[0]
         if len(self.problems) > max_bad_fraction * len(self.table):
-            raise InputError(told)
-        logger.warning("%s; such samples are replaced", told)
+            raise InputError(said)
+        logger.warning("%s; such samples are replaced", said)
 
 
 def columns_of(entries: Sequence[Entry]) -> dict[str, np.ndarray]:

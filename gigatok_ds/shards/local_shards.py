@@ -77,16 +77,16 @@ def _of_part(directory: Path, tars: dict[str, Path]) -> Contents | None:
     """Of an index in the directory, what is of some of its tars."""
     if not tars or not (directory / INDEX_FILE).is_file():
         return None
-    whole = load_index(directory)
-    number = {shard.name: position for position, shard in enumerate(whole.shards)}
+    full = load_index(directory)
+    number = {shard.name: position for position, shard in enumerate(full.shards)}
     if not tars.keys() <= number.keys():
         return None
-    shards = [whole.shards[number[name]] for name in tars]
-    ends = np.cumsum(whole.table.counts)
-    rows = np.concatenate([np.arange(ends[number[name]] - whole.table.counts[number[name]], ends[number[name]])
+    shards = [full.shards[number[name]] for name in tars]
+    ends = np.cumsum(full.table.counts)
+    rows = np.concatenate([np.arange(ends[number[name]] - full.table.counts[number[name]], ends[number[name]])
                            for name in tars])
-    columns = {name: column[rows] for name, column in whole.table.stored().items()}
-    return Contents(shards, whole.classes, SampleTable(columns, [shard.samples for shard in shards]), whole.problems)
+    columns = {name: column[rows] for name, column in full.table.stored().items()}
+    return Contents(shards, full.classes, SampleTable(columns, [shard.samples for shard in shards]), full.problems)
 
 
 def _made(kept: Path, directory: Path, names: list[str], extensions: tuple[str, ...], max_bad_fraction: float,

@@ -37,8 +37,8 @@ from gigatok_ds.transport.transports import (
     beside,
     check_end,
     persistently,
+    read_all,
     transport_of,
-    whole,
 )
 from gigatok_ds.untrusted import JSON_BYTES
 
@@ -199,7 +199,7 @@ class RemoteTars:
     def read(self, url: str, attempts: int | None = None, most: int = JSON_BYTES) -> bytes:
         def attempt() -> bytes:
             with transport_of(url).open(url) as opened:
-                return whole(opened, url, most)
+                return read_all(opened, url, most)
 
         return self.persistently(attempt, url, attempts)
 

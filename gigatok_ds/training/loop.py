@@ -112,7 +112,7 @@ class _Steps:
     writer: CheckpointWriter
     watchdog: Watchdog
     requests: StopRequests
-    memory_told: bool = False
+    memory_reported: bool = False
     asked: str | None = None  # the signal that ranks have agreed to stop by
     undecided: tuple[int, Window] | None = None  # a step whose verdict is not known yet, and what it logged
 
@@ -193,7 +193,7 @@ class _Steps:
             self._rewind(Path(newest))
             text, event = f"back to the state of {newest}, since {verdict.reason}", "rewound"
         self.monitor.warn(step, text)
-        self._tell(event, step=step, reason=verdict.reason)
+        self._report(event, step=step, reason=verdict.reason)
 
     def _rewind(self, checkpoint: Path) -> None:
         """Take weights and optimizer from `checkpoint`; what has been left out so far still counts."""
@@ -210,9 +210,9 @@ class _Steps:
         watch.log(step, means | of_engines | skipped | {"lr": lr, "memory/peak_gb": peak})
         shown = {name: means[name] for name in ("loss",) if name in means}
         self.monitor.progress(step, shown | ({"left_out": left_out / step} if left_out else {}))
-        if not self.memory_told:
+        if not self.memory_reported:
             self.monitor.note(memory_line(peak, next(iter(self.task.engines.values())).stage, self.recipe))
-            self.memory_told = True
+            self.memory_reported = True
 
     def _validate(self, watch: Watch, step: int) -> dict[str, float]:
         figures = self.task.validate(step)
@@ -224,18 +224,18 @@ class _Steps:
     def _save(self, step: int, figures: dict[str, float]) -> None:
         seen = step * self.recipe.training.global_batch_size
         self.writer.save(step, seen, self.task.engines, figures, self.guard.state())
-        self._tell("saved", step=step)
+        self._report("saved", step=step)
 
     def _stop(self, signal: str, step: int) -> None:
         """End a run that was asked to, once its checkpoint is complete."""
         self.writer.finish()
-        self._tell("stopped", step=step, reason=signal)
+        self._report("stopped", step=step, reason=signal)
         if self.topology.is_first:
             logger.info("stopped by %s: step %d is saved, and the same command goes on from there (exit code %d)",
                         signal, step, REQUEUE)
         raise SystemExit(REQUEUE)
 
-    def _tell(self, event: str, **what) -> None:
+    def _report(self, event: str, **what) -> None:
         if self.topology.is_first:
             record_event(self.run_dir, event, **what)
 

@@ -130,14 +130,14 @@ class TokenizerStep:
         network = self.discriminator.network.train()
         draws = self._augmentation_draws("generator", positions, step)
 
-        def judge(images: Tensor) -> Tensor:
+        def discriminate(images: Tensor) -> Tensor:
             network.requires_grad_(False)
             try:
                 return network(images, draws)
             finally:
                 network.requires_grad_(True)
 
-        return judge
+        return discriminate
 
     def _discriminator_pass(self, discriminator: Trained, images: Tensor, output: TokenizerOutput, positions: Tensor,
                             step: int) -> dict[str, Tensor]:

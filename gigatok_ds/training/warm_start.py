@@ -135,6 +135,6 @@ def _write_network(folder: Path, network: nn.Module, weights: Mapping[str, Tenso
                     kinds=[WEIGHTS], adam_steps=dict.fromkeys(trained, 0), counters={})
     for rank, names in enumerate(shares):
         values = {name: Fragment(0, weights[name].detach().float().flatten().contiguous()) for name in names}
-        whole = {name: weights[name].contiguous() for name in weights if name not in trained} if rank == 0 else {}
+        full = {name: weights[name].contiguous() for name in weights if name not in trained} if rank == 0 else {}
         yield from Snapshot(tensor_rank=0, data_rank=rank, layout=layout, fragments={WEIGHTS: values},
-                            whole=whole).write(folder).items()
+                            full=full).write(folder).items()

@@ -133,7 +133,7 @@ def _said(error: Exception) -> str:
     return masked(" ".join(str(error).split())) or type(error).__name__
 
 
-def whole(opened: Opened, name: str, most: int) -> bytes:
+def read_all(opened: Opened, name: str, most: int) -> bytes:
     """All of a small file. Raises OSError when it is cut off, and InputError when it has more than `most` bytes."""
     if (opened.size or 0) > most or len(data := opened.stream.read(most + 1)) > most:
         raise InputError(f"{masked(name)} has more than the {most:,} bytes that such a file may have; check the "
@@ -155,7 +155,7 @@ class Http:
     def tars(self, directory: str) -> dict[str, int | None]:
         with open_url(beside(directory, "")) as response:
             links = _Links(response.url)
-            links.feed(whole(Opened(response, response.length), directory, LISTING_BYTES).decode("utf-8", "replace"))
+            links.feed(read_all(Opened(response, response.length), directory, LISTING_BYTES).decode("utf-8", "replace"))
         return dict.fromkeys(links.tars)
 
     def size(self, url: str) -> int | None:

@@ -111,12 +111,12 @@ def test_a_flipped_byte_anywhere_is_detected_and_named(tmp_path):
     assert len(files) == 4
     draw = random.Random(0)
     for path in files:
-        whole = path.read_bytes()
-        for place in draw.sample(range(len(whole)), min(20, len(whole))):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x01]) + whole[place + 1 :])
+        full = path.read_bytes()
+        for place in draw.sample(range(len(full)), min(20, len(full))):
+            path.write_bytes(full[:place] + bytes([full[place] ^ 0x01]) + full[place + 1 :])
             with pytest.raises(InputError, match=path.name):
                 load_checkpoint(folder, {"net": Part()}, ALONE)
-        path.write_bytes(whole)
+        path.write_bytes(full)
     load_checkpoint(folder, {"net": Part()}, ALONE)
     (folder / "net" / "tensor-000-data-00000.safetensors").unlink()
     with pytest.raises(InputError,

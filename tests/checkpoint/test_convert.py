@@ -195,11 +195,11 @@ def test_damage_is_named_and_nothing_is_executed(runs, place, spoil, tmp_path, c
     else:
         convert(capsys, runs / "gpt", source)
         file = source / "model.safetensors"
-    whole = file.read_bytes()
+    full = file.read_bytes()
     if spoil == "bomb":
         torch.save({"model": Bomb()}, file)
     else:
-        file.write_bytes(whole[:-100] if spoil == "cut" else whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+        file.write_bytes(full[:-100] if spoil == "cut" else full[:-100] + bytes([full[-100] ^ 1]) + full[-99:])
     if (place, spoil) == ("model", "flip"):
         assert file.name in damaged_weights(source)  # whole as a file: found when its checksum is asked for
     else:

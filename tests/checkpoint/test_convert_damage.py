@@ -49,9 +49,9 @@ def model(tmp_path):
 
 
 def flip(file):
-    whole = bytearray(file.read_bytes())
-    whole[-100] ^= 1
-    file.write_bytes(whole)
+    full = bytearray(file.read_bytes())
+    full[-100] ^= 1
+    file.write_bytes(full)
 
 
 def test_verifying_a_damaged_source_fails_and_leaves_nothing(model, tmp_path, capsys):

@@ -63,7 +63,7 @@ def test_damage_anywhere_is_detected_or_means_the_same(kind, runs):
     state, undetected = read_state(folder), []
     assert {str(path.relative_to(folder)) for path in files_below(folder)} == {STATE_FILE, *state.files}
     for path in files_below(folder):
-        whole = path.read_bytes()
+        full = path.read_bytes()
         for how in DAMAGE:
             change(path, how)
             problem = damage(folder, ALONE)
@@ -73,7 +73,7 @@ def test_damage_anywhere_is_detected_or_means_the_same(kind, runs):
             else:
                 assert str(path) in problem or (path.name == STATE_FILE and str(folder) in problem), (path, how,
                                                                                                       problem)
-            path.write_bytes(whole)
+            path.write_bytes(full)
     assert damage(folder, ALONE) is None
     assert undetected == ["a byte less"]  # the new line at its end
 
@@ -96,9 +96,9 @@ def check_resumed(runs, out, kind, path, how):
     unseen = path == STATE_FILE and how in ("a byte less", "absent")  # the same, or no checkpoint at all
     assert len(told) == (not unseen) and (unseen or path in told[0]), (path, how, told)
     assert losses(out) == losses(folder / kind)
-    whole, resumed = (read_state(checkpoint_path(place, 8)).files for place in (folder / kind, out))
-    trained = [name for name in whole if "/" in name]
-    assert trained and all(whole[name] == resumed[name] for name in trained), (path, how)
+    full, resumed = (read_state(checkpoint_path(place, 8)).files for place in (folder / kind, out))
+    trained = [name for name in full if "/" in name]
+    assert trained and all(full[name] == resumed[name] for name in trained), (path, how)
 
 
 def cases(runs, kind):
@@ -125,11 +125,11 @@ def test_after_any_damage_a_resumed_run_ends_as_if_there_had_been_none(kind, run
 def test_what_lies_beside_checkpoints_changes_no_resumed_run(runs, tmp_path):
     """Of a run directory, each other file, damaged or absent: one line that names it, or the same end."""
     folder, data = runs
-    whole = folder / "gpt"
-    names = [*sorted(path.name for path in whole.iterdir() if path.is_file()), "checkpoints/latest"]
+    full = folder / "gpt"
+    names = [*sorted(path.name for path in full.iterdir() if path.is_file()), "checkpoints/latest"]
     assert {"recipe.yaml", "data.json", "history.jsonl", "metrics.jsonl", "heartbeat.json"} <= set(names)
     arguments = [folder / "gpt.yaml", *data["gpt"], *SETTINGS]
-    shutil.copytree(whole, tmp_path / "one")
+    shutil.copytree(full, tmp_path / "one")
     shutil.rmtree(checkpoint_path(tmp_path / "one", 8))
     for name in names:
         for how in ("half of it", "absent"):
@@ -142,4 +142,4 @@ def test_what_lies_beside_checkpoints_changes_no_resumed_run(runs, tmp_path):
                 assert name in said.splitlines()[-1], (name, how, said)
             else:
                 assert {key: value for key, value in losses(out).items() if key[0] > 6} == pytest.approx(
-                    {key: value for key, value in losses(whole).items() if key[0] > 6}, rel=1e-5), (name, how)
+                    {key: value for key, value in losses(full).items() if key[0] > 6}, rel=1e-5), (name, how)

@@ -44,14 +44,14 @@ class Runs:
                   partitioning(layout.stage))
         return out
 
-    def whole(self, kind, layout, *more):
+    def full(self, kind, layout, *more):
         out = self.folder / "-".join([kind, str(layout), *more])
         return out if out.exists() else self.train(kind, layout, out, *more)
 
     def continued(self, kind, layout, other, *more):
         out = self.folder / "-".join([kind, str(layout), "at", str(other), *more])
         if not out.exists():
-            shutil.copytree(self.whole(kind, layout, *more), out)
+            shutil.copytree(self.full(kind, layout, *more), out)
             shutil.rmtree(out / "checkpoints" / f"step-{STEPS:07d}")
             self.train(kind, other, out, *more)
         return out
@@ -78,12 +78,12 @@ def assert_continues(runs, kind, layout, other):
     To 1e-5 of a loss (or of 0.1, if that is more) and 1e-5 of a tensor's largest weight: other layouts add in another
     order.
     """
-    whole, continued = runs.whole(kind, layout), runs.continued(kind, layout, other)
-    for mine, theirs in zip(figures(continued), figures(whole), strict=True):
+    full, continued = runs.full(kind, layout), runs.continued(kind, layout, other)
+    for mine, theirs in zip(figures(continued), figures(full), strict=True):
         for name in theirs.keys() - {"step"}:
             if not name.startswith(("grad_norm", "term_grad")):
                 assert abs(mine[name] - theirs[name]) <= 1e-5 * max(abs(theirs[name]), 0.1), (mine["step"], name)
-    for ours, theirs in zip(engine_folders(continued, STEPS), engine_folders(whole, STEPS), strict=True):
+    for ours, theirs in zip(engine_folders(continued, STEPS), engine_folders(full, STEPS), strict=True):
         (tensors, steps), (expected, expected_steps) = read_everything(ours), read_everything(theirs)
         assert tensors.keys() == expected.keys() and steps == expected_steps
         for name, value in expected.items():
@@ -139,7 +139,7 @@ def load_and_save(recipe, source, out, settings):
 ], ids=str)
 def test_nothing_changes_by_being_handed_over(runs, kind, layout, other, more, tmp_path):
     """Weights, both moments, averages, buffers and counts of updates: bit for bit, whatever the layouts."""
-    source = runs.whole(kind, layout, *more) / "checkpoints" / f"step-{SAVED:07d}"
+    source = runs.full(kind, layout, *more) / "checkpoints" / f"step-{SAVED:07d}"
     networks = run_ranks(load_and_save, other.tensor * other.data, runs.runs.recipe(kind, other, *MORE, *more), source,
                          tmp_path, zero_settings(other.stage))
     handed = engine_folders(tmp_path, SAVED)
@@ -151,17 +151,17 @@ def test_nothing_changes_by_being_handed_over(runs, kind, layout, other, more, t
                                                                                         "exp_avg_sq"}
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
         for name, value in networks[0].get(ours.name, {}).items():
-            whole = expected[("weights", name) if ("weights", name) in expected else ("whole", name)]
-            assert torch.equal(value, whole.to(value.dtype)), "what the network computes with"
+            full = expected[("weights", name) if ("weights", name) in expected else ("whole", name)]
+            assert torch.equal(value, full.to(value.dtype)), "what the network computes with"
 
 
 def test_a_run_that_writes_in_the_background_writes_the_same(runs):
     kind, layout = "gpt", LAYOUTS["gpt"][5]
-    whole = runs.whole(kind, layout)
-    other = runs.whole(kind, layout, "checkpoint.every=1", "checkpoint.asynchronous=true")
+    full = runs.full(kind, layout)
+    other = runs.full(kind, layout, "checkpoint.every=1", "checkpoint.asynchronous=true")
     assert len(list((other / "checkpoints").glob("step-*"))) == STEPS
     for step in (SAVED, STEPS):
-        for ours, theirs in zip(engine_folders(other, step), engine_folders(whole, step), strict=True):
+        for ours, theirs in zip(engine_folders(other, step), engine_folders(full, step), strict=True):
             assert {path.name: path.read_bytes() for path in ours.iterdir()} == {
                 path.name: path.read_bytes() for path in theirs.iterdir()}
 
@@ -173,9 +173,9 @@ def test_a_run_that_writes_in_the_background_writes_the_same(runs):
     ("gpt", LAYOUTS["gpt"][3], ["training.precision=bf16"]),
 ], ids=str)
 def test_the_same_layout_continues_bit_for_bit(runs, kind, layout, more):
-    whole, continued = runs.whole(kind, layout, *more), runs.continued(kind, layout, layout, *more)
-    assert figures(continued) == figures(whole)
-    for ours, theirs in zip(engine_folders(continued, STEPS), engine_folders(whole, STEPS), strict=True):
+    full, continued = runs.full(kind, layout, *more), runs.continued(kind, layout, layout, *more)
+    assert figures(continued) == figures(full)
+    for ours, theirs in zip(engine_folders(continued, STEPS), engine_folders(full, STEPS), strict=True):
         for path in sorted(theirs.iterdir()):
             assert (ours / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -225,5 +225,5 @@ def test_the_scale_of_an_fp16_loss_is_handed_over_between_its_two_kinds_of_keepe
 def test_the_pairs_train(runs):
     """Otherwise all of this would compare things that stand still."""
     for kind, layouts in LAYOUTS.items():
-        lines = [line for line in figures(runs.whole(kind, layouts[0])) if "loss" in line]
+        lines = [line for line in figures(runs.full(kind, layouts[0])) if "loss" in line]
         assert len({line["loss"] for line in lines}) == STEPS - SAVED

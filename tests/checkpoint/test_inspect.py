@@ -74,8 +74,8 @@ def test_a_checkpoint_says_everything(run, capsys):
 def test_what_is_not_whole_is_said(run, capsys):
     folder = run / "checkpoints" / "step-0000004"
     file = folder / "gpt" / "tensor-001-data-00000.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    full = file.read_bytes()
+    file.write_bytes(full[:-1] + bytes([full[-1] ^ 1]))
     assert inspect(capsys, run)[0] == 0, "without --check nothing is read"
     code, said = inspect(capsys, run, "--check")
     assert code == 1 and "step 4: complete" in said and f"DAMAGED: {file} is damaged" in said

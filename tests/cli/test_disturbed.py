@@ -64,12 +64,12 @@ def check(name, world, folder, count, seed):
     """Each disturbance `count` times at random moments."""
     (folder / "whole").mkdir()
     command = commands(world, folder / "whole")[name]
-    whole = command.run()
-    assert whole.code == 0, whole
+    full = command.run()
+    assert full.code == 0, full
     reference = content(command.out)
     assert reference
     for number, how in enumerate(DISTURBANCES):
-        for turn, moment in enumerate(moments(whole.seconds, count, seed + number)):
+        for turn, moment in enumerate(moments(full.seconds, count, seed + number)):
             place = folder / f"{how}-{turn}"
             place.mkdir()
             check_disturbed(commands(world, place)[name], reference, how, moment)

@@ -98,8 +98,8 @@ def damaged_zip(data, rng):
     """An archive with whole checksums around damaged members, or a damaged archive."""
     if rng.random() < 0.4:
         return corrupted(data, rng)
-    whole, kind = io.BytesIO(), [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2][int(rng.integers(3))]
-    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(whole, "w", kind) as target:
+    full, kind = io.BytesIO(), [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2][int(rng.integers(3))]
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(full, "w", kind) as target:
         names = source.namelist()
         wrong = names[int(rng.integers(len(names)))]
         for name in names:
@@ -107,7 +107,7 @@ def damaged_zip(data, rng):
             if name == wrong and rng.random() < 0.9:
                 content = damaged_npy(content, rng) if content[:6] == b"\x93NUMPY" else corrupted(content, rng)
             target.writestr(f"{name}x" if name == wrong and rng.random() < 0.1 else name, content)
-    return whole.getvalue()
+    return full.getvalue()
 
 
 HEADERS = ["{'descr': '<i8', 'fortran_order': False, 'shape': (10**15,), }",
@@ -152,8 +152,8 @@ def damaged_devkit(data, rng):
         return corrupted(data, rng)
     if rng.random() < 0.2:
         return gzip.compress(damaged_tar(gzip.decompress(data), rng), 1)
-    whole = io.BytesIO()
-    with tarfile.open(fileobj=io.BytesIO(data)) as source, tarfile.open(fileobj=whole, mode="w:gz",
+    full = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(data)) as source, tarfile.open(fileobj=full, mode="w:gz",
                                                                         compresslevel=1) as target:
         for member in source:
             content = source.extractfile(member).read()
@@ -161,7 +161,7 @@ def damaged_devkit(data, rng):
                 content = corrupted(content, rng)
             member.size = len(content)
             target.addfile(member, io.BytesIO(content))
-    return whole.getvalue()
+    return full.getvalue()
 
 
 class World:

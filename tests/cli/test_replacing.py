@@ -86,9 +86,9 @@ def test_a_damaged_source_or_a_failed_verification_leaves_the_earlier_result(to,
     assert convert(capsys, model, out, "--to", to)[0] == 0
     before = content(out) if to == "standalone" else out.read_bytes()
     damaged = save_standalone(tmp_path / "damaged", small_gpt().config, small_gpt().state_dict())
-    whole = bytearray((damaged / "model.safetensors").read_bytes())
-    whole[-100] ^= 1
-    (damaged / "model.safetensors").write_bytes(whole)
+    full = bytearray((damaged / "model.safetensors").read_bytes())
+    full[-100] ^= 1
+    (damaged / "model.safetensors").write_bytes(full)
     code, said = convert(capsys, damaged, out, "--to", to, "--overwrite", "--verify")
     assert code == 2 and "damaged" in said, said
     monkeypatch.setattr("gigatok_ds.checkpoint.verification._same_bits", lambda *_: False)

@@ -23,12 +23,12 @@ def test_it_is_the_product(rows, depth, columns):
 def test_a_row_is_the_same_bits_in_any_company():
     draws = torch.Generator().manual_seed(0)
     x, panels = torch.randn(40, 96, generator=draws), in_panels(torch.randn(50, 96, generator=draws))
-    threads, whole = torch.get_num_threads(), few_row_product(x, panels, 50)
+    threads, full = torch.get_num_threads(), few_row_product(x, panels, 50)
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
             for rows in (1, 2, 5, 15, 33):
-                assert torch.equal(few_row_product(x[:rows], panels, 50), whole[:rows])
+                assert torch.equal(few_row_product(x[:rows], panels, 50), full[:rows])
     finally:
         torch.set_num_threads(threads)
 

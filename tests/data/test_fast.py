@@ -38,10 +38,10 @@ def test_whole_images_are_nearly_the_same(size, quality):
 
 def test_large_images_are_decoded_at_a_fraction(monkeypatch):
     sizes = []
-    whole = fast._decode
+    full = fast._decode
 
     def spy(data, size, short_side):
-        pixels = whole(data, size, short_side)
+        pixels = full(data, size, short_side)
         sizes.append((pixels.shape[:2], short_side))
         return pixels
 
@@ -58,9 +58,9 @@ def test_large_images_are_decoded_at_a_fraction(monkeypatch):
 def test_images_of_every_size_stay_where_they_are_at_every_scale(size):
     """libjpeg's scaled image has ceil(side * k / 8) columns, which may stand for more than the image."""
     exact, close = (training_transform(size, (1.0, 1.0), False, decoding) for decoding in ("exact", "fast"))
-    whole, found = photograph(600, 600), {}
+    full, found = photograph(600, 600), {}
     for side in range(512, 601):
-        data = encode(whole.crop((0, 0, side, side)), "JPEG", quality=92)
+        data = encode(full.crop((0, 0, side, side)), "JPEG", quality=92)
         found[side] = psnr(*(way.decode(data, "x", np.random.default_rng(0)) for way in (exact, close)))
     multiples = min(value for side, value in found.items() if side % 8 == 0)
     assert multiples > 43 and min(found.values()) > multiples - 3, min(found, key=found.get)
@@ -118,10 +118,10 @@ def test_only_what_the_window_needs_is_resized(size):
         crop = FAST.draw(image.size, rng)
         pixels = np.array(image)
         found = fast._window(pixels, image.size, crop._replace(mirrored=False), SIZE).int()
-        whole = torch.nn.functional.interpolate(
+        full = torch.nn.functional.interpolate(
             torch.from_numpy(np.array(halved(image, crop.short_side))).permute(2, 0, 1)[None], mode="bicubic",
             antialias=True, size=resize_short_side(image, crop.short_side).size[::-1])[0].int()
-        expected = whole[:, crop.top : crop.top + SIZE, crop.left : crop.left + SIZE]
+        expected = full[:, crop.top : crop.top + SIZE, crop.left : crop.left + SIZE]
         assert (found - expected).abs().max() <= 2
         assert torch.equal(fast._window(pixels, image.size, crop._replace(mirrored=True), SIZE).int(), found.flip(2))
 

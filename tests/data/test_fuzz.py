@@ -109,7 +109,7 @@ def test_workers_replace_what_cannot_be_decoded(bad_images, decodable, decoding,
         limit(30)
         assert batch["images"].isfinite().all() and batch["images"].abs().max() <= 1
         replaced += batch["replaced"].tolist()
-    assert replaced == [flag for whole in decodable for flag in (not whole, False)]
+    assert replaced == [flag for full in decodable for flag in (not full, False)]
     assert batches.bad_samples.replaced == decodable.count(False) == len(batches.bad_samples.reasons)
 
 
@@ -152,14 +152,14 @@ def test_corrupted_tars_are_indexed_or_refused(small_tar, tmp_path, limit):
 
 
 def test_tars_that_change_after_indexing_are_noticed(small_tar, tmp_path, limit):
-    whole = small_tar.read_bytes()
+    full = small_tar.read_bytes()
     index = ShardIndex.open(shutil.copytree(small_tar.parent, tmp_path / "index"))
     original = [index.read(i) for i in range(5)]
     noticed = 0
     for number in range(CHANGED_TARS):
         limit()
         directory = shutil.copytree(tmp_path / "index", tmp_path / str(number))
-        (directory / "x.tar").write_bytes(corrupted(whole, np.random.default_rng(10_000 + number)))
+        (directory / "x.tar").write_bytes(corrupted(full, np.random.default_rng(10_000 + number)))
         try:
             index = ShardIndex.open(directory)
             for i in range(5):

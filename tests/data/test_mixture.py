@@ -137,9 +137,9 @@ def test_ranks_and_workers_do_not_matter(three, ranks, workers):
 
     alone = [batch["images"] for batch in batches(Share(rank=0, size=1), 0, 0)]
     parts = [batches(Share(rank=rank, size=ranks), workers, 1) for rank in range(ranks)]
-    for step, whole in enumerate(alone[1:]):
+    for step, full in enumerate(alone[1:]):
         together = [image for part in parts for image in part[step]["images"]]
-        assert all((ours == theirs).all() for ours, theirs in zip(together, whole, strict=True))
+        assert all((ours == theirs).all() for ours, theirs in zip(together, full, strict=True))
 
 
 def test_bad_samples_are_counted_by_source(tmp_path, caplog):

@@ -37,7 +37,7 @@ def random_cases(number):
 CASES = list(random_cases(40))
 
 
-def whole(size):
+def full(size):
     return ReadingPlan(global_batch_size=size, micro_batch_size=size, share=WHOLE)
 
 
@@ -80,7 +80,7 @@ def test_every_layout_reads_what_one_process_reads(case):
     count, size, ranks, micro, seed = case
     batches = GlobalBatches(count, size, seed)
     steps = 5
-    alone = [address for addresses in take(MicroBatches(batches, whole(size)), steps) for address in addresses]
+    alone = [address for addresses in take(MicroBatches(batches, full(size)), steps) for address in addresses]
     per_rank = micro_steps(size, ranks, micro)
     layout = [take(MicroBatches(batches, part(size, micro, rank, ranks)), steps * per_rank) for rank in range(ranks)]
     together = [address for parts in zip(*layout, strict=True) for part in parts for address in part]
@@ -116,11 +116,11 @@ def test_without_drop_last_every_epoch_reads_everything_once(case):
 def test_resuming_gives_the_same_batches(case):
     count, size, ranks, micro, seed = case
     per_step, resumed_at, steps = micro_steps(size, ranks, micro), 4, 9
-    whole = take(MicroBatches(GlobalBatches(count, size, seed), part(size, micro, ranks - 1, ranks)),
+    full = take(MicroBatches(GlobalBatches(count, size, seed), part(size, micro, ranks - 1, ranks)),
                  steps * per_step)
     rest = take(MicroBatches(GlobalBatches(count, size, seed), part(size, micro, ranks - 1, ranks, resumed_at)),
                 (steps - resumed_at) * per_step)
-    assert rest == whole[resumed_at * per_step :]
+    assert rest == full[resumed_at * per_step :]
 
 
 def test_a_far_step_needs_no_history():

@@ -224,9 +224,9 @@ SHAPES = [(64, 64), (100, 70), (70, 300), (40, 33), (500, 411), (17, 90), (129, 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_center_crop(shape):
     image, size = picture(*shape), 32
-    whole = resized(image, size)
-    top, left = (whole.shape[0] - size) // 2, (whole.shape[1] - size) // 2
-    assert (np.asarray(center_crop(image, size)) == whole[top : top + size, left : left + size]).all()
+    full = resized(image, size)
+    top, left = (full.shape[0] - size) // 2, (full.shape[1] - size) // 2
+    assert (np.asarray(center_crop(image, size)) == full[top : top + size, left : left + size]).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -238,11 +238,11 @@ def test_random_crop(shape, scale):
         crop = np.asarray(random_crop(image, size, scale, rng=recorder))
         (low, high, short), (zero_top, max_top, top), (zero_left, max_left, left) = recorder.drawn
         assert (low, high) == (math.ceil(size / scale[1]), math.ceil(size / scale[0]))
-        whole = resized(image, short)
-        assert (zero_top, max_top) == (0, whole.shape[0] - size)
-        assert (zero_left, max_left) == (0, whole.shape[1] - size)
+        full = resized(image, short)
+        assert (zero_top, max_top) == (0, full.shape[0] - size)
+        assert (zero_left, max_left) == (0, full.shape[1] - size)
         assert crop.shape == (size, size, 3)
-        assert (crop == whole[top : top + size, left : left + size]).all()
+        assert (crop == full[top : top + size, left : left + size]).all()
 
 
 def test_random_crop_reaches_both_ends_of_its_range():
@@ -313,9 +313,9 @@ def test_a_window_costs_less_and_has_the_same_bytes(width, height, size, seed, l
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
     crop = draw_crop(image.size, size, (low, 1.0), rng=rng)
-    whole = resize_short_side(image, crop.short_side)
-    assert whole.size == resized_size(image.size, crop.short_side)
-    window = whole.crop((crop.left, crop.top, crop.left + size, crop.top + size))
+    full = resize_short_side(image, crop.short_side)
+    assert full.size == resized_size(image.size, crop.short_side)
+    window = full.crop((crop.left, crop.top, crop.left + size, crop.top + size))
     assert resized_window(image, crop.short_side, crop.left, crop.top, size).tobytes() == window.tobytes()
 
 
@@ -338,10 +338,10 @@ def test_training_input_is_the_originals_bit_for_bit(shape):
         with Image.open(io.BytesIO(data)) as file:
             image = file.convert("RGB")
         short = draws.randint(256, 320)
-        whole = Image.fromarray(resized(image, short))
-        top, left = draws.randint(0, whole.height - size), draws.randint(0, whole.width - size)
+        full = Image.fromarray(resized(image, short))
+        top, left = draws.randint(0, full.height - size), draws.randint(0, full.width - size)
         mirrored = draws.random() < 0.5
-        window = whole.crop((left, top, left + size, top + size))
+        window = full.crop((left, top, left + size, top + size))
         tensor = functional.to_tensor(functional.hflip(window) if mirrored else window)
         theirs = functional.normalize(tensor, [0.5] * 3, [0.5] * 3)
         transform = training_transform(size)
@@ -395,9 +395,9 @@ def test_a_thousand_images_are_what_the_originals_loader_makes_of_them():
                 decode_image(data, f"image {number}")
             continue
         short = draws.randint(32, 40)
-        whole = Image.fromarray(resized(image, short))
-        top, left = draws.randint(0, whole.height - 32), draws.randint(0, whole.width - 32)
-        window = np.asarray(whole.crop((left, top, left + 32, top + 32)))
+        full = Image.fromarray(resized(image, short))
+        top, left = draws.randint(0, full.height - 32), draws.randint(0, full.width - 32)
+        window = np.asarray(full.crop((left, top, left + 32, top + 32)))
         mirrored = draws.random() < 0.5
         ours = training_transform(32).decode(data, "x", Scripted(short, top, left, mirrored))
         theirs = window[:, ::-1] if mirrored else window

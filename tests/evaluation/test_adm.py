@@ -87,9 +87,9 @@ def test_distances_beyond_float16_are_taken_in_float32():
 def test_blocks_do_not_matter(monkeypatch):
     rng = torch.Generator().manual_seed(3)
     reference, samples = (torch.randn(count, 5, generator=rng) for count in (23, 31))
-    whole = precision_recall(reference, samples)
+    full = precision_recall(reference, samples)
     monkeypatch.setattr("gigatok_ds.evaluation.adm.BLOCK", 3)
-    assert precision_recall(reference, samples) == whole
+    assert precision_recall(reference, samples) == full
 
 
 def test_equal_sets_and_too_few():

@@ -137,17 +137,17 @@ def test_what_would_not_compare_is_refused(batches, tmp_path, capsys):
 
 
 def test_folders_and_files_hold_the_same(batches, tmp_path):
-    whole = NpzImages(batches / "samples.npz")
+    full = NpzImages(batches / "samples.npz")
     for number in range(SAMPLES):
-        Image.fromarray(whole.read(range(number, number + 1))[0].permute(1, 2, 0).numpy()).save(
+        Image.fromarray(full.read(range(number, number + 1))[0].permute(1, 2, 0).numpy()).save(
             tmp_path / f"{number:06d}.png")
-    np.save(tmp_path / "labels.npy", whole.labels)
+    np.save(tmp_path / "labels.npy", full.labels)
     folder = open_images(tmp_path)
-    assert isinstance(folder, FolderImages) and len(folder) == SAMPLES and folder.size == tuple(whole.size)
-    assert torch.equal(folder.read(range(3, SAMPLES)), whole.read(range(3, SAMPLES)))
-    assert folder.labels.tolist() == whole.labels.tolist() == [number % 3 for number in range(SAMPLES)]
-    np.savez_compressed(tmp_path / "packed.npz", whole.read(range(SAMPLES)).permute(0, 2, 3, 1).numpy())
-    assert torch.equal(open_images(tmp_path / "packed.npz").read(range(SAMPLES)), whole.read(range(SAMPLES)))
+    assert isinstance(folder, FolderImages) and len(folder) == SAMPLES and folder.size == tuple(full.size)
+    assert torch.equal(folder.read(range(3, SAMPLES)), full.read(range(3, SAMPLES)))
+    assert folder.labels.tolist() == full.labels.tolist() == [number % 3 for number in range(SAMPLES)]
+    np.savez_compressed(tmp_path / "packed.npz", full.read(range(SAMPLES)).permute(0, 2, 3, 1).numpy())
+    assert torch.equal(open_images(tmp_path / "packed.npz").read(range(SAMPLES)), full.read(range(SAMPLES)))
     Image.new("RGB", (8, 8)).save(tmp_path / "000020.png")
     with pytest.raises(InputError, match=r"000020.png has \(8, 8\) pixels"):
         open_images(tmp_path).read(range(SAMPLES - 3, SAMPLES + 1))

@@ -160,8 +160,8 @@ def test_an_interrupted_probe_goes_on_and_ends_bitwise_the_same(world, tmp_path,
     assert state.is_file() and not (tmp_path / "parts" / "results.json").exists()
     assert "is the state of another probe" in refused(capsys, *command(world, tmp_path / "parts", "--seed", "1"))
     assert on_ranks(command(world, tmp_path / "parts")) == 0
-    whole, parts = load_file(tmp_path / "whole" / "probe.safetensors"), load_file(state)
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    full, parts = load_file(tmp_path / "whole" / "probe.safetensors"), load_file(state)
+    assert full.keys() == parts.keys() and all(torch.equal(full[name], parts[name]) for name in full)
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
 
 

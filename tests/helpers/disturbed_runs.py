@@ -177,11 +177,11 @@ def check_disturbed(command, reference, how, moment):
         left = [path.name for path in command.out.parent.glob(f".{command.out.name}.*")]
         assert not left, (what, left)
     again = command.run()
-    whole = (what, again)
+    full = (what, again)
     if again.code:
-        assert again.code == 2 and len(again.lines) == 1 and command.again and command.again in again.lines[0], whole
+        assert again.code == 2 and len(again.lines) == 1 and command.again and command.again in again.lines[0], full
     found = content(command.out)
-    assert found == reference, (whole, [name for name in reference if found.get(name) != reference[name]]
+    assert found == reference, (full, [name for name in reference if found.get(name) != reference[name]]
                                 if isinstance(found, dict) else "")
 
 

@@ -19,5 +19,5 @@ def read_everything(folder):
     saved = SavedEngine(folder)
     kinds = [kind for kind in (WEIGHTS, *MOMENTS, EMA) if saved.has(kind)]
     tensors = {(kind, name): saved.read(kind, name) for kind in kinds for name in saved.layout.parameters}
-    whole = {("whole", name): saved.read_whole(name) for name in saved.whole_names()}
-    return tensors | whole, saved.layout.adam_steps
+    full = {("whole", name): saved.read_full(name) for name in saved.full_names()}
+    return tensors | full, saved.layout.adam_steps

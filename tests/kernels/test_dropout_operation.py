@@ -20,14 +20,14 @@ def values(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_the_operator_drops_alike_forward_and_backward(whole):
+def test_the_operator_drops_alike_forward_and_backward(full):
     x = values(5, 4, 24).requires_grad_()
-    result = addressed_dropout(x, SAMPLES, RULE, 9, 11, whole)
-    assert torch.equal(result, dropped(x, SAMPLES, RULE, 9, 11, whole)) and 0 < (result == 0).float().mean() < 1
+    result = addressed_dropout(x, SAMPLES, RULE, 9, 11, full)
+    assert torch.equal(result, dropped(x, SAMPLES, RULE, 9, 11, full)) and 0 < (result == 0).float().mean() < 1
     upstream = values(4, 24, 5).permute(2, 0, 1)  # not contiguous
     found, = torch.autograd.grad(result, x, upstream)
-    assert torch.equal(found, dropped(upstream, SAMPLES, RULE, 9, 11, whole))
-    torch.library.opcheck(torch.ops.gigatok.addressed_dropout.default, (x, SAMPLES, RULE, 9, 11, whole))
+    assert torch.equal(found, dropped(upstream, SAMPLES, RULE, 9, 11, full))
+    torch.library.opcheck(torch.ops.gigatok.addressed_dropout.default, (x, SAMPLES, RULE, 9, 11, full))
 
 
 @pytest.mark.parametrize("kind", [Dropout, DropPath])

@@ -105,11 +105,11 @@ def test_exact_ties_go_to_the_lowest_index(device):
 
 def test_entropy_of_all_latents_is_the_sum_of_parts(device):
     latents, codebook = (x.to(device) for x in problem(300, 200, 8))
-    whole, first, second = (assignment_statistics(x, codebook) for x in (latents, latents[:100], latents[100:]))
+    full, first, second = (assignment_statistics(x, codebook) for x in (latents, latents[:100], latents[100:]))
     loss = assignment_entropy(latents, codebook, average=lambda q: (
-        assert_close(q, whole.average_probability.double(), 0), (first.average_probability + 2 *
+        assert_close(q, full.average_probability.double(), 0), (first.average_probability + 2 *
                                                                second.average_probability) / 3)[1])
-    assert loss.item() == pytest.approx(entropy_penalty(whole).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(entropy_penalty(full).item(), rel=1e-5)
 
 
 def test_no_latents(device):

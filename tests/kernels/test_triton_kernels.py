@@ -31,10 +31,10 @@ def dropout():
     samples, rule = torch.tensor([3, 2**33 + 1, 70, 2**62 - 5]), torch.tensor(rule_of(2**31 + 9, 0.3),
                                                                               dtype=torch.int32)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for shape, whole in (((5, 4, 40), False), ((5, 4, 40), True), ((1, 4, 2050), False), ((3, 4, 1), False)):
+        for shape, full in (((5, 4, 40), False), ((5, 4, 40), True), ((1, 4, 2050), False), ((3, 4, 1), False)):
             x = values(*shape, dtype=dtype)
-            found, expected = drop(x, samples, rule, 9, 11, whole), dropped(x, samples, rule, 9, 11, whole)
-            assert torch.equal(found == 0, expected == 0), (dtype, shape, whole)
+            found, expected = drop(x, samples, rule, 9, 11, full), dropped(x, samples, rule, 9, 11, full)
+            assert torch.equal(found == 0, expected == 0), (dtype, shape, full)
             close(found, expected, 0)
 
 
@@ -73,7 +73,7 @@ COMPILED = [
     ("dropout_triton", "drop_kernel",
      {"x": "*bf16", "out": "*bf16", "samples": "*i64", "rule": "*i32",
       **dict.fromkeys(("count", "batch", "width", "token", "feature"), "i32")},
-      {"WHOLE": False, "ROWS": 2, "COLUMNS": 1024}, 4),
+      {"PER_SAMPLE": False, "ROWS": 2, "COLUMNS": 1024}, 4),
     ("cross_entropy_triton", "totals_kernel",
      {"logits": "*bf16", "targets": "*i64", "totals": "*fp32", "picked": "*fp32", "vocabulary": "i32"},
      {"COLUMNS": 4096}, 8),

@@ -35,14 +35,14 @@ def test_group_norm_agrees_with_float64_and_repeats_to_the_bit(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("tokens, batch, width", [(1, 1, 1), (5, 4, 24), (257, 3, 768), (16, 7, 1537), (3, 2, 5000)])
-def test_dropout_keeps_what_it_keeps_on_a_cpu(tokens, batch, width, whole, dtype):
+def test_dropout_keeps_what_it_keeps_on_a_cpu(tokens, batch, width, full, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, batch, width, generator=generator).to(dtype)
     samples = torch.tensor([3, 2**33 + 1, 70, 2**62 - 5, 0, 1, 2**31])[:batch]
     rule = torch.tensor(rule_of(2**31 + 9, 0.3), dtype=torch.int32)
     ours = x.cuda().requires_grad_()
-    result = addressed_dropout(ours, samples.cuda(), rule.cuda(), 9, 11, whole)
-    assert torch.equal(result.cpu(), dropped(x, samples, rule, 9, 11, whole))
+    result = addressed_dropout(ours, samples.cuda(), rule.cuda(), 9, 11, full)
+    assert torch.equal(result.cpu(), dropped(x, samples, rule, 9, 11, full))
     gradient, = torch.autograd.grad(result, ours, x.cuda())
     assert torch.equal(gradient, result)
 

@@ -114,9 +114,9 @@ def test_augmentation_depends_on_the_draws_only():
 
 def test_an_image_is_augmented_alike_on_every_layout():
     images = torch.rand(6, 3, 16, 16, generator=seeded())
-    whole = diff_augment(images, draws(7, 6))
+    full = diff_augment(images, draws(7, 6))
     rows = torch.tensor([4, 1])
-    assert torch.equal(diff_augment(images[rows], SampleDraws(seeded(7), 6, rows)), whole[rows])
+    assert torch.equal(diff_augment(images[rows], SampleDraws(seeded(7), 6, rows)), full[rows])
 
 
 def test_extremes_of_each_operation_at_256_pixels():

@@ -55,13 +55,13 @@ def test_the_penalty_pulls_both_sides_together_and_the_means_take_no_gradient():
 
 @pytest.mark.parametrize("offset", [0, 2000])
 def test_micro_batches_of_a_step_count_as_one_batch(offset):
-    whole, parts = LeCam(start_step=1), LeCam(start_step=1)
+    full, parts = LeCam(start_step=1), LeCam(start_step=1)
     for step in range(1 + offset, 4 + offset):
         real, fake = logits(step, 1.0), logits(step + 1, -2.0)
-        whole.update(real, fake, step)
+        full.update(real, fake, step)
         for ours, theirs in zip(real.chunk(2), fake.chunk(2), strict=True):
             parts.update(ours, theirs, step)
-        torch.testing.assert_close(parts.mean_logits, whole.mean_logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(parts.mean_logits, full.mean_logits, rtol=0, atol=1e-6)
 
 
 def test_half_precision_logits_are_averaged_in_float32():

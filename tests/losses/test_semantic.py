@@ -183,20 +183,20 @@ def test_the_semantic_head_must_be_as_wide_as_the_teacher(name, width, file):
 def test_timms_published_files_give_their_normalised_patch_tokens(architecture, tmp_path):
     """Whole models as timm saves them, other grids, and what the network says of images of the published size."""
     torch.manual_seed(1)
-    whole = timm_library().create_model(architecture).eval()
-    for norm in (whole.norm, whole.fc_norm):
+    full = timm_library().create_model(architecture).eval()
+    for norm in (full.norm, full.fc_norm):
         if isinstance(norm, torch.nn.LayerNorm):
             torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
-    save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "model.safetensors")
-    size, patch = whole.patch_embed.img_size[0], whole.patch_embed.patch_size[0]
+    save_file({name: value.contiguous() for name, value in full.state_dict().items()}, tmp_path / "model.safetensors")
+    size, patch = full.patch_embed.img_size[0], full.patch_embed.patch_size[0]
     teacher = Teacher(architecture, tmp_path, grid=size // patch)
     images = pictures(size)
     with torch.no_grad():
-        tokens = whole.forward_features(teacher.vit.preprocess(images))[:, whole.num_prefix_tokens :]
-        if isinstance(whole.norm, torch.nn.Identity):
-            tokens = whole.fc_norm(tokens)
+        tokens = full.forward_features(teacher.vit.preprocess(images))[:, full.num_prefix_tokens :]
+        if isinstance(full.norm, torch.nn.Identity):
+            tokens = full.fc_norm(tokens)
     torch.testing.assert_close(teacher(images), tokens, rtol=0, atol=1e-5)
-    assert Teacher(architecture, tmp_path, grid=5)(images).shape == (2, 25, whole.embed_dim)
+    assert Teacher(architecture, tmp_path, grid=5)(images).shape == (2, 25, full.embed_dim)
 
 
 def test_alignment_is_minus_the_mean_cosine():

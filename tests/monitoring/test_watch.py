@@ -115,10 +115,10 @@ def test_two_ranks_say_what_one_says(runs, name, stage, more):
 def test_micro_batches_do_not_change_the_norms_of_what_is_a_mean_over_images(runs):
     # Without the discriminator, whose batch statistics are of a micro batch.
     options = ["loss.adversarial=null", "loss.quantizer.entropy=0.0", "training.steps=2"]
-    whole = runs.run("tokenizer", "whole", *options)
+    full = runs.run("tokenizer", "whole", *options)
     parts = runs.run("tokenizer", "parts", *options, "training.micro_batch_size=2", stage=2)
     names = ("reconstruction", "direct_reconstruction", "feature", "codebook", "commitment")
-    for ours, theirs in zip(read_metrics(parts)[:2], read_metrics(whole)[:2], strict=True):
+    for ours, theirs in zip(read_metrics(parts)[:2], read_metrics(full)[:2], strict=True):
         for name in names:
             assert ours[f"term_grad/{name}"] == pytest.approx(theirs[f"term_grad/{name}"], rel=1e-4), name
 

@@ -74,13 +74,13 @@ def test_a_zero_filled_tail_is_refused_wherever_it_begins(tmp_path):
 
 def test_a_zero_filled_shard_is_refused(tmp_path):
     directory = plain_tar(tmp_path / "in/x.tar", samples_of(*"abcdefghijklmnop"))
-    whole = (directory / "x.tar").read_bytes()
-    for keep in (cut for cut in cuts(whole) if (1 - cut) * len(whole) > 12_000):  # a tar may end in as many zeros
-        (directory / "x.tar").write_bytes(unfinished(whole, keep))
+    full = (directory / "x.tar").read_bytes()
+    for keep in (cut for cut in cuts(full) if (1 - cut) * len(full) > 12_000):  # a tar may end in as many zeros
+        (directory / "x.tar").write_bytes(unfinished(full, keep))
         refused(lambda: ShardIndex.open(directory), "x.tar")
-    (directory / "x.tar").write_bytes(whole + b"x" * 100)
+    (directory / "x.tar").write_bytes(full + b"x" * 100)
     refused(lambda: ShardIndex.open(directory), "not a whole uncompressed tar")
-    (directory / "x.tar").write_bytes(whole + b"anything but zeros" + bytes(10_222))
+    (directory / "x.tar").write_bytes(full + b"anything but zeros" + bytes(10_222))
     refused(lambda: ShardIndex.open(directory), "x.tar")
 
 

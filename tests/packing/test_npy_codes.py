@@ -41,13 +41,13 @@ def test_the_folder_or_its_parent_becomes_code_shards(original, tmp_path):
 
 def test_interrupted_it_goes_on_and_ranks_share_the_work(original, tmp_path):
     damaged = original / "imagenet256_codes" / "7.npy"
-    whole = damaged.read_bytes()
-    damaged.write_bytes(whole[:200])
+    full = damaged.read_bytes()
+    damaged.write_bytes(full[:200])
     arguments = dict(codebook_size=100, samples_per_shard=5)
     with pytest.raises(InputError, match=r"7.npy is not a plain .npy array"):
         convert_npy_codes(original, tmp_path / "out", **arguments)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["codes-000000.tar", "metadata.partial.json"]
-    damaged.write_bytes(whole)
+    damaged.write_bytes(full)
     with pytest.raises(InputError, match="begun with codebook_size 100, now it is 200"):
         convert_npy_codes(original, tmp_path / "out", codebook_size=200, samples_per_shard=5)
     for rank in (1, 0):

@@ -189,9 +189,9 @@ def test_parquet_without_what_is_asked_for(tmp_path, change, options, said):
 
 def test_damaged_parquet_is_one_line(tmp_path):
     file = next((datasets_parquet(tmp_path / "set", files=1) / "data").iterdir())
-    whole = file.read_bytes()
-    for cut in (0, 3, len(whole) // 2, len(whole) - 5):
-        file.write_bytes(whole[:cut])
+    full = file.read_bytes()
+    for cut in (0, 3, len(full) // 2, len(full) - 5):
+        file.write_bytes(full[:cut])
         with pytest.raises(InputError, match=r"is damaged .*Parquet file is expected") as caught:
             open_source(file)
         assert "\n" not in str(caught.value)

@@ -158,7 +158,7 @@ def losses_over_ranks(sequence_parallel):
     x = (x.chunk(2)[topology.tensor_rank] if sequence_parallel else x).requires_grad_()
     losses = head(x, targets)
     losses.backward(upstream)
-    return losses.detach(), x.grad, head.weight.grad, topology.layers.whole_features(head(x)).detach()
+    return losses.detach(), x.grad, head.weight.grad, topology.layers.full_features(head(x)).detach()
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -80,17 +80,17 @@ def test_another_seed_sample_or_layer_drops_others():
 
 def test_parts_are_parts_of_the_whole():
     x = torch.ones(8, 4, 16)
-    whole = Dropout(0.3)
+    full = Dropout(0.3)
     tokens = [Dropout(0.3, tokens=Share(rank=rank, size=2)) for rank in range(2)]
     features = [Dropout(0.3, features=Share(rank=rank, size=2)) for rank in range(2)]
-    for module in (whole, *tokens, *features):
+    for module in (full, *tokens, *features):
         name_dropouts(module)
     with dropout_at(0, SAMPLES):
-        expected = whole(x)
+        expected = full(x)
         assert torch.equal(torch.cat([tokens[rank](x[rank * 4 : rank * 4 + 4]) for rank in range(2)]), expected)
         assert torch.equal(torch.cat([part(x[..., :8]) for part in features], dim=-1), expected)
     with dropout_at(0, SAMPLES[2:]):
-        assert torch.equal(whole(x[:, 2:]), expected[:, 2:])
+        assert torch.equal(full(x[:, 2:]), expected[:, 2:])
     assert expected.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
 
 

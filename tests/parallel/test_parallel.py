@@ -60,13 +60,13 @@ def gradients_of_convolutions(tensor_size):
 
 
 def test_shared_convolutions_have_exact_gradients_and_half_the_images():
-    (whole, alone), = run_ranks(gradients_of_convolutions, 1, 1)
+    (full, alone), = run_ranks(gradients_of_convolutions, 1, 1)
     assert alone["cnn_encoder.conv_in"] == IMAGES and alone["cnn_decoder.conv_out"] == 2 * IMAGES
     for gradients, counts in run_ranks(gradients_of_convolutions, 2, 2):
         assert counts == {name: number // 2 for name, number in alone.items()}
         for name, gradient in gradients.items():
-            scale = whole[name].norm().clamp(min=1e-3)  # some are zero but for rounding
-            assert ((gradient - whole[name]).norm() / scale).item() < 1e-6, name
+            scale = full[name].norm().clamp(min=1e-3)  # some are zero but for rounding
+            assert ((gradient - full[name]).norm() / scale).item() < 1e-6, name
 
 
 def images_of_a_whole_run(recipe, out, settings):
@@ -113,7 +113,7 @@ def spread(sabotage):
     group = None if sabotage == "group" else topology.data_group
     with deepspeed.zero.Init(config_dict_or_path=settings, mpu=topology.mpu, data_parallel_group=group):
         network = GPT(small_gpt_config(), topology.layers)
-    initialise_(network, 0, whole=lambda p: deepspeed.zero.GatheredParameters(p, modifier_rank=0),
+    initialise_(network, 0, full=lambda p: deepspeed.zero.GatheredParameters(p, modifier_rank=0),
                 tensor_rank=topology.tensor_rank, tensor_size=2)
     if sabotage == "mark":
         del network.layers[1].feed_forward.w2.weight.tensor_model_parallel

@@ -91,9 +91,9 @@ def test_parameters_are_the_networks_own(recipes):
     from gigatok_ds.losses.composition import build_discriminator
 
     judge = build_discriminator(recipe.loss.adversarial, image_size=16)
-    whole = {"generator": sum(p.numel() for p in build_on_meta(recipe.model).parameters()),
+    full = {"generator": sum(p.numel() for p in build_on_meta(recipe.model).parameters()),
              "discriminator": sum(p.numel() for p in judge.parameters())}
-    assert {name: sum(sizes) for name, sizes in shapes_of(recipe).trained.items()} == whole
+    assert {name: sum(sizes) for name, sizes in shapes_of(recipe).trained.items()} == full
     assert sum(shapes_of(recipes("gpt",
                                  "parallel.tensor=2")).trained["gpt"]) < sum(shapes_of(recipes("gpt")).trained["gpt"])
 

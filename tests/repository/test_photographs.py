@@ -51,11 +51,11 @@ def recipe():
 def test_the_parts_of_a_photograph_are_disjoint_and_all_of_it(cropping):
     for name in cropping.PHOTOGRAPHS:
         path = cropping.find_photograph(name)
-        whole = np.asarray(decode_image(path.read_bytes(), name))
+        full = np.asarray(decode_image(path.read_bytes(), name))
         parts = cropping.split_photograph(name)
-        assert np.array_equal(np.hstack([parts["train"], parts["validation"]]), whole)
+        assert np.array_equal(np.hstack([parts["train"], parts["validation"]]), full)
         assert min(parts["validation"].size) >= cropping.LEAST_SIDE
-        gray = (whole == whole[..., :1]).all()
+        gray = (full == full[..., :1]).all()
         assert not gray, f"{name} has no colours"
 
 
@@ -84,9 +84,9 @@ def test_every_term_of_the_recipe_has_an_expectation_and_its_phase(report, recip
     found = {term.key: (term.expected, term.first, term.last) for term in report.terms_of(recipe)}
     loss, steps = recipe.loss, recipe.training.steps
     auxiliary, start = loss.auxiliary.end_step - 1, loss.adversarial.start_step
-    whole = ("falls", 1, steps)
+    full = ("falls", 1, steps)
     assert found == {
-        "loss/reconstruction": whole, "loss/perceptual": whole, "loss/semantic": whole,
+        "loss/reconstruction": full, "loss/perceptual": full, "loss/semantic": full,
         "loss/codebook": ("settles", 1, steps), "loss/commitment": ("settles", 1, steps),
         "loss/entropy": ("falls", 1, loss.quantizer.entropy_end_step - 1),
         "loss/feature": ("falls", 1, auxiliary), "loss/direct_reconstruction": ("falls", 1, auxiliary),

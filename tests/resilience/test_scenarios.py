@@ -89,8 +89,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs, tmp_path
     out = copy_of(runs, tmp_path, 6)
     newest = checkpoint_path(out, 6)
     victim = newest / "state.json" if damaged == "state.json" else newest / "gpt" / "tensor-000-data-00001.safetensors"
-    whole = victim.read_bytes()
-    victim.write_bytes(whole[:-9] if damaged == "cut off" else whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    full = victim.read_bytes()
+    victim.write_bytes(full[:-9] if damaged == "cut off" else full[:-9] + bytes([full[-9] ^ 1]) + full[-8:])
     run_ranks(train_with_faults, 2, recipe_of(folder, data), out, 1, [])
     told, = [line for line in read_history(out) if line["event"] == "damaged"]
     assert str(victim) in told["reason"]

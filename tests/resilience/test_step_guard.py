@@ -76,13 +76,13 @@ def test_a_step_of_one_rank_that_is_not_finite_is_left_out_of_everything(data, t
     assert found["faults"] == [skipped] and found["state"] == "finished"
     assert (found["steps_left_out"], found["share_left_out"]) == (1, 0.125)
     assert [line["skipped_share"] for line in read_metrics(out) if "skipped_share" in line] == [1 / 6, 1 / 7, 1 / 8]
-    whole = saved(out, 8)
+    full = saved(out, 8)
     for step in (7, 8):
         folder_of = checkpoint_path(out, step)
         folder_of.rename(tmp_path / folder_of.name)
     (out / "checkpoints" / "latest").unlink()
     run_ranks(train_with_faults, 2, recipe, out, stage, [])
-    assert differing(whole, saved(out, 8)) == []
+    assert differing(full, saved(out, 8)) == []
 
 
 @pytest.mark.parametrize("fault, kind", [("nan:rank=1,step=4,steps=2", "gpt"),

@@ -69,9 +69,9 @@ def test_one_process_saves_once_and_goes_on_bitwise(data, tmp_path, signals):
     assert start([folder / "gpt.yaml", "--out", tmp_path / "whole", *names, *steps])[0] == 0
     # The length of a run is part of its recipe, so the stopped run goes on as a branch of itself.
     assert start([folder / "gpt.yaml", "--out", tmp_path / "rest", *names, *steps, "--branch-from", stopped])[0] == 0
-    (whole_step, whole), (rest_step, rest) = newest(tmp_path / "whole"), newest(tmp_path / "rest")
-    assert whole_step == rest_step == step + 3 and whole.keys() == rest.keys()
-    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    (whole_step, full), (rest_step, rest) = newest(tmp_path / "whole"), newest(tmp_path / "rest")
+    assert whole_step == rest_step == step + 3 and full.keys() == rest.keys()
+    assert all(torch.equal(full[name], rest[name]) for name in full)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

@@ -276,19 +276,19 @@ def test_killed_from_outside_while_workers_read(source, expected, tmp_path):
     assert contents(out) == expected
 
 
-def interrupted(source, out, whole=2):
+def interrupted(source, out, full=2):
     """An extraction that ended after `whole` shards."""
     with contextlib.suppress(InterruptedError), pytest.MonkeyPatch.context() as patch:
         batches, latent = itertools.count(), Tokenizer.latent
 
         def interrupt(self, images):
-            if next(batches) == 2 * whole + 1:
+            if next(batches) == 2 * full + 1:
                 raise InterruptedError
             return latent(self, images)
 
         patch.setattr(Tokenizer, "latent", interrupt)
         extract(source, out)
-    assert sum(name.endswith(".tar") for name in contents(out)) == whole
+    assert sum(name.endswith(".tar") for name in contents(out)) == full
     return out
 
 

@@ -157,11 +157,11 @@ def codes_of_a_tensor_rank(path, size):
 def test_two_tensor_ranks_draw_the_codes_of_one(tmp_path):
     gpt = small_gpt(**WIDE, qk_norm=True)
     save_standalone(tmp_path / "gpt", gpt.config, gpt.state_dict())
-    (rows, heads, *whole), = run_ranks(codes_of_a_tensor_rank, 1, tmp_path / "gpt", 1)
+    (rows, heads, *full), = run_ranks(codes_of_a_tensor_rank, 1, tmp_path / "gpt", 1)
     assert (rows, heads) == (3 * 192, 4)
     for half_rows, half_heads, *codes in run_ranks(codes_of_a_tensor_rank, 2, tmp_path / "gpt", 2):
         assert (half_rows, half_heads) == (3 * 96, 2)
-        assert torch.equal(codes[0], whole[0]) and torch.equal(codes[1], whole[1])
+        assert torch.equal(codes[0], full[0]) and torch.equal(codes[1], full[1])
 
 
 def test_what_cannot_be_sampled_is_refused(tmp_path):

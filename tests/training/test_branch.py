@@ -65,13 +65,13 @@ def weights(run, part, step):
 def test_a_cool_down_is_bitwise_that_of_an_uninterrupted_run(runs, kind):
     trunk = runs.run("trunk", kind, CONSTANT)
     branch = runs.run("branch", kind, cool_down(8, hold=4), branch_from=trunk)
-    whole = runs.run("whole", kind, cool_down(8, hold=4))
+    full = runs.run("whole", kind, cool_down(8, hold=4))
     assert json.loads((branch / "branch.json").read_text()) == {"run": trunk.name, "checkpoint": "step-0000004"}
-    assert logged(branch, 0) == logged(whole, 5), "the branch has the steps from 5 on, and no others"
+    assert logged(branch, 0) == logged(full, 5), "the branch has the steps from 5 on, and no others"
     for part in PARTS[kind]:
-        ours, theirs = weights(branch, part, 8), weights(whole, part, 8)
+        ours, theirs = weights(branch, part, 8), weights(full, part, 8)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        files = [sorted((run / "checkpoints" / "step-0000008" / part).iterdir()) for run in (branch, whole)]
+        files = [sorted((run / "checkpoints" / "step-0000008" / part).iterdir()) for run in (branch, full)]
         assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 

@@ -103,11 +103,11 @@ def _to_training(args: argparse.Namespace, model, recipe) -> int:
     with shown(model.weights) as weights:
         write_start_point(recipe, weights, args.out, fresh=args.fresh, classes=model.classes)
     print(f"wrote {args.out}; train it with: gigatok-ds train {args.out}/recipe.yaml --out {args.out}")
-    _tell_start(args.out, model, recipe)
+    _report_start(args.out, model, recipe)
     return 0
 
 
-def _tell_start(run: Path, model, recipe) -> None:
+def _report_start(run: Path, model, recipe) -> None:
     """How good a tokenizer is at another size at first, where there are images to see it by."""
     from gigatok_ds.config.sources import locations_of
     from gigatok_ds.errors import InputError, MachineError
