@@ -140,11 +140,14 @@ class SavedEngine:
         """The whole network's state_dict, each tensor read when asked for: parameters of that kind, float32, and
         buffers.
         """
-        shapes = {name: self.shape(name) for name in self.layout.parameters}
+        full = set(self.full_names())
+        return LazyTensors(self.shapes(), lambda name: self.read_full(name) if name in full else self.read(kind, name))
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of every full tensor: trained parameters, frozen ones, buffers."""
         file = self._full_file(0)
         full = {name: self._joined_shape(name, self._files.shape(file, name)) for name in self.full_names()}
-        return LazyTensors(shapes | full,
-                           lambda name: self.read_full(name) if name in full else self.read(kind, name))
+        return {name: self.shape(name) for name in self.layout.parameters} | full
 
     def shape(self, name: str) -> list[int]:
         """Of a whole parameter."""

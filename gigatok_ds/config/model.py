@@ -136,6 +136,9 @@ class SemanticHeadConfig:
         at_least(1, "semantic_head", teacher_width=self.teacher_width)
 
 
+ENCODING_PARTS = ("cnn_encoder", "encoder", "quant_conv", "quantizer")  # of a tokenizer: codes depend on these alone
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """A GigaTok tokenizer: CNN encoder, transformer encoder, quantizer, transformer decoder, CNN decoder."""
@@ -194,6 +197,11 @@ class TokenizerConfig:
         )
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """What `training.freeze` may name, from an image to its reconstruction: the modules of models.tokenizer."""
+        return (*ENCODING_PARTS, "post_quant_conv", "decoder", "cnn_decoder")
+
+    @property
     def grid(self) -> int:
         """Side of the feature map between CNN and transformer."""
         return self.image_size // self.cnn.downscale
@@ -247,6 +255,14 @@ class GPTConfig:
         if self.drop_path and size.layers == 1:
             raise InputError(f"model.drop_path is {self.drop_path}, but it does nothing in a model of one layer; "
                              "set it to 0")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What `training.freeze` may name: the modules and parameters of models.gpt."""
+        positions = ("positional_embedding",) if self.positions == "learned" else ()
+        shared = ("adaLN",) if self.conditioning == "simple_adaln" else ()
+        final = () if self.conditioning == "prefix" else ("final_adaLN",)
+        return ("cls_embedding", "tok_embeddings", *positions, "layers", "norm", "output", *shared, *final)
 
     @property
     def grid(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -62,7 +63,7 @@ class TrainingConfig:
     original's:
     0.9999; null: none) keeps a moving average of the trained model's weights, which is what is exported then. `compile`
     compiles transformer layers and residual blocks by torch.compile, in that mode of it; "auto" is its default mode on
-    GPUs and nothing on CPUs.
+    GPUs and nothing on CPUs. `freeze` names parts of the model that stay as they are (docs/training.md).
     """
 
     steps: int
@@ -72,6 +73,7 @@ class TrainingConfig:
     compile: Literal["auto", "none", "default", "max-autotune-no-cudagraphs"] = "auto"
     seed: int = 0
     ema_decay: float | None = None
+    freeze: tuple[str, ...] = ()
     log_every: int = 100
     validate_every: int = 5000
 
@@ -227,6 +229,10 @@ class TokenizerRecipe:
         _validates_what_it_judges(self.training, self.checkpoint)
         for network, size in (("encoder", model.encoder_size), ("decoder", model.decoder_size)):
             _divides(tensor, f"the {network}'s attention heads", size.heads)
+        check_freeze(self.training.freeze, model.parts)
+        if self.loss.adversarial and self.loss.adversarial.adaptive_weight and "cnn_decoder" in self.training.freeze:
+            raise InputError("training.freeze has cnn_decoder, whose last layer loss.adversarial.adaptive_weight "
+                             "compares gradients at; leave it out, or set adaptive_weight to false")
         if self.parallel.sequence:
             _divides(tensor, "model.latent_tokens", model.latent_tokens)
             _divides(tensor, "the cells of the feature map", model.grid**2)
@@ -259,6 +265,7 @@ class GPTRecipe:
     def __post_init__(self) -> None:
         model, tensor = self.model, self.parallel.tensor
         _validates_what_it_judges(self.training, self.checkpoint)
+        check_freeze(self.training.freeze, model.parts)
         _divides(tensor, "the attention heads", model.transformer.heads)
         _divides(tensor, "the MLP's width", model.ffn_width)
         _divides(tensor, "model.vocab_size", model.vocab_size)
@@ -270,6 +277,15 @@ def _validates_what_it_judges(training: TrainingConfig, checkpoint: CheckpointCo
     if checkpoint.keep_best and checkpoint.every % training.validate_every:
         raise InputError(f"checkpoint.every is {checkpoint.every}; with checkpoint.keep_best it must be a multiple of "
                          f"training.validate_every, which is {training.validate_every}")
+
+
+def check_freeze(freeze: Sequence[str], parts: Sequence[str]) -> None:
+    """InputError for a part that the model does not have, and when nothing would be trained."""
+    for name in freeze:
+        if name not in parts:
+            raise InputError(f"training.freeze has {name!r}; parts of this model are {', '.join(parts)}")
+    if set(freeze) == set(parts):
+        raise InputError("training.freeze has all parts of the model, so there is nothing to train; leave some out")
 
 
 def _divides(tensor: int, what: str, value: int) -> None:

@@ -46,7 +46,8 @@ def rehearse(recipe: Recipe, samples: int, step: int, *, compiled: bool = False)
     """
     depths = depths_of(recipe)
     fewest = {side: min(layers, _fewest(recipe, side)) for side, layers in depths.items()}
-    if fewest == depths or recipe.parallel.recompute_every > 1:  # then neighbouring layers are not alike
+    # Neighbouring layers are not alike, or have no backward pass to be read at.
+    if fewest == depths or recipe.parallel.recompute_every > 1 or recipe.training.freeze:
         return Rehearsal(recipe, compiled=compiled).micro_batch(samples, step)
     rehearsal = Rehearsal(with_depths(recipe, fewest), compiled=compiled)
     layers = {side: _OneLayer(of_side, rehearsal) for side, of_side in _layers(rehearsal).items()}

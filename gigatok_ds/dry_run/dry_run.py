@@ -25,6 +25,7 @@ from gigatok_ds.dry_run.meter import BlockPass, Meter
 from gigatok_ds.dry_run.work import Operation, Work
 from gigatok_ds.engine.compilation import parts_of
 from gigatok_ds.losses.composition import TokenizerObjective, build_discriminator, build_objective
+from gigatok_ds.models.freezing import freeze_
 from gigatok_ds.models.frozen.pretrained_files import RANDOM
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
@@ -57,14 +58,15 @@ def without_files(loss: TokenizerLossConfig) -> TokenizerLossConfig:
 def build_trained(recipe: Recipe, layers: Layers) -> dict[str, nn.Module]:
     """The networks that are trained, on the current device: of a tokenizer's recipe, `generator` and `discriminator`.
     """
+    model = GPT(recipe.model, layers) if isinstance(recipe, GPTRecipe) else Tokenizer(recipe.model, layers)
+    freeze_(model, recipe.training.freeze)
     if isinstance(recipe, GPTRecipe):
-        return {"gpt": GPT(recipe.model, layers)}
-    tokenizer = Tokenizer(recipe.model, layers)
+        return {"gpt": model}
     adversarial = without_files(recipe.loss).adversarial
     if not adversarial:
-        return {"generator": tokenizer}
+        return {"generator": model}
     discriminate = build_discriminator(adversarial, layers, image_size=recipe.model.image_size)
-    return {"generator": tokenizer, "discriminator": discriminate}
+    return {"generator": model, "discriminator": discriminate}
 
 
 def objective_of(recipe: Recipe) -> TokenizerObjective | None:
@@ -92,12 +94,13 @@ def shapes_of(recipe: Recipe) -> Shapes:
         part = getattr(objective, name, None)
         if part is not None:
             frozen[name] = _bytes_of(part)
-    backbone = sum(parameter.nbytes for network in networks.values() for parameter in network.parameters()
-                   if not parameter.requires_grad)
-    if backbone:
-        frozen["the discriminator's backbone"] = backbone
+    still = {name: [parameter.numel() for parameter in network.parameters() if not parameter.requires_grad]
+             for name, network in networks.items()}
+    if backbone := sum(still.pop("discriminator", ())):
+        frozen["the discriminator's backbone"] = 4 * backbone
     buffers = sum(buffer.nbytes for network in networks.values() for buffer in network.buffers())
-    return Shapes(trained=trained, buffers=buffers, frozen=frozen)
+    return Shapes(trained=trained, buffers=buffers, frozen=frozen,
+                  frozen_parts={name: sizes for name, sizes in still.items() if sizes})
 
 
 def _bytes_of(network: nn.Module) -> int:

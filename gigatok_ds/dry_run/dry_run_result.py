@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gigatok_ds.dry_run.work import Work, from_rows
@@ -47,12 +47,13 @@ def from_list(values: list) -> MicroBatch:
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     """The networks of one tensor rank in numbers: elements of each trained parameter, bytes of buffers and frozen
-    networks.
+    networks, and elements of each parameter that `training.freeze` takes out of a trained one.
     """
 
     trained: dict[str, list[int]]
     buffers: int
     frozen: dict[str, int]
+    frozen_parts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:

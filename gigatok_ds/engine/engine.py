@@ -49,7 +49,8 @@ class Engine:
         With a seed, `build` leaves the initial weights to us: at stage 3 it runs under `zero.Init`, and no rank ever
         holds the whole network. Without one, `build` returns an initialised network, which should be small.
         `compile` compiles parts of the network and returns them; `recompute` switches activation checkpointing on. With
-        `ema_decay` a moving average of the weights is kept and saved, spread over the data ranks.
+        `ema_decay` a moving average of the weights is kept and saved, spread over the data ranks. Parameters that take
+        no gradient when they are built are frozen.
         """
         _prepare()
         settings = copy.deepcopy(settings)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.fragments import EMA, MOMENTS, WEIGHTS, Fragment, SavedEngine, SavedLayout, Snapshot
 from gigatok_ds.engine.host_copies import HostCopies
@@ -28,11 +28,12 @@ class LiveState:
     """The state of one DeepSpeed engine: views of it, copies of it, and putting it back."""
 
     def __init__(self, zero: ZeroStage, full: Callable[..., AbstractContextManager[Any]]):
-        """whole: a context in which a parameter that data ranks share out is whole, and may be changed on the first."""
+        """full: a context in which a parameter that data ranks share out is whole, and may be changed on the first."""
         self._zero, self._full_parameter = zero, full
         self._engine, self._network, self._topology = zero.engine, zero.network, zero.topology
         self._places = zero.places(share=True)
         self._copies = HostCopies(zero.topology.device)
+        self._frozen: dict[str, Tensor] = {}  # in float32, what the network computes with in a type of fewer bits
 
     def places(self) -> dict[str, Place]:
         """Where this data rank's part of each trained parameter is, at stage 0 an equal share of it."""
@@ -52,10 +53,15 @@ class LiveState:
             kinds[EMA] = dict(ema)
         buffers, gathered = {}, {}
         for name, value in self._full():
-            if hasattr(value, "ds_id"):
-                gathered[name] = value.detach().to("cpu", copy=True).contiguous()
+            frozen = isinstance(value, nn.Parameter)
+            if frozen and self._topology.data_rank > 0:
+                continue  # the first data rank writes it
+            if name in self._frozen:
+                gathered[name] = self._frozen[name]
+            elif hasattr(value, "ds_id"):
+                gathered[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
             else:
-                buffers[f"whole/{name}"] = value.detach()
+                buffers[f"whole/{name}"] = value.detach().float() if frozen else value.detach()
         parts = {f"{kind}/{name}": part.values for kind, by_name in kinds.items() for name, part in by_name.items()}
         copies, arrived = self._copies.take(parts, buffers)
         fragments = {kind: {name: Fragment(part.start, copies[f"{kind}/{name}"]) for name, part in by_name.items()}
@@ -76,6 +82,9 @@ class LiveState:
         self.before_change()
         for name, place in self._zero.places(share=False).items():
             stop = place.start + place.size
+            if name not in saved.layout.parameters:  # frozen there
+                place.view(place.holder).copy_(saved.read_full(name, **rank).flatten()[place.start:stop])
+                continue
             for kind in (WEIGHTS, *MOMENTS):
                 if saved.has(kind):
                     target = place.holder if kind == WEIGHTS else self._state(place)[kind]
@@ -86,9 +95,19 @@ class LiveState:
             kind = EMA if saved.has(EMA) else WEIGHTS  # a start point has no average: it begins with the weights
             values.copy_(saved.read_range(kind, name, start, start + len(values), **rank))
         for name, value in self._full():
-            value.copy_(saved.read_full(name, **rank))
+            self._restore_full(saved, name, value, rank)
         self._zero.refresh()
         self._set_counters(saved.layout.counters)
+
+    def _restore_full(self, saved: SavedEngine, name: str, value: Tensor, rank: Mapping[str, int]) -> None:
+        """A buffer, or a frozen parameter, which may have been trained before."""
+        if name in saved.layout.parameters:
+            found = saved.read_range(WEIGHTS, name, 0, value.numel(), **rank).reshape(value.shape)
+        else:
+            found = saved.read_full(name, **rank)
+        value.copy_(found)
+        if isinstance(value, nn.Parameter) and value.dtype != torch.float32 and self._topology.data_rank == 0:
+            self._frozen[name] = found.float().contiguous()
 
     def replicated(self, ema: Mapping[str, Fragment]) -> Iterator[Replicated]:
         """What several ranks hold alike: partitions on tensor ranks, unless cut; on data ranks what ZeRO leaves whole.
@@ -169,12 +188,17 @@ class LiveState:
 
     def _check(self, saved: SavedEngine) -> None:
         cuts, size = declared_shards(self._network), self._topology.tensor_size
-        ours = {}
-        for name, parameter in self._zero.trained.items():
+        ours, known = {}, saved.shapes()
+        for name, parameter in self._network.named_parameters():
             cut, local = cuts.get(name), shape_on_this_rank(parameter)
-            ours[name] = cut.full_shape(local, size) if cut else local
-        theirs = {name: saved.shape(name) for name in saved.layout.parameters}
+            ours[name] = list(cut.full_shape(torch.Size(local), size)) if cut else local
+        theirs = {name: list(shape) for name, shape in known.items() if name in ours or name in saved.layout.parameters}
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise InputError(f"{saved.folder} does not fit this run: {name} is {theirs.get(name, 'missing')} there "
                                  f"and {ours.get(name, 'missing')} here")
+        thawed = sorted(self._zero.trained.keys() - saved.layout.parameters.keys())
+        if thawed and saved.has(MOMENTS[0]):
+            raise InputError(f"{saved.folder} does not fit this run: {thawed[0]} was frozen there, so the optimizer "
+                             f"has no state for it ({len(thawed)} such parameters); go on from the weights alone "
+                             "(gigatok-ds convert --to training)")

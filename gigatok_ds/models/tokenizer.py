@@ -13,6 +13,7 @@ from gigatok_ds.models.cnn import CNNDecoder, CNNEncoder
 from gigatok_ds.models.initialisation import Fill, truncated_normal, uniform
 from gigatok_ds.models.latent_decoder import GridDecoder, LatentDecoder
 from gigatok_ds.models.latent_encoder import GridEncoder, LatentEncoder
+from gigatok_ds.models.positions import resizable, resized_grid
 from gigatok_ds.models.quantizer import QuantizerLosses, QuantizerOutput, VectorQuantizer
 from gigatok_ds.parallel.layers import PLAIN, Layers
 
@@ -72,7 +73,7 @@ class Tokenizer(nn.Module):
 
     @property
     def latent_tokens(self) -> int:
-        """How many codes an image has: of images of another shape (models.image_shape) not always the config's."""
+        """How many codes an image has: of images of another shape not always the config's."""
         rows, columns = self.decoder.grid
         return self.config.latent_tokens if self.config.layout == "1d" else rows * columns
 
@@ -84,6 +85,25 @@ class Tokenizer(nn.Module):
         is_weight = rest.endswith("weight")
         owner = self.get_submodule(name.rpartition(".")[0])
         return truncated_normal(0.02) if is_weight and "Norm" not in type(owner).__name__ else None
+
+    def set_image_shape(self, height: int, width: int) -> None:
+        """Take and return images (B, 3, height, width) from now on. The CNN takes any; the positions of its grids are
+        interpolated bicubically, latent tokens of the 1-D layout stay as many as they are.
+
+        Raises InputError unless both sides are multiples of a cell.
+        """
+        cell, before = self.config.image_size // self.config.grid, self.decoder.grid
+        if min(height, width) < cell or height % cell or width % cell:
+            near = " x ".join(str(max(round(side / cell), 1) * cell) for side in (height, width))
+            raise InputError(f"images of {height} x {width} cannot be cut into this tokenizer's cells of {cell} x "
+                             f"{cell} pixels; the nearest size is {near}")
+        self.decoder.grid, self.image_shape = (height // cell, width // cell), (height, width)
+        for name, how in resizable(self.config).items():
+            place, _, parameter = name.rpartition(".")
+            owner = self.get_submodule(place)
+            if how == "grid" and (table := getattr(owner, parameter, None)) is not None:
+                resized = resized_grid(table.detach().float().flatten(1), before, self.decoder.grid).to(table.dtype)
+                setattr(owner, parameter, nn.Parameter(resized.reshape(-1, *table.shape[1:]), table.requires_grad))
 
     def accept(self, images: Tensor) -> Tensor:
         """The images in the weights' dtype and on their device; InputError when they have another shape."""

@@ -47,6 +47,8 @@ def key_of(recipe: Recipe, *call: int) -> str:
     settings, parallel = recipe_to_dict(recipe), recipe.parallel
     what = [settings["model"], settings.get("loss"), recipe.training.precision, parallel.tensor, parallel.sequence,
             call]
+    if recipe.training.freeze:
+        what.append(sorted(recipe.training.freeze))
     if call:
         what += [parallel.recompute_every, getattr(parallel, "recompute_cnn", None)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

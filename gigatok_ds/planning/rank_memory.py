@@ -43,7 +43,8 @@ class Memory:
 def memory_of(recipe: Recipe, shapes: Shapes, activations: float, *, zero: Mapping, data_ranks: int) -> Memory:
     """zero: DeepSpeed's zero_optimization."""
     training = recipe.training
-    states = {name: state_of(sizes, zero=zero, data_ranks=data_ranks, precision=training.precision,
+    states = {name: state_of(sizes, shapes.frozen_parts.get(name, ()), zero=zero, data_ranks=data_ranks,
+                             precision=training.precision,
                              average=training.ema_decay is not None and name != "discriminator")
               for name, sizes in shapes.trained.items()}
     return Memory(states=states, frozen=shapes.frozen, buffers=shapes.buffers, activations=activations)

@@ -38,8 +38,9 @@ class EngineState(NamedTuple):
         return sum(self[:5])
 
 
-def state_of(sizes: Sequence[int], *, zero: Mapping, data_ranks: int, precision: str, average: bool) -> EngineState:
-    """Of a network with parameters of so many elements each on a tensor rank.
+def state_of(sizes: Sequence[int], frozen: Sequence[int] = (), *, zero: Mapping, data_ranks: int, precision: str,
+             average: bool) -> EngineState:
+    """Of a network with parameters of so many elements each on a tensor rank, and frozen ones.
 
     zero: the section zero_optimization of DeepSpeed's settings.
     """
@@ -49,13 +50,13 @@ def state_of(sizes: Sequence[int], *, zero: Mapping, data_ranks: int, precision:
     own = part if stage >= 1 else elements  # of the optimizer's
     has_masters = stage >= 1 or low == 2
     return EngineState(
-        parameters=low * (part if stage == 3 else elements),
+        parameters=low * (elements + sum(frozen)) / (data_ranks if stage == 3 else 1),
         gradients=low * (part if stage >= 2 else elements),
         master_weights=4 * own if has_masters else 0,
         moments=8 * own,
         average=4 * part if average else 0,
         buckets=low * _buckets(zero),
-        gathered=low * _gathered(sizes, zero) if stage == 3 else 0,
+        gathered=low * _gathered([*sizes, *frozen], zero) if stage == 3 else 0,
         update=_gradients_in_float32(own, stage, low) if has_masters else 0,  # Adam's fused kernel needs nothing
     )
 

@@ -13,6 +13,7 @@ from gigatok_ds.checkpoint.class_names import ClassNames
 from gigatok_ds.config.recipe import GPTRecipe
 from gigatok_ds.engine.compilation import compile_of
 from gigatok_ds.engine.engine import Engine
+from gigatok_ds.models.freezing import freeze_
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.monitoring.flops import GPTFlops
 from gigatok_ds.parallel.dropout import dropout_at
@@ -34,8 +35,9 @@ class GPTTask:
         self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
         self.class_names = source.class_names[: recipe.model.num_classes]
         self.engine = Engine(
-            lambda: GPT(recipe.model, topology.layers), recipe.optimizer, settings, topology=topology,
-            seed=recipe.training.seed, compile=compile_of(recipe.training.compile, topology.device, settings),
+            lambda: freeze_(GPT(recipe.model, topology.layers), recipe.training.freeze), recipe.optimizer, settings,
+            topology=topology, seed=recipe.training.seed,
+            compile=compile_of(recipe.training.compile, topology.device, settings),
             recompute=partial(recompute_, every_block=recipe.parallel.recompute_every),
             ema_decay=recipe.training.ema_decay,
         )

@@ -17,7 +17,8 @@ from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
 from gigatok_ds.config.load import save_resolved
 from gigatok_ds.config.location import masked
-from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.config.model import ENCODING_PARTS
+from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.files import write_atomically
 from gigatok_ds.ownership import is_ours, owned_by_first
 from gigatok_ds.parallel.cuda_queues import order_kernels
@@ -121,6 +122,8 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     advice = zero3_worth_it(parameters) if settings["zero_optimization"]["stage"] == 3 else None
     for warning in [*warnings, *([advice] if advice else []), *random_weight_warnings(recipe)]:
         logger.warning("%s", warning)
+    if note := freezing_note(recipe):
+        logger.info("note: %s", note)
     if note := precision_note(recipe.training.precision, device_has_bf16()):
         logger.info("note: %s", note)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -130,6 +133,18 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     save_resolved(recipe, run_dir / RECIPE_FILE)
     write_atomically(run_dir / DEEPSPEED_FILE, (json.dumps(settings, indent=2) + "\n").encode())
     write_environment(run_dir, command=sys.argv)
+
+
+def freezing_note(recipe: Recipe) -> str | None:
+    """What becomes of a tokenizer's codes where some of what makes them is frozen."""
+    frozen = [part for part in ENCODING_PARTS if part in recipe.training.freeze]
+    if not frozen or isinstance(recipe, GPTRecipe):
+        return None
+    trained = [part for part in ENCODING_PARTS if part not in frozen]
+    if not trained:
+        return "all that codes depend on is frozen, so they stay what they are, and GPTs trained on them stay valid"
+    return (f"codes change, though training.freeze has {', '.join(frozen)}: they also depend on {', '.join(trained)}, "
+            "which is trained")
 
 
 def _run_of(branch: Path | None) -> Path | None:

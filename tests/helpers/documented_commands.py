@@ -147,6 +147,7 @@ RULES = [
     Rule("gigatok-ds convert", replace={"--step 390000": "--step 4"}, removes="checkpoints/tokenizer-ss"),
     Rule("gigatok-ds convert checkpoints/tokenizer-ss runs/ss512",
          replace={"model.image_size=512": "model.image_size=32"}),
+    Rule("gigatok-ds convert checkpoints/tokenizer-ss runs/ss-decoder"),
     Rule("gigatok-ds inspect"),
     Rule("gigatok-ds reconstruct"),
     Rule("gigatok-ds export-graph"),

@@ -7,7 +7,6 @@ from small_models import SMALL, small_tokenizer, small_tokenizer_config
 from gigatok_ds import InputError
 from gigatok_ds.checkpoint.original import from_original, to_original
 from gigatok_ds.config.model import CNNConfig
-from gigatok_ds.models.image_shape import set_image_shape
 from gigatok_ds.models.latent_encoder import multi_level_pool
 
 CNN = dict(base_channels=32, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), residual_blocks=1)
@@ -51,7 +50,7 @@ def test_images_of_another_shape(changes):
     """16 x 24 pixels in cells of 2, after which the model's own shape is what it was but for rounding."""
     model, images = small_tokenizer(**changes), torch.rand(2, 3, 16, 24) * 2 - 1
     before = model.encode(images[..., :16]), model.decode(model.encode(images[..., :16]))
-    set_image_shape(model, 16, 24)
+    model.set_image_shape(16, 24)
     codes = model.encode(images)
     assert codes.shape == (2, model.latent_tokens) and model.latent_tokens == (
         96 if model.config.layout == "2d" else model.config.latent_tokens)
@@ -60,16 +59,16 @@ def test_images_of_another_shape(changes):
     with pytest.raises(InputError, match=r"takes \(batch, 3, 16, 24\)"):
         model.encode(images.transpose(2, 3))
     same = small_tokenizer(**changes)
-    set_image_shape(same, 16, 16)
+    same.set_image_shape(16, 16)
     assert torch.equal(same.encode(images[..., :16]), before[0])
     assert torch.allclose(same.decode(before[0]), before[1], atol=1e-5)
 
 
 def test_a_shape_that_cells_do_not_divide_is_refused_with_the_nearest():
     with pytest.raises(InputError, match=r"images of 17 x 24 cannot be cut .* cells of 2 x 2 pixels; .* is 16 x 24"):
-        set_image_shape(small_tokenizer(), 17, 24)
+        small_tokenizer().set_image_shape(17, 24)
     with pytest.raises(InputError, match="nearest size is 2 x 24"):
-        set_image_shape(small_tokenizer(), 1, 24)
+        small_tokenizer().set_image_shape(1, 24)
 
 
 def test_positions_of_another_shape_keep_their_directions():
@@ -79,7 +78,7 @@ def test_positions_of_another_shape_keep_their_directions():
     ramp = torch.arange(columns).float().expand(rows, columns).reshape(-1, 1, 1)
     with torch.no_grad():
         model.decoder.positional_embedding.copy_(ramp.expand_as(model.decoder.positional_embedding))
-    set_image_shape(model, 32, 24)
+    model.set_image_shape(32, 24)
     table = model.decoder.positional_embedding[:, 0, 0].reshape(16, 12)
     assert (table.diff(dim=1) > 0).all() and torch.allclose(table, table[:1].expand(16, 12), atol=1e-5)
 

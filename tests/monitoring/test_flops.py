@@ -134,4 +134,4 @@ def test_each_discriminator_can_be_counted(tmp_path, monkeypatch, name, size):
         patch_size=16, embed_dim=12, depth=12, num_heads=2, num_classes=0))
     flops = tokenizer_flops(tmp_path, f"model.image_size={size}", "loss.adversarial=null",
                             f"loss.adversarial={{start_step: 1, discriminator: {name}}}")
-    assert flops.of_step(4).model > flops._assess(1) > 0
+    assert flops.of_step(4).model > flops._discriminate(1) > 0

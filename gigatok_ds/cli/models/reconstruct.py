@@ -31,13 +31,12 @@ def height_and_width(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     from gigatok_ds.checkpoint.standalone import load_tokenizer
-    from gigatok_ds.models.image_shape import set_image_shape
     from gigatok_ds.precision import float32_arithmetic
     from gigatok_ds.sampling.reconstruct_images import reconstruct_folder
 
     tokenizer = load_tokenizer(args.tokenizer, device=args.device)
     if args.size:
-        set_image_shape(tokenizer, *args.size)
+        tokenizer.set_image_shape(*args.size)
     with float32_arithmetic():
         count, mean = reconstruct_folder(tokenizer, args.images, args.out)
     print(f"wrote {count} reconstructions to {args.out}; mean PSNR {mean:.2f} dB")
