@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gigatok_ds.app.views import code_colours, neutral_codes
-from gigatok_ds.checkpoint.standalone import CONFIG_FILE, load_gpt, load_tokenizer, read_config
+from gigatok_ds.checkpoint.standalone import CONFIG_FILE, check_same_codes, load_gpt, load_tokenizer, read_config
 from gigatok_ds.errors import InputError
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
@@ -42,6 +42,8 @@ def open_models(paths: Sequence[Path], *, device: str = "cpu", class_names: Path
     number.
     """
     found = find_models(paths)
+    if "gpt" in found:
+        check_same_codes(found["gpt"], found["tokenizer"], "give that one")
     tokenizer = load_tokenizer(found["tokenizer"], device=device)
     gpt = load_gpt(found["gpt"], device=device) if "gpt" in found else None
     if gpt is not None:

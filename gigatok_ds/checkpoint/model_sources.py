@@ -13,6 +13,7 @@ from gigatok_ds.checkpoint.class_names import CLASSES_FILE, read_classes
 from gigatok_ds.checkpoint.fragments import EMA, WEIGHTS, SavedEngine
 from gigatok_ds.checkpoint.original import from_original, read_original
 from gigatok_ds.checkpoint.run_directory import (
+    DATA_FILE,
     MODEL_PARTS,
     RECIPE_FILE,
     checkpoint_path,
@@ -21,12 +22,13 @@ from gigatok_ds.checkpoint.run_directory import (
     newest_checkpoint,
     read_state,
 )
-from gigatok_ds.checkpoint.standalone import described_config, lazy_weights, read_config
+from gigatok_ds.checkpoint.standalone import described_config, known_codes, lazy_weights, read_config
 from gigatok_ds.checkpoint.tensor_files import check_size, shapes_of
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.untrusted import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +112,15 @@ def open_run(path: Path, *, choice: str | None = None, step: int | None = None) 
     if choice == "ema" and not saved.has(EMA):
         raise InputError(f"{checkpoint} holds no averaged weights: the run had training.ema_decay=null")
     provenance = {"recipe": recipe.name, "checkpoint": checkpoint.name, "weights": choice, "metrics": state.metrics}
+    if codes := _codes_of(_beside(checkpoint, DATA_FILE)):
+        provenance["codes_sha256"] = codes
     return Model(config=recipe.model, weights=saved.tensors(EMA if choice == "ema" else WEIGHTS), provenance=provenance,
                  classes=read_classes(classes_file) if classes_file else (), place=path)
+
+
+def _codes_of(record: Path | None) -> str | None:
+    """What tells the codes that a GPT was trained on from those of other tokenizers, if its run has written it down."""
+    return None if record is None else known_codes(read_json(record))
 
 
 def _beside(checkpoint: Path, name: str) -> Path | None:

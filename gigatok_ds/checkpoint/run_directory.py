@@ -27,6 +27,7 @@ from gigatok_ds.untrusted import brief, read_json
 
 FORMAT = "gigatok-ds-training/1"
 STATE_FILE = "state.json"
+DATA_FILE = "data.json"  # what tells the data of a run from any other; see training.data_record
 RECIPE_FILE = "recipe.yaml"  # of a run and of each of its checkpoints
 # The engine that trains what is exported, by kind of recipe.
 MODEL_PARTS = {"tokenizer": "generator", "gpt": "gpt"}

@@ -28,7 +28,13 @@ from gigatok_ds.checkpoint.tensor_files import (
     groups_of,
     write_tensors,
 )
-from gigatok_ds.config.model import GPTConfig, TokenizerConfig, gpt_config_from_dict, tokenizer_config_from_dict
+from gigatok_ds.config.model import (
+    ENCODING_PARTS,
+    GPTConfig,
+    TokenizerConfig,
+    gpt_config_from_dict,
+    tokenizer_config_from_dict,
+)
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside, naming_failures, put_back, sha256, sync
 from gigatok_ds.models.gpt import GPT
@@ -51,6 +57,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _CONFIGS: dict[str, Callable[[dict[str, Any]], TokenizerConfig | GPTConfig]] = {
     "tokenizer": tokenizer_config_from_dict, "gpt": gpt_config_from_dict,
 }
+_USAGE = "quantizer.codebook_used"  # what training counts, and codes do not depend on
 
 
 def check_destination(path: Path, *, overwrite: bool = False) -> None:
@@ -86,12 +93,14 @@ def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weigh
     stay as they are. provenance and the names of a GPT's classes, if they are known, are stored in config.json. check
     is given the directory before it takes its place and may raise: then what was there stays. Raises InputError when
     `path` exists, unless `overwrite` is set and it is a standalone checkpoint itself with nothing else in it, and when
-    the weights are not those of the model.
+    the weights are not those of the model. A tokenizer's provenance also gets `codes_sha256`.
     """
     path = Path(path).resolve() if overwrite else Path(path)  # a link stays one
     check_destination(path, overwrite=overwrite)
     network = build_on_meta(config)
     check_fits(weights, written_specs(network), "the state_dict")
+    if isinstance(config, TokenizerConfig):
+        provenance = (provenance or {}) | {"codes_sha256": codes_sha256(weights, dtype)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_failures(path), directory_beside(path, replaceable=_refuse_foreign if overwrite else None) as scratch:
         description = {
@@ -125,6 +134,32 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], specs: Mapping[s
         index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs.values())}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return files
+
+
+def codes_sha256(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """SHA-256, in hexadecimal, of all that a tokenizer's codes depend on: of a state_dict, in float32, once its
+    parameters are of `dtype`. Tokenizers that have it in common give the same codes.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if name.partition(".")[0] in ENCODING_PARTS and name != _USAGE:
+            value = weights[name].detach().cpu().to(dtype or torch.float32).float().contiguous()
+            digest.update(f"{name} {list(value.shape)}\n".encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def known_codes(provenance: Mapping[str, Any]) -> str | None:
+    """The `codes_sha256` of a checkpoint's provenance; None where it does not say."""
+    found = provenance.get("codes_sha256")
+    return found if isinstance(found, str) else None
+
+
+def check_same_codes(gpt: str | Path, tokenizer: str | Path, remedy: str) -> None:
+    """Raise InputError when a GPT was trained on codes that another tokenizer makes, as far as both checkpoints say."""
+    asked, given = (known_codes(read_config(path)["provenance"]) for path in (gpt, tokenizer))
+    if asked and given and asked != given:
+        raise InputError(f"{gpt} was trained on codes of another tokenizer than {tokenizer}: SHA-256 {asked[:8]}..., "
+                         f"not {given[:8]}..., of what codes depend on; {remedy}")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

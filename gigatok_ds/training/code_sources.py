@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gigatok_ds.checkpoint.class_names import ClassNames
-from gigatok_ds.checkpoint.standalone import load_tokenizer, read_config
+from gigatok_ds.checkpoint.standalone import known_codes, load_tokenizer, read_config
 from gigatok_ds.config.model import tokenizer_config_from_dict
 from gigatok_ds.config.recipe import GPTRecipe
 from gigatok_ds.config.sources import sources_of
@@ -87,6 +87,14 @@ def _check_fit(recipe: GPTRecipe, source: str, found: dict) -> None:
             raise InputError(f"{source} has {name} {found[name]}, but {recipe.name} expects {value}")
 
 
+def _maker(metadata: dict) -> str | None:
+    """The `codes_sha256` of the tokenizer that has made code shards, if they say so."""
+    try:
+        return known_codes(metadata["provenance"]["tokenizer"]["provenance"])
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
 class ExtractedCodes:
     """Code shards, with one of their augmentations for each access; validation takes the first."""
 
@@ -96,6 +104,7 @@ class ExtractedCodes:
         data = recipe.data
         assert data.train is not None and data.validation is not None, "see check_run"
         parts: list[CodeDataset] = []
+        self._makers: dict[str, str] = {}  # of codes, by their hash: a place that has them
         index, self.mixture = open_sources(data.train, partial(self._index_of, parts))
         train = CodeDataset.joined(parts, index) if self.mixture else parts[0]
         self.train = self._numbered(train, classes)
@@ -107,6 +116,11 @@ class ExtractedCodes:
             raise InputError(f"data.second {data.second} is not of the same images as data.train {data.train}: it has "
                              f"{len(self.second)} samples beside {len(self.train)}, or other labels")
 
+    @property
+    def codes(self) -> dict[str, str]:
+        """What tells the codes of this tokenizer from those of others, if they say so."""
+        return {"codes": found} if (found := next(iter(self._makers), None)) else {}
+
     def _open(self, path: str, known: ClassNames) -> CodeDataset:
         """Code shards that fit this GPT, numbered by the names of its classes; InputError naming what differs."""
         return self._numbered(self._stored(path), known)
@@ -115,6 +129,12 @@ class ExtractedCodes:
         data = self.recipe.data
         codes = CodeDataset.open(path, ShardCache.of(data.cache, data.cache_gb, data.patience))
         _check_fit(self.recipe, path, codes.metadata)
+        if maker := _maker(codes.metadata):
+            other = next((place for known, place in self._makers.items() if known != maker), None)
+            if other:
+                raise InputError(f"the codes in {path} are of another tokenizer than those in {other}; give codes of "
+                                 "one")
+            self._makers[maker] = path
         return codes
 
     def _index_of(self, parts: list[CodeDataset], path: str) -> ShardIndex:
@@ -130,7 +150,7 @@ class ExtractedCodes:
     def identity(self) -> dict[str, str]:
         """What tells the data from any other; see ShardIndex.identity."""
         parts = [self.train] if self.second is None else [self.train, self.second]
-        return {"train": "+".join(part.index.identity() for part in parts),
+        return self.codes | {"train": "+".join(part.index.identity() for part in parts),
                 "validation": "+".join(codes.index.identity() for codes in self.held_out.values())}
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
@@ -176,7 +196,9 @@ class TokenizedImages:
     def identity(self) -> dict[str, str]:
         """What tells the data, and the tokenizer's weights, from any other; see ShardIndex.identity."""
         weights = json.dumps(read_config(self.tokenizer_path)["sha256"], sort_keys=True)
-        return {"train": self.train.identity(),
+        codes = known_codes(read_config(self.tokenizer_path)["provenance"])
+        return ({"codes": codes} if codes else {}) | {
+                "train": self.train.identity(),
                 "validation": "+".join(index.identity() for index in self.held_out.values()),
                 "tokenizer": hashlib.sha256(weights.encode()).hexdigest()}
 

@@ -9,14 +9,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from gigatok_ds.checkpoint.run_directory import DATA_FILE
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
 from gigatok_ds.parallel.topology import Topology
 from gigatok_ds.plain import from_plain
 from gigatok_ds.untrusted import brief, read_json
 
-DATA_FILE = "data.json"
 _CONSEQUENCE = {"train": ", and so would the order of samples", "tokenizer": ", and so would the codes",
+                "codes": ", which are another tokenizer's",
                 "validation": ", and its figures would not compare"}
 
 

@@ -51,7 +51,7 @@ OPTIONS = {
     "reconstruct": {"tokenizer", "images", "--out", "--device", "--size"},
     "sample": {"--gpt", "--tokenizer", "--classes", "--count", "--out", "--per-class", "--balanced", "--cfg",
                "--cfg-schedule", "--cfg-start", "--cfg-end", "--cfg-interval", "--temperature", "--top-k", "--top-p",
-               "--seed", "--batch-size", "--dtype", "--compile", "--tp", "--device"},
+               "--seed", "--batch-size", "--dtype", "--compile", "--tp", "--force", "--device"},
     "app": {"checkpoints", "--class-names", "--host", "--port", "--max-megabytes", "--max-total-megabytes",
             "--max-megapixels", "--device"},
     "evaluate": {"what", "source", "data", "--out", "--inception", "--vgg", "--reference", "--cache", "--tokenizer",

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from gigatok_ds.checkpoint.standalone import check_same_codes
     from gigatok_ds.errors import InputError
     from gigatok_ds.evaluation.probing.linear_probe import ProbeSettings
     from gigatok_ds.evaluation.results import in_words
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--depth and --no-dropout belong to --gpt; a tokenizer's features are named by --features")
     if args.gpt is not None and args.features is not None:
         raise InputError("--features are the tokenizer's; with --gpt leave them out")
+    if args.gpt is not None:
+        check_same_codes(args.gpt, args.tokenizer, "give that one")
     of = ProbedFeatures(tokenizer=args.tokenizer, of_tokenizer=args.features or "encoder", gpt=args.gpt,
                         depth=args.depth, dropout=not args.no_dropout)
     settings = ProbeSettings(epochs=args.epochs, warmup_epochs=args.warmup_epochs, base_lr=args.base_lr,

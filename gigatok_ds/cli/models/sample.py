@@ -48,10 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the network's part of a step: for GPUs")
     parser.add_argument("--tp", type=int, default=1, metavar="N",
                         help="ranks that share each layer of the GPT (default: 1)")
+    parser.add_argument("--force", action="store_true",
+                        help="decode with this tokenizer though the GPT was trained on codes of another")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
+    from gigatok_ds.checkpoint.standalone import check_same_codes
     from gigatok_ds.errors import InputError
     from gigatok_ds.parallel.topology import join_ranks, stop_process_group
     from gigatok_ds.precision import float32_arithmetic
@@ -71,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     settings = {"cfg_scale": args.cfg, "cfg_schedule": args.cfg_schedule, "cfg_interval": args.cfg_interval,
                 "cfg_schedule_kwargs": windows or None,
                 "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    if not args.force:
+        check_same_codes(args.gpt, args.tokenizer, "give that one, or --force")
     job = SamplingJob(gpt=args.gpt, tokenizer=args.tokenizer, settings=settings, seed=args.seed,
                       batch_size=args.batch_size, dtype=args.dtype, compile=args.compile)
     per_class = 8 if args.per_class is None else args.per_class
