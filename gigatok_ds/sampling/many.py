@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gigatok_ds.checkpoint.standalone import DTYPES, checkpoint_hash, load_gpt_part, load_tokenizer
+from gigatok_ds.checkpoint.standalone import DTYPES, check_same_codes, checkpoint_hash, load_gpt_part, load_tokenizer
 from gigatok_ds.errors import InputError
 from gigatok_ds.evaluation.image_metrics import to_uint8
 from gigatok_ds.models.gpt import GPT
@@ -31,7 +31,8 @@ from gigatok_ds.streams import numpy_stream
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingJob:
     """The models and how to draw with them. `settings` goes to `Sampler.codes`; dtype is the GPT's, a name of DTYPES
-    (the tokenizer always decodes in float32); batch_size None is that of `default_batch_size`."""
+    (the tokenizer always decodes in float32); batch_size None is that of `default_batch_size`. force: also with a
+    tokenizer that is not the one of whose codes the GPT is."""
 
     gpt: Path
     tokenizer: Path
@@ -40,6 +41,7 @@ class SamplingJob:
     batch_size: int | None = None
     dtype: str = "float32"
     compile: bool = False
+    force: bool = False
 
     def check(self) -> None:
         """InputError for a number that makes no sense, without looking at the models."""
@@ -50,6 +52,8 @@ class SamplingJob:
     def load(self, topology: Topology):
         """GPT (this tensor rank's part) and tokenizer, on this rank's device; after `check`."""
         self.check()
+        if not self.force:
+            check_same_codes(self.gpt, self.tokenizer, "give that one, or --force")
         gpt = load_gpt_part(self.gpt, topology, DTYPES[self.dtype])
         tokenizer = load_tokenizer(self.tokenizer, device=str(topology.device))
         check_pair(gpt, tokenizer)

@@ -1,7 +1,8 @@
 """Branches of a run: new runs that continue from a checkpoint of its constant learning rate, on their own schedules.
 
 So one long run with a constant rate (`schedule.kind` const, or wsd before its cool-down) serves cool-downs of several
-lengths. A branch is, from its checkpoint on, what an uninterrupted run of the branch's recipe would have been.
+lengths. A branch is, from its checkpoint on, what an uninterrupted run of the branch's recipe would have been. And
+extensions: a run that goes on for more steps than it was begun for, in its own directory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe
 from gigatok_ds.config.recipe import Recipe, ScheduleConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import write_atomically
+from gigatok_ds.training.schedules import lr_of_iteration
 
 BRANCH_FILE = "branch.json"
 # What a branch may have otherwise than the run it comes from: how long it is and how it cools down.
@@ -81,6 +83,28 @@ def check_branch(recipe: Recipe, run_dir: Path, source: Path | None) -> Path | N
             raise InputError(f"{run_dir} is a branch without a checkpoint of its own yet; give --branch-from again")
         return None
     return branch_point(recipe, source)
+
+
+def check_extension(earlier: Recipe, recipe: Recipe, run_dir: Path) -> None:
+    """InputError unless `recipe` is that of a run so far, but for more steps."""
+    before, after = earlier.training.steps, recipe.training.steps
+    if differing := [key for key in differing_keys(earlier, recipe) if key not in ("training.steps", *DATA_LOCATIONS)]:
+        raise InputError(f"{run_dir} was started with another recipe: {', '.join(differing)} differ; --extend-to "
+                         "changes training.steps alone")
+    if after < before:
+        raise InputError(f"--extend-to is {after}, but {run_dir} has training.steps {before} already; give more")
+
+
+def extension_note(earlier: Recipe, recipe: Recipe) -> str:
+    """What becomes of the learning rate where a run goes on beyond its last step."""
+    before, after = earlier.training.steps, recipe.training.steps
+    last, following = (lr_of_iteration(each.schedule, each.optimizer.lr, each.training.steps, before - 1 + number)
+                       for number, each in enumerate((earlier, recipe)))
+    said = f"{before} steps become {after}; the learning rate goes from {last:.3g} at step {before} to {following:.3g}"
+    if following > 1.5 * last:
+        said += (f", for a schedule of {recipe.schedule.kind} has been run down once and begins again higher up; a "
+                 "branch from before (--branch-from) has one course")
+    return said
 
 
 def record_branch(run_dir: Path, checkpoint: Path) -> None:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from gigatok_ds.checkpoint.class_names import ClassNames, classes_of_run, record_classes
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
-from gigatok_ds.config.load import save_resolved
+from gigatok_ds.config.load import load_recipe, save_resolved
 from gigatok_ds.config.location import masked
 from gigatok_ds.config.model import ENCODING_PARTS
 from gigatok_ds.config.recipe import GPTRecipe, Recipe, TokenizerRecipe
 from gigatok_ds.files import write_atomically
 from gigatok_ds.ownership import is_ours, owned_by_first
 from gigatok_ds.parallel.cuda_queues import order_kernels
-from gigatok_ds.training.branch import record_branch
+from gigatok_ds.training.branch import extension_note, record_branch
 from gigatok_ds.training.run_checks import check_run
 
 logger = logging.getLogger(__name__)
@@ -36,13 +36,13 @@ DEEPSPEED_FILE = "deepspeed.json"
 
 
 def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_from: Path | None = None,
-                 faults: Sequence[Fault] = ()) -> None:
+                 faults: Sequence[Fault] = (), *, extend: bool = False) -> None:
     """Train `recipe` in this process (one rank of however many were launched), into `run_dir`.
 
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
-    holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. `faults` happen on purpose
-    (resilience.fault_injection). Raises InputError for anything the user can mend, and when another job trains into
-    `run_dir`.
+    holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. extend: the recipe may have more
+    steps than the run was begun with. `faults` happen on purpose (resilience.fault_injection). Raises InputError for
+    anything the user can mend, and when another job trains into `run_dir`.
     """
     from gigatok_ds.engine.deepspeed_schema import check_with_deepspeed
     from gigatok_ds.monitoring.history import record_event
@@ -60,7 +60,7 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
 
     with leaving_at_once(lambda name: record_if_ours("stopped", name)):
         order_kernels(recipe.parallel.tensor)
-        branch = check_run(recipe, run_dir, branch_from)
+        branch = check_run(recipe, run_dir, branch_from, extend=extend)
         check_with_deepspeed(*check_settings(deepspeed, recipe))
         topology = start_process_group(tensor_size=recipe.parallel.tensor, sequence_parallel=recipe.parallel.sequence,
                                        timeout=collective_timeout(recipe.monitor.stall_seconds))
@@ -114,6 +114,7 @@ def failure_reason(text: str) -> str:
 def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], branch: Path | None) -> None:
     """Say what is odd about the settings, and write down what is about to be run."""
     from gigatok_ds.checkpoint.original import build_on_meta
+    from gigatok_ds.monitoring.history import record_event
     from gigatok_ds.precision import device_has_bf16, precision_note
     from gigatok_ds.training.environment import write_environment
     from gigatok_ds.training.frozen_weights import random_weight_warnings, record_frozen
@@ -127,6 +128,11 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     if note := precision_note(recipe.training.precision, device_has_bf16()):
         logger.info("note: %s", note)
     run_dir.mkdir(parents=True, exist_ok=True)
+    if (run_dir / RECIPE_FILE).is_file():
+        earlier = load_recipe(str(run_dir / RECIPE_FILE))
+        if earlier.training.steps != recipe.training.steps:
+            logger.warning("%s: %s", run_dir, extension_note(earlier, recipe))
+            record_event(run_dir, "extended", steps=earlier.training.steps, to=recipe.training.steps)
     record_frozen(recipe, run_dir, since=_run_of(branch) or run_dir)
     if branch:
         record_branch(run_dir, branch)

@@ -13,17 +13,19 @@ from gigatok_ds.config.recipe import GPTRecipe, Recipe
 from gigatok_ds.config.sources import locations_of
 from gigatok_ds.errors import InputError
 from gigatok_ds.monitoring.wandb_log import check_wandb
-from gigatok_ds.training.branch import OWN_KEYS, check_branch
+from gigatok_ds.training.branch import OWN_KEYS, check_branch, check_extension
 
 
-def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None) -> Path | None:
+def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None, *, extend: bool = False) -> Path | None:
     """Refuse missing data, weights or packages, settings that cannot be meant, and another recipe's directory.
 
     Downloads the weights of frozen networks that the recipe wants downloaded. Returns the checkpoint of another run
-    that this one continues from, if it does. Raises InputError, of the first check that finds something.
+    that this one continues from, if it does. extend: the recipe may have more steps than the run was begun with. Raises
+    InputError, of the first check that finds something.
     """
     for check in CHECKS:
         check(recipe, run_dir)
+    check_directory(recipe, run_dir, extend=extend)
     return check_branch(recipe, run_dir, branch_from)
 
 
@@ -86,17 +88,24 @@ def check_tokenizer(recipe: Recipe, run_dir: Path) -> None:
         check_sources(recipe)
 
 
-def check_directory(recipe: Recipe, run_dir: Path) -> None:
+def check_directory(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> None:
     """Refuse a directory in which another recipe was trained."""
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} exists and is not a directory")
     earlier = run_dir / RECIPE_FILE
     if not earlier.is_file():
+        if extend:
+            raise InputError(f"--extend-to goes on with a run, but {run_dir} holds none")
+        return
+    if extend:
+        check_extension(load_recipe(str(earlier)), recipe, run_dir)
         return
     differing = [key for key in differing_keys(load_recipe(str(earlier)), recipe) if key not in DATA_LOCATIONS]
     if differing:
         branch = ("" if set(differing) - set(OWN_KEYS) else
                   f", and continue there from this run's constant learning rate with --branch-from {run_dir}")
+        if differing == ["training.steps"]:
+            branch += f", or go on here with --extend-to {recipe.training.steps}"
         raise InputError(f"{run_dir} was started with another recipe: {', '.join(differing)} differ; "
                          f"choose another --out{branch}")
 
@@ -108,5 +117,5 @@ def check_frozen_networks(recipe: Recipe, run_dir: Path) -> None:
 
 
 CHECKS: tuple[Callable[[Recipe, Path], None], ...] = (
-    check_tracker, check_schedule, check_places, check_locations, check_shards, check_tokenizer, check_directory,
+    check_tracker, check_schedule, check_places, check_locations, check_shards, check_tokenizer,
     check_frozen_networks)

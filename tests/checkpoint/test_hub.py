@@ -17,7 +17,7 @@ from small_models import small_gpt, small_tokenizer
 
 import gigatok_ds
 from gigatok_ds.checkpoint import standalone
-from gigatok_ds.checkpoint.standalone import load_tokenizer, save_standalone
+from gigatok_ds.checkpoint.standalone import codes_sha256, load_tokenizer, save_standalone
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -107,7 +107,8 @@ def test_a_model_is_pushed_to_a_hub_and_comes_back(hub, tmp_path):
            "gigatok_ds.HubTokenizer.from_pretrained(sys.argv[1]).push_to_hub('me/small')", hub, tmp_path,
            tmp_path / "tok")
     assert set(Hub.repositories["me/small"]) >= {"config.json", "model.safetensors", "README.md"}
-    assert json.loads(Hub.repositories["me/small"]["config.json"])["provenance"] == {"recipe": "small"}
+    assert json.loads(Hub.repositories["me/small"]["config.json"])["provenance"] == {
+        "recipe": "small", "codes_sha256": codes_sha256(tokenizer.state_dict())}
     Hub.repositories["me/small"]["evil.py"] = b"raise SystemExit(1)"
     images = torch.randn(2, 3, 16, 16)
     torch.save(images, tmp_path / "images")
@@ -153,7 +154,7 @@ def test_a_directory_round_trip_of_both_kinds(tmp_path):
                                                                           "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt", "tok"], "nothing is left beside them"
     again = gigatok_ds.HubTokenizer.from_pretrained(tmp_path / "tok")
-    assert again.origin == {"recipe": "mine"} and again.config == tokenizer.config
+    assert again.origin["recipe"] == "mine" and again.config == tokenizer.config
     images, classes = torch.randn(2, 3, 16, 16), torch.tensor([1, 4])
     assert torch.equal(again.encode(images), tokenizer.encode(images))
     assert torch.equal(load_tokenizer(tmp_path / "tok").encode(images), tokenizer.encode(images))

@@ -20,7 +20,7 @@ from PIL import Image
 from rank_runs import run_ranks
 from small_models import small_tokenizer
 
-from gigatok_ds.checkpoint.standalone import identify, load_tokenizer, save_standalone
+from gigatok_ds.checkpoint.standalone import identify, known_codes, load_tokenizer, read_config, save_standalone
 from gigatok_ds.cluster.launched import ALONE, LaunchedRank, launched_rank
 from gigatok_ds.data.codes import CodeDataset
 from gigatok_ds.data.transforms import center_crop, decode_image, pixels_of, scale_pixels, to_tensor
@@ -125,7 +125,8 @@ def test_the_metadata_say_where_codes_come_from(source, expected):
 
     provenance = json.loads(expected["metadata.json"])["provenance"]
     assert provenance == {
-        "tokenizer": {"name": "tokenizer", "provenance": {"weights": "ema"},
+        "tokenizer": {"name": "tokenizer", "provenance": {"weights": "ema", "codes_sha256": known_codes(
+                          read_config(source / "tokenizer")["provenance"])},
                       "config_sha256": sha256("tokenizer/config.json"),
                       "weights_sha256": {"model.safetensors": sha256("tokenizer/model.safetensors")}},
         "crops": "flip", "image_size": 16, "shards": "images",
@@ -352,7 +353,7 @@ def test_other_contents_under_the_same_names_are_refused(source, others, tmp_pat
     out, moved = interrupted(source, tmp_path / "codes"), tmp_path / "moved"
     for before, now in (("other", "tokenizer"), ("images", "images"), ("tokenizer", "kept"), ("relabelled", "labels")):
         shutil.copytree(source / before, moved / now)
-    with pytest.raises(InputError, match=r"provenance.tokenizer.config_sha256 '"):
+    with pytest.raises(InputError, match=r"provenance.tokenizer.provenance.codes_sha256 '"):
         extract(moved, out)
     os.rename(moved / "tokenizer", moved / "other")
     os.rename(moved / "kept", moved / "tokenizer")

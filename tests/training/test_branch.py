@@ -13,7 +13,8 @@ from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
-from gigatok_ds.training.branch import branch_point, check_branch
+from gigatok_ds.training.branch import branch_point, check_branch, extension_note
+from gigatok_ds.training.run_checks import check_run
 
 PARTS = {"tokenizer": ("generator", "discriminator"), "gpt": ("gpt",)}
 CONSTANT = ["schedule={kind: const, warmup_steps: 2}", "training.steps=6"]
@@ -133,3 +134,56 @@ def test_a_directory_is_one_run_or_one_branch(runs, tmp_path):
     shutil.copy(branch / "branch.json", begun)
     with pytest.raises(InputError, match="give --branch-from again"):
         check_branch(recipe, begun, None)
+
+
+def trained(run):
+    return [line for line in logged(run, 1) if "loss" in line]
+
+
+def extend(recipe, out, stage=1):
+    from gigatok_ds.training.run import run_training
+
+    run_training(recipe, out, zero_settings(stage), extend=True)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "gpt"])
+def test_a_finished_run_goes_on_as_if_it_had_been_begun_for_longer(runs, kind, tmp_path):
+    """With a constant learning rate: bitwise, on other ranks within rounding; what was done is kept."""
+    trunk = runs.run("trunk", kind, CONSTANT)
+    more = [*CONSTANT, "training.steps=10"]
+    full = runs.run("long", kind, more)
+    extended = shutil.copytree(trunk, tmp_path / "extended")
+    run_ranks(extend, 1, runs.recipe(kind, more), extended)
+    assert trained(extended) == trained(full)  # the short run also validated at its last step
+    for part in PARTS[kind]:
+        assert all(torch.equal(value, weights(full, part, 10)[name])
+                   for name, value in weights(extended, part, 10).items())
+    events = [json.loads(line) for line in (extended / "history.jsonl").read_text().splitlines()]
+    assert [(event["steps"], event["to"]) for event in events if event["event"] == "extended"] == [(6, 10)]
+    assert load_recipe(str(extended / "recipe.yaml")).training.steps == 10
+    run_ranks(extend, 1, runs.recipe(kind, more), extended)  # the same again: nothing is left to do
+    assert trained(extended) == trained(full)
+
+
+def test_what_becomes_of_the_learning_rate_is_said(runs, tmp_path, capsys):
+    said = {}
+    for kind in ("const", "wsd", "cosine", "cosine_v2"):
+        schedule = [f"schedule={{kind: {kind}, warmup_steps: 2}}", "optimizer.lr=1e-3"]
+        said[kind] = extension_note(runs.recipe("gpt", [*schedule, "training.steps=100"]),
+                                    runs.recipe("gpt", [*schedule, "training.steps=200"]))
+        assert said[kind].startswith("100 steps become 200; the learning rate goes from ")
+    assert "from 0.001 at step 100 to 0.001" in said["const"] and "--branch-from" not in said["const"]
+    assert "to 0.001, for a schedule of wsd has been run down once" in said["wsd"]
+    assert "to 0.000516, for a schedule of cosine" in said["cosine"]
+
+
+def test_what_cannot_be_extended_is_refused(runs, tmp_path):
+    trunk = runs.run("trunk", "gpt", CONSTANT)
+    for more, out, said in (
+            ([*CONSTANT, "training.steps=4"], trunk, "--extend-to is 4, but .* has training.steps 6 already"),
+            ([*CONSTANT, "training.steps=9", "optimizer.lr=1e-2"], trunk, "optimizer.lr differ; --extend-to changes"),
+            (CONSTANT, tmp_path / "none", "goes on with a run, but .*none holds none")):
+        with pytest.raises(InputError, match=said):
+            check_run(runs.recipe("gpt", more), out, extend=True)
+    with pytest.raises(InputError, match=r"training.steps differ; .*, or go on here with --extend-to 9"):
+        check_run(runs.recipe("gpt", [*CONSTANT, "training.steps=9"]), trunk)

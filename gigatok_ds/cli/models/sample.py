@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gigatok_ds.checkpoint.standalone import check_same_codes
     from gigatok_ds.errors import InputError
     from gigatok_ds.parallel.topology import join_ranks, stop_process_group
     from gigatok_ds.precision import float32_arithmetic
@@ -74,10 +73,8 @@ def run(args: argparse.Namespace) -> int:
     settings = {"cfg_scale": args.cfg, "cfg_schedule": args.cfg_schedule, "cfg_interval": args.cfg_interval,
                 "cfg_schedule_kwargs": windows or None,
                 "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    if not args.force:
-        check_same_codes(args.gpt, args.tokenizer, "give that one, or --force")
     job = SamplingJob(gpt=args.gpt, tokenizer=args.tokenizer, settings=settings, seed=args.seed,
-                      batch_size=args.batch_size, dtype=args.dtype, compile=args.compile)
+                      batch_size=args.batch_size, dtype=args.dtype, compile=args.compile, force=args.force)
     per_class = 8 if args.per_class is None else args.per_class
     job.check()
     check_per_class(per_class)

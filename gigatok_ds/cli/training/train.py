@@ -9,6 +9,10 @@ The run resumes by itself when the output directory already holds a checkpoint. 
 serves several cool-downs, each a run of its own:
 
   gigatok-ds train GPT-B --out runs/gpt-cool-300k --branch-from runs/gpt training.steps=300000 data.train=...
+
+A run that is to go on for longer than it was begun for says what becomes of its learning rate:
+
+  gigatok-ds train runs/gpt/recipe.yaml --out runs/gpt --extend-to 400000
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="start from the newest checkpoint of another run's constant learning rate, or from the "
                              "checkpoint of it that is given (RUN/checkpoints/step-N), for instance to cool down over "
                              "training.steps")
+    parser.add_argument("--extend-to", type=int, metavar="STEPS",
+                        help="go on with the run in --out until this step, more than its training.steps so far")
     engine = parser.add_mutually_exclusive_group()
     engine.add_argument("--zero", type=int, choices=range(4), default=1, help="ZeRO stage (default: 1)")
     parser.add_argument("--tp", type=int, metavar="N",
@@ -72,12 +78,14 @@ def run(args: argparse.Namespace) -> int:
 
         faults = [parse_fault(text) for text in args.inject]
     tensor = [] if args.tp is None else [f"parallel.tensor={args.tp}"]
-    recipe, stage = load_recipe(args.recipe, [*args.overrides, *tensor]), args.zero
+    extended = [] if args.extend_to is None else [f"training.steps={args.extend_to}"]
+    recipe, stage = load_recipe(args.recipe, [*args.overrides, *tensor, *extended]), args.zero
     if args.auto:
         recipe, stage = _recommended(recipe, [*args.overrides, *tensor])
     order_kernels(recipe.parallel.tensor)
-    check_run(recipe, args.out, args.branch_from)
-    run_training(recipe, args.out, args.deepspeed or zero_settings(stage), args.branch_from, faults)
+    check_run(recipe, args.out, args.branch_from, extend=bool(extended))
+    run_training(recipe, args.out, args.deepspeed or zero_settings(stage), args.branch_from, faults,
+                 extend=bool(extended))
     return 0
 
 
