@@ -127,7 +127,7 @@ RULES = [
     Rule("gigatok-ds check-shards"),
     Rule("gigatok-ds check-cluster", replace={"--hostfile launch/hostfile.example": "--no-allreduce"}),
     Rule("gigatok-ds train", run="fork", replace={
-        "--extend-to 600000": "--extend-to 8",
+        "--extend-to 2000000": "--extend-to 8",
         "training.steps=1000000": "training.steps=4", "training.steps=500000": "training.steps=5",
         "data.train=s3://bucket/imagenet/train": "data.train=file://{world}/shards/train",
         "data.cache=/scratch/shards": "data.cache=scratch"}),

@@ -16,7 +16,7 @@ def resources():
         yield module
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))])
 def test_kernels_compile_without_spilling(resources, architecture):
     if build.toolkit() is None:
         pytest.skip("no CUDA toolkit (nvcc) on this machine")

@@ -146,7 +146,7 @@ def extend(recipe, out, stage=1):
     run_training(recipe, out, zero_settings(stage), extend=True)
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "gpt"])
+@pytest.mark.parametrize("kind", ["gpt", pytest.param("tokenizer", marks=pytest.mark.slow)])
 def test_a_finished_run_goes_on_as_if_it_had_been_begun_for_longer(runs, kind, tmp_path):
     """With a constant learning rate: bitwise, on other ranks within rounding; what was done is kept."""
     trunk = runs.run("trunk", kind, CONSTANT)

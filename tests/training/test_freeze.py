@@ -42,8 +42,8 @@ def is_frozen(recipe, name):
 
 
 @pytest.mark.parametrize("kind, layout", [
-    ("tokenizer", Layout(tensor=2, data=2, stage=3, sequence=True, recompute=True)),
-    ("gpt", Layout(tensor=2, data=2, stage=3, recompute=True)),
+    pytest.param("tokenizer", Layout(tensor=2, data=2, stage=3, sequence=True, recompute=True), marks=pytest.mark.slow),
+    pytest.param("gpt", Layout(tensor=2, data=2, stage=3, recompute=True), marks=pytest.mark.slow),
     ("gpt", Layout(tensor=1, data=2, stage=2)),
 ], ids=str)
 def test_layouts_train_like_a_single_process(runs, kind, layout):
@@ -65,7 +65,7 @@ def encode(path, images):
 
 
 @pytest.mark.parametrize(("layout", "other"), [
-    (Layout(data=2, stage=2), Layout(tensor=2, stage=1)),
+    pytest.param(Layout(data=2, stage=2), Layout(tensor=2, stage=1), marks=pytest.mark.slow),
     (Layout(data=2, stage=3), Layout(stage=2)),
 ], ids=str)
 def test_in_bf16_a_frozen_encoder_gives_the_same_codes_to_the_last_bit(runs, tmp_path, layout, other):
