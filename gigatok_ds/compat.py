@@ -45,7 +45,7 @@ def timm_library() -> ModuleType:
 
 
 def current_device_without_gpus() -> None:
-    """On a machine without GPUs, the current CUDA device is the CPU.
+    """Take the CPU for the current CUDA device, on a machine without GPUs.
 
     Megatron-core's layers (0.16.1) ask for it whatever their tensors are on (Megatron-LM pull request 6270).
     """

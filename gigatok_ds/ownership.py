@@ -234,7 +234,7 @@ def _flock(descriptor: int) -> bool | None:
 
 
 def _forget() -> None:
-    """In a forked child: what it keeps open would stay locked after its parent's death."""
+    """Close, in a forked child, what would stay locked after its parent's death."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()

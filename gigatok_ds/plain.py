@@ -64,7 +64,7 @@ def _instance(hint: type, value: Any, where: str) -> Any:
 
 
 def _one_of(options: tuple, value: Any, where: str) -> Any:
-    """By the first option that a value can be; a section is explained by the section's own error."""
+    """The value as the first option that it can be; a section is explained by the section's own error."""
     for option in options:
         if isinstance(value, dict) == (dataclasses.is_dataclass(option) or option is dict):
             try:

@@ -206,7 +206,7 @@ def _upload(gr, label: str, name: str):
 
 
 def _picture(gr, title: str, name: str, height: int | None = SIDE, buttons: tuple[str, ...] = ("download",)):
-    """With its title above, for Gradio's labels cover a corner of the picture."""
+    """A picture with its title above, for Gradio's labels cover a corner of it."""
     with gr.Column(min_width=200):
         gr.Markdown(title)
         return gr.Image(format="png", interactive=False, height=height, show_label=False, buttons=list(buttons),
@@ -223,7 +223,7 @@ def _on(event: Callable, **settings):
 
 
 def _clear(event, outputs: list) -> None:
-    """After a refused upload: of it, so that another can be dropped, and of what an earlier one left."""
+    """Clear, after a refused upload, it and what an earlier one left, so that another can be dropped."""
     event.failure(lambda: (None,) * len(outputs), outputs=outputs, show_progress="hidden", api_visibility="private")
 
 

@@ -18,7 +18,7 @@ MEGABYTE, MEGAPIXEL = 2**20, 10**6  # the former as Gradio's own message counts
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of an upload: the file's megabytes and the picture's megapixels; and the megabytes of all files that are kept at
+    """Limits of an upload: the file's megabytes and the picture's megapixels; and the megabytes of all files kept at
     a time. Raises InputError unless they are positive, the picture is one that `decode_image` decodes, and a file has
     room."""
 

@@ -144,13 +144,13 @@ class SavedEngine:
         return LazyTensors(self.shapes(), lambda name: self.read_full(name) if name in full else self.read(kind, name))
 
     def shapes(self) -> dict[str, list[int]]:
-        """Of every full tensor: trained parameters, frozen ones, buffers."""
+        """The shapes of all full tensors: trained parameters, frozen ones, buffers."""
         file = self._full_file(0)
         full = {name: self._joined_shape(name, self._files.shape(file, name)) for name in self.full_names()}
         return {name: self.shape(name) for name in self.layout.parameters} | full
 
     def shape(self, name: str) -> list[int]:
-        """Of a whole parameter."""
+        """The shape of a full parameter."""
         return self._joined_shape(name, self.layout.parameters[name])
 
     def _joined_shape(self, name: str, local: list[int]) -> list[int]:

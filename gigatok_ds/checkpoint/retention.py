@@ -12,7 +12,7 @@ from gigatok_ds.errors import InputError
 
 
 def steps_to_keep(metrics: dict[int, dict[str, float]], config: CheckpointConfig) -> set[int]:
-    """Of checkpoints, given as the validation figures of each step."""
+    """The steps whose checkpoints stay, of those whose validation figures are given."""
     kept = set(sorted(metrics)[-config.keep:])
     if config.keep_every:
         kept |= {step for step in metrics if step % config.keep_every == 0}

@@ -197,7 +197,7 @@ def lazy_weights(path: str | Path) -> LazyTensors:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Of a standalone checkpoint. Raises InputError when one is missing, or is said to be in another directory."""
+    """The weights files of a standalone checkpoint; InputError when one is missing, or said to be elsewhere."""
     names = [WEIGHTS_FILE]
     if (path / INDEX_FILE).is_file():
         try:

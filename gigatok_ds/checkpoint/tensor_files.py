@@ -150,7 +150,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Of all tensors, without reading any that is not in memory."""
+    """The shapes of all tensors, without reading any that is not in memory."""
     if isinstance(weights, LazyTensors):
         return weights.shapes
     return {name: tuple(value.shape) for name, value in weights.items()}

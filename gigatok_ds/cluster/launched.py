@@ -59,7 +59,7 @@ def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank:
 
 
 def launched_rank_or_alone() -> LaunchedRank:
-    """For messages and the process's end: a description that contradicts itself is told elsewhere."""
+    """The rank for messages and the process's end: a description that contradicts itself is told elsewhere."""
     try:
         return launched_rank()
     except InputError:

@@ -175,7 +175,7 @@ def refuse_unsupported(settings: dict[str, Any], source: str, recipe: Recipe) ->
 
 
 def _rules(path: str) -> Iterator[tuple[tuple[object, ...], str]]:
-    """Of a key and of the sections around it."""
+    """The rules that refuse a key, or a section around it."""
     while path:
         above, _, _ = path.rpartition(".")
         yield from (_REFUSED[name] for name in (path, f"{above}.*") if name in _REFUSED)

@@ -56,7 +56,7 @@ def with_steady_rows(gpt: GPT) -> tuple[GPT, int | None]:
 
 
 def can_pack(gpt: GPT) -> bool:
-    """On a CPU, in float32, with whole layers none of which has a bias, and something to multiply packed layers."""
+    """Whether a GPT is on a CPU, in float32, of full layers without a bias, and something multiplies packed ones."""
     weight = gpt.output.get_parameter("weight")
     return (gpt.config.conditioning == "prefix" and isinstance(gpt.output, nn.Linear) and weight.device.type == "cpu"
             and weight.dtype == torch.float32 and (HAS_ONEDNN or has_few_row_product(weight)))

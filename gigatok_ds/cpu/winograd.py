@@ -34,7 +34,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """At the input (B, C, H, W), from the gradient (B, C', H, W) at the output."""
+    """The gradient at the input (B, C, H, W), from that (B, C', H, W) at the output."""
     # A convolution, too, with the weight turned by 180 degrees.
     return _convolved(gradient, _points(_OF_SQUARES.flip(1), weight).transpose(1, 2), None)
 
@@ -56,7 +56,7 @@ def _convolved(x: Tensor, points: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """At the weight (C', C, 3, 3), from x (B, C, H, W) and the gradient (B, C', H, W) at the output."""
+    """The gradient at the weight (C', C, 3, 3), from x (B, C, H, W) and that (B, C', H, W) at the output."""
     kernels = torch.ops.gigatok_native
     result = x.new_empty(gradient.shape[1], x.shape[1], 3, 3)
     points = x.new_zeros(_POINTS, *result.shape[:2])

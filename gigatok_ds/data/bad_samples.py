@@ -60,7 +60,7 @@ class BadSamples:
         return f"{', '.join(parts)}{rest} (the last: {next(reversed(self.reasons.values()))})"
 
     def _report(self, new: list[str]) -> None:
-        """Of the reasons, which are counted already, these are the latest."""
+        """Log the latest reasons, which are counted already."""
         known = len(self.reasons)
         for reason in new[: max(REPORTED_SINGLY - (known - len(new)), 0)]:
             logger.warning("%s; its neighbour takes its place", reason)

@@ -110,7 +110,7 @@ def _window(pixels: np.ndarray, image_size: tuple[int, int], crop: Crop, size: i
 
 
 def _needed(length: int, resized: int, end: int) -> int:
-    """Of the pixels along a side, how many the first `end` of the resized ones are made of."""
+    """How many of the pixels along a side the first `end` of the resized ones are made of."""
     if resized >= length:
         return length
     reach = 3  # of the bicubic filter, in resized pixels

@@ -185,7 +185,7 @@ class _AugmentedImages(Dataset):
                 index.check_labels(num_classes)
 
     def __getitem__(self, address: SampleAddress) -> dict:
-        """Of the sample or, if it cannot be used, the next one that can: a bad file must not end a long run."""
+        """The sample or, if it cannot be used, the next one that can: a bad file must not end a long run."""
         bad: list[BadSample] = []
         if self.read_ahead:
             self.index.read_ahead(address.sample, address.epoch)

@@ -68,7 +68,7 @@ class MixedBatches:
         return epochs, samples
 
     def _dealt(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of positions first ... end - 1: whose each is, and how many that source has had before."""
+        """Whose each of the positions first ... end - 1 is, and how many that source has had before."""
         blocks = range(first // _BLOCK, (end - 1) // _BLOCK + 1)
         self._blocks = {block: self._blocks[block] if block in self._blocks else self._block(block) for block in blocks}
         sources, ordinals = (np.concatenate([self._blocks[block][part] for block in blocks]) for part in (0, 1))
@@ -91,7 +91,7 @@ class MixedBatches:
         return [end - start for start, end in pairwise(ends)]
 
     def _orders_of(self, source: int, epochs: list[int]) -> dict[int, Order]:
-        """Of these epochs of a source, which are kept until it is in others."""
+        """The orders of these epochs of a source, which are kept until it is in others."""
         kept = self._orders.get(source, {})
         self._orders[source] = {epoch: kept[epoch] if epoch in kept else self._order(source, epoch) for epoch in epochs}
         return self._orders[source]

@@ -73,7 +73,7 @@ def evaluate(demo: Workspace) -> dict[str, float]:
 
 
 def probe_accuracy(demo: Workspace) -> float:
-    """Of a linear probe on the training images, on the test images: a third of the published protocol's epochs."""
+    """The test accuracy of a linear probe on the training images: a third of the published protocol's epochs."""
     train = ShardIndex.open(demo.shards["train"])
     settings = ProbeSettings(classes=len(demo.source.classes), epochs=PROBE_EPOCHS, warmup_epochs=PROBE_EPOCHS // 9,
                              base_lr=PROBE_LR, batch_size=min(PROBE_BATCH, len(train)),

@@ -230,7 +230,7 @@ def _claimed_gpu() -> Iterator[None]:
 
 
 def _operation(node) -> Operation | None:
-    """Of a node of Inductor's scheduler; None where nothing runs."""
+    """The operation of a node of Inductor's scheduler; None where nothing runs."""
     read, written = (sum(node.get_read_write_buffer_accesses(include_reads=reads, include_writes=not reads).values())
                      for reads in (True, False))
     if not read + written:

@@ -191,7 +191,7 @@ class Rehearsal:
                           work=Work(cast("Counter[Operation]", meter.calls)))  # blocks among them: see `as_compiled`
 
     def as_compiled(self, found: MicroBatch, samples: int) -> MicroBatch:
-        """With the kernels that compiled blocks run."""
+        """The micro batch with the kernels that compiled blocks run."""
         total, sent = Work(), self.traffic.sent.copy()
         for call, count in cast("dict[Operation | BlockPass, float]", found.work.calls).items():
             if isinstance(call, BlockPass):
@@ -227,7 +227,7 @@ class Rehearsal:
 
 
 def _trained(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """In the training's type, with gradients that are gone when they are whole: they are counted elsewhere."""
+    """The network in the training's type; gradients are gone when they are complete: they are counted elsewhere."""
     network.to(dtype).train()
     name_dropouts(network)
     for parameter in network.parameters():

@@ -23,18 +23,18 @@ class MicroBatch(NamedTuple):
     work: Work
 
     def plus(self, more: MicroBatch, times: int = 1) -> MicroBatch:
-        """With so many times what the other one takes."""
+        """This micro batch with so many times what the other one takes."""
         return MicroBatch(self.kept + times * more.kept, self.flops + times * more.flops,
                           self.model + times * more.model, self.sent + times * more.sent,
                           self.work + times * more.work)
 
     def of_samples(self, factor: float) -> MicroBatch:
-        """With `factor` times as many samples, in as many kernels."""
+        """This micro batch with `factor` times as many samples, in as many kernels."""
         return MicroBatch(self.kept * factor, self.flops * factor, self.model * factor, self.sent * factor,
                           self.work.of_samples(factor))
 
     def as_list(self) -> list:
-        """For a file, without the names of operations."""
+        """A list for a file, without the names of operations."""
         return [*self[:-1], self.work.rows()]
 
 

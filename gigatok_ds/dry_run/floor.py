@@ -16,7 +16,7 @@ from gigatok_ds.dry_run.work import Operation, Rates
 
 
 class FloorPart(NamedTuple):
-    """Of a storage, as a tensor sees it: where it begins, and how many elements it has."""
+    """The part of a storage that a tensor sees: where it begins, and how many elements it has."""
 
     storage: int
     offset: int

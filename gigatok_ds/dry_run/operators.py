@@ -94,7 +94,7 @@ def flops_of(function: OpOverload, args: Sequence, kwargs: Mapping, result: obje
 
 
 def kind_of(function: OpOverload, args: Sequence) -> str:
-    """Of its products: "half"; "tf32" where torch is set up to let tensor cores round float32; else "fp32"."""
+    """The kind of its products: "half"; "tf32" where torch lets tensor cores round float32; else "fp32"."""
     dtype = next((tensor.dtype for tensor in _tensors(args) if tensor.dtype.is_floating_point), torch.float32)
     if dtype.itemsize <= 2:
         return "half"

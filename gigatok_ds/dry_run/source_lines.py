@@ -57,7 +57,7 @@ class Sources:
         self._places: dict[int, SourceLine] = {}
 
     def here(self, block: BlockCall | None) -> SourceLine:
-        """Of the operation that is being dispatched. block: the compiled block that is running forward, if any."""
+        """The source line of the operation being dispatched. block: the compiled block that runs forward, if any."""
         frame: FrameType | None = sys._getframe(1)
         source, context, norm, engine = None, None, False, False
         while frame is not None:

@@ -23,5 +23,5 @@ def update_bytes(*, half: bool, partitioned: bool, average: bool) -> dict[str, i
 
 
 def bucket_bytes(*, half: bool, partitioned: bool) -> int:
-    """Of a micro batch, for each parameter of a rank: its gradient is copied into a bucket that is sent."""
+    """Bytes of a micro batch, for each parameter of a rank: its gradient is copied into a bucket that is sent."""
     return 2 * (2 if half else 4) if partitioned else 0

@@ -87,7 +87,7 @@ class Work:
         return f"Work(calls={total.calls:g}, flops={total.flops:g}, bytes={total.bytes:g})"
 
     def of_samples(self, factor: float) -> Work:
-        """With `factor` times as many samples, in as many calls."""
+        """The work of `factor` times as many samples, in as many calls."""
         return Work(self.calls, self.scale * factor)
 
     def of_group(self, group: str) -> Work:
@@ -98,7 +98,7 @@ class Work:
         return total
 
     def seconds(self, rates: Rates) -> float:
-        """Of all operations, one after the other."""
+        """Seconds of all operations, one after the other."""
         return sum(count * rates.seconds(operation, self.scale) for operation, count in self.calls.items())
 
     def starting(self, rates: Rates) -> float:
@@ -106,7 +106,7 @@ class Work:
         return self.seconds(rates) - self.seconds(rates._replace(launch=0.0))
 
     def shared(self, by: Callable[[Operation], str], rates: Rates | None = None) -> dict[str, GroupShare]:
-        """By what `by` says of an operation; seconds are 0 without rates."""
+        """Shares by what `by` says of an operation; seconds are 0 without rates."""
         shares: dict[str, GroupShare] = {}
         for operation, count in self.calls.items():
             share = shares.setdefault(by(operation), GroupShare())
@@ -121,7 +121,7 @@ class Work:
         return self.shared(lambda operation: "")[""].bytes
 
     def rows(self) -> list[list]:
-        """For a file: group, kind, bytes, FLOPs and calls; names and places are left out."""
+        """Rows for a file: group, kind, bytes, FLOPs and calls; names and places are left out."""
         merged: dict[tuple, float] = {}
         for operation, count in self.calls.items():
             key = (GROUPS.index(operation.group), operation.kind, operation.read + operation.written, operation.flops)

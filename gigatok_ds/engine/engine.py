@@ -130,7 +130,7 @@ class Engine:
                 self.ema.update(left_out)
 
     def _note_norm(self, norm: Tensor | float, left_out: Tensor | None) -> None:
-        """Of an update; one that is left out leaves the norm of the last one, or NaN."""
+        """Keep the norm of an update; one that is left out leaves that of the last one, or NaN."""
         if left_out is not None:
             norm, before = (value if isinstance(value, Tensor)
                             else torch.full_like(left_out, math.nan if value is None else value) for value
@@ -148,7 +148,7 @@ class Engine:
         return self._gradients.finite()
 
     def drop(self) -> None:
-        """Instead of the `step` that would update: leave the update out."""
+        """Leave the update out, instead of the `step` that would make it."""
         self._gradients.drop()
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ class ZeroStage(ABC):
                         if parameter.requires_grad}
 
     def places(self, *, share: bool) -> dict[str, Place]:
-        """By name, each trained parameter of which this rank holds something.
+        """Each trained parameter of which this rank holds something, by name.
 
         share: of what all data ranks hold, count an equal share each.
         """
@@ -57,7 +57,7 @@ class ZeroStage(ABC):
 
     @abstractmethod
     def _place(self, parameter: Any, share: bool) -> Place | None:
-        """Of a parameter, with what DeepSpeed has attached to it. None: no element of it is on this rank."""
+        """The place of a parameter, to which DeepSpeed has attached things; None if no element is on this rank."""
 
     @abstractmethod
     def refresh(self) -> None:
@@ -128,7 +128,7 @@ class _Partitioned(ZeroStage):
 
     @abstractmethod
     def _partitions(self) -> list[Tensor]:
-        """In float32, group by group."""
+        """The flat partitions, in float32, group by group."""
 
     @abstractmethod
     def _offloaded(self) -> bool: ...

@@ -66,7 +66,7 @@ class FeatureStatistics:
         self.count = total
 
     def over_ranks(self, add: Callable[[Tensor], Tensor]) -> FeatureStatistics:
-        """Of what all ranks have seen. `add` sums a tensor over ranks, and may do so in place; collective."""
+        """The moments of what all ranks have seen. `add` sums a tensor over ranks, perhaps in place; collective."""
         full = FeatureStatistics(len(self.mean), self.mean.device)
         full.count = int(add(torch.tensor(self.count, device=self.mean.device)))
         if full.count:

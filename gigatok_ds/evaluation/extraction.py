@@ -16,7 +16,7 @@ CLASSES = 1008
 
 
 class FeatureSet(NamedTuple):
-    """Of N images in their order, float32 on the rank's device: see `InceptionOutput`."""
+    """Features of N images in their order, float32 on the rank's device: see `InceptionOutput`."""
 
     pooled: Tensor
     spatial: Tensor

@@ -24,7 +24,7 @@ STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
 class NpzImages:
-    """Of `arr_0` (N, H, W, 3), uint8, which stays on the disk where the file is not compressed.
+    """The images `arr_0` (N, H, W, 3), uint8, which stay on the disk where the file is not compressed.
 
     With `any_dtype`, floats in 0 .. 255 are taken, too, and rounded down. `labels` (N,) int64 are `arr_1` as
     `gigatok-ds sample` writes it, or None. Raises InputError for anything else.
@@ -109,7 +109,7 @@ class FolderImages:
         return pixels_of(image)
 
     def sha256(self) -> str:
-        """Of the images' hashes, in their order."""
+        """SHA-256 of the images' hashes, in their order."""
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(bytes.fromhex(sha256(path)))

@@ -123,7 +123,7 @@ def library_path() -> Path:
 
 
 def library_name(cuda: bool) -> str:
-    """With the sources' state and the compute capabilities in it."""
+    """The name, with the sources' state and the compute capabilities in it."""
     variant = "cuda-" + re.sub(r"[^0-9a-zA-Z.]", "-", _architectures()) if cuda else "cpu"
     return f"{NAME}-{_fingerprint()}-{variant}.so"
 

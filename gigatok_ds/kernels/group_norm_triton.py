@@ -35,7 +35,7 @@ def _tile(positions, channels, chunk, POSITIONS: tl.constexpr, CHANNELS: tl.cons
 
 @triton.jit
 def _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups, per_sample: tl.constexpr):
-    """Of each channel: its group's mean, and 1 / standard deviation; its weight and bias."""
+    """Each channel's group mean, and 1 / standard deviation; its weight and bias."""
     group = sample * groups + columns // (channels // groups)
     parameter = columns + (sample * channels if per_sample else 0)
     return (tl.load(mean + group, mask=inside, other=0.0)[None, :],
@@ -46,7 +46,7 @@ def _affine(weight, bias, mean, rstd, sample, columns, inside, channels, groups,
 
 @triton.jit
 def _of_norm(gradient, x, place, here, center, scale, gain, offset, SILU: tl.constexpr):
-    """Of a tile: the normalised x, and the gradient at the norm's output, from that behind SiLU if there is one."""
+    """A tile's normalised x, and the gradient at the norm's output, from that behind SiLU if there is one."""
     normalized = (tl.load(x + place, mask=here, other=0.0).to(tl.float32) - center) * scale
     own = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
     if SILU:
@@ -58,7 +58,7 @@ def _of_norm(gradient, x, place, here, center, scale, gain, offset, SILU: tl.con
 
 @triton.jit
 def _moments(x, part_mean, part_squares, positions, channels, chunk, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of each chunk and channel, (sample, chunk, channel): the mean, and the sum of squared distances from it.
+    """For each chunk and channel, (sample, chunk, channel), the mean, and the sum of squared distances from it.
 
     Every place in the tile sums around the first value that it sees: maps far from zero lose no digits.
     """

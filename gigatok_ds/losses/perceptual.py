@@ -83,7 +83,7 @@ class LPIPS(PerceptualDistance):
 
 
 class _Scaling(nn.Module):
-    """From [-1, 1] to roughly ImageNet's normalisation, with LPIPS's own constants."""
+    """Map [-1, 1] to roughly ImageNet's normalisation, with LPIPS's own constants."""
 
     shift: Tensor
     scale: Tensor
@@ -159,6 +159,6 @@ def _vgg_features() -> nn.Sequential:
 
 
 def _of_features(state: dict[str, Tensor], features: nn.Sequential) -> dict[str, Tensor]:
-    """Of torchvision's state_dict, which has a classifier, what belongs to the first layers."""
+    """What belongs to the first layers in torchvision's state_dict, which has a classifier."""
     wanted = {f"features.{name}": name for name in features.state_dict()}
     return {wanted[name]: value for name, value in state.items() if name in wanted}

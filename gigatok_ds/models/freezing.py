@@ -27,5 +27,5 @@ def freeze_(network: Network, parts: Sequence[str]) -> Network:
 
 
 def _stays(part: nn.Module, mode: bool = True) -> nn.Module:
-    """In evaluation, whatever the network around it is put into."""
+    """Leave the part in evaluation, whatever the network around it is put into."""
     return part

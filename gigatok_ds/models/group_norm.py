@@ -38,7 +38,7 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 class _NormSiLU(torch.autograd.Function):
-    """By torch's kernels: on CPUs, which take both layouts, and on GPUs without Triton."""
+    """The norm by torch's kernels: on CPUs, which take both layouts, and on GPUs without Triton."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:

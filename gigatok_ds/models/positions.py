@@ -77,7 +77,7 @@ def level_shape(level: int) -> tuple[int, int]:
 
 
 def _by_level(flat: Tensor, wanted: int) -> Tensor:
-    """Of (N, W), N and `wanted` powers of two: the first levels, and finer ones made of the last there is."""
+    """The first levels of (N, W), N and `wanted` powers of two, and finer ones made of the last there is."""
     if wanted <= len(flat):
         return flat[:wanted]
     last = len(flat).bit_length() - 1

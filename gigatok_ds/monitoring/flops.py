@@ -106,7 +106,7 @@ class TokenizerFlops:
         self._image_passes: dict[bool, int] = {}
 
     def of_step(self, step: int) -> StepFlops:
-        """Of the 1-based step."""
+        """The operations of the 1-based step."""
         wants = self.recipe.loss
         phase = (wants.wants_entropy(step), wants.wants_direct_reconstruction(step), wants.discriminator_active(step))
         if phase not in self._known:
@@ -130,7 +130,7 @@ class TokenizerFlops:
                          hardware=round(passes * (again + discriminate + frozen)))
 
     def _tokenizer(self, entropy: str | None, direct: bool) -> Counted:
-        """With what is computed once, and with all that is computed."""
+        """Operations of what is computed once, and of all that is computed."""
         found, parallel = counted(lambda: self._generator(entropy, direct)), self.recipe.parallel
         if not (parallel.recompute_every or parallel.recompute_cnn):
             return found

@@ -201,7 +201,7 @@ def _described(image: SourceImage, decoded: Image, classes: list[str]) -> dict:
 
 
 def _extension(data: bytes) -> str:
-    """By what the image is: the extension of its file may be wrong (one of ImageNet's JPEG files holds a PNG)."""
+    """The extension of what the image is: that of its file may be wrong (one of ImageNet's JPEG files holds a PNG)."""
     with open_image(data) as image:
         assert image.format is not None  # open_image has read a file
         extension = image.format.lower()

@@ -22,7 +22,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Region(Protocol):
-    """Between a whole tensor, alike on all tensor ranks, and this rank's part of it along the first axis."""
+    """The way between a full tensor, alike on all tensor ranks, and this rank's part of it along the first axis."""
 
     def scatter(self, full: Tensor) -> Tensor: ...
 

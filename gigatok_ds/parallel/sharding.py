@@ -37,18 +37,18 @@ class TensorShard:
 
 
 def column_shards(*, bias: bool, groups: int = 1) -> dict[str, TensorShard]:
-    """Of a projection cut by output features."""
+    """The shards of a projection cut by output features."""
     shard = TensorShard(groups=groups)
     return {"weight": shard, "bias": shard} if bias else {"weight": shard}
 
 
 def row_shards() -> dict[str, TensorShard]:
-    """Of a projection cut by input features; its bias is whole everywhere."""
+    """The shards of a projection cut by input features; its bias is whole everywhere."""
     return {"weight": TensorShard(dim=1)}
 
 
 def vocab_shards() -> dict[str, TensorShard]:
-    """Of a table cut by rows."""
+    """The shards of a table cut by rows."""
     return {"weight": TensorShard()}
 
 

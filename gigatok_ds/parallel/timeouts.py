@@ -16,7 +16,7 @@ NEVER = timedelta(days=365)
 
 
 def collective_timeout(stall_seconds: float | None) -> timedelta:
-    """Of the process groups of a run with that monitor.stall_seconds."""
+    """The timeout of the process groups of a run with that monitor.stall_seconds."""
     return NEVER if stall_seconds is None else timedelta(seconds=stall_seconds) + MARGIN
 
 

@@ -22,7 +22,7 @@ ENOUGH = 3  # logging steps, without the first, which warms up
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Of a run: its recipe, layout, ranks, and the median seconds of its steps."""
+    """What a run tells: its recipe, layout, ranks, and the median seconds of its steps."""
 
     recipe: Recipe
     layout: PlannedLayout

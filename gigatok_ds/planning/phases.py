@@ -23,7 +23,7 @@ class Phase:
 
 
 def phases_of(recipe: Recipe) -> list[Phase]:
-    """In their order."""
+    """The phases, in their order."""
     steps = recipe.training.steps
     if isinstance(recipe, GPTRecipe):
         return [Phase(step=1, count=steps, active=frozenset())]
@@ -41,7 +41,7 @@ def phases_of(recipe: Recipe) -> list[Phase]:
 
 
 def fullest(phases: list[Phase]) -> list[Phase]:
-    """Without those that do nothing that another does not do as well: what memory must be enough for."""
+    """The phases but for those that do nothing that another does not do as well: memory must be enough for these."""
     return [phase for index, phase in enumerate(phases)
             if not any(phase.active < other.active or (phase.active == other.active and later > index)
                        for later, other in enumerate(phases))]

@@ -43,7 +43,7 @@ class PlannedLayout:
         return replace(recipe, parallel=replace(recipe.parallel, **spread))
 
     def arguments(self, recipe: Recipe) -> list[str]:
-        """Of gigatok-ds train, for the same."""
+        """The arguments of gigatok-ds train that ask for this layout."""
         found = [f"--zero={self.stage}", f"parallel.tensor={self.tensor}",
                  f"parallel.sequence={str(self.sequence).lower()}",
                  f"parallel.recompute_every={int(self.recompute != NOTHING)}",
@@ -87,7 +87,7 @@ class Planner:
 
     @functools.cached_property
     def model_flops(self) -> int:
-        """Of the trained networks in one step, all ranks together, as monitoring.flops counts them."""
+        """FLOPs of the trained networks in one step, all ranks together, as monitoring.flops counts them."""
         one = PlannedLayout(tensor=1, sequence=False, stage=1, micro=REHEARSED, recompute=NOTHING)
         per_sample = self._micro_batches(one)[longest(self.phases).step].model / REHEARSED
         return round(per_sample * self.recipe.training.global_batch_size)
@@ -159,7 +159,7 @@ class Planner:
         return [self.plan(replace(plan.layout, recompute=recompute)) for recompute in self.recompute_choices]
 
     def parameters(self) -> dict[str, int]:
-        """Of each trained network, whole."""
+        """How many parameters each trained network has, on all tensor ranks together."""
         plain: Recipe
         if isinstance(self.recipe, GPTRecipe):
             plain = replace(self.recipe, parallel=ParallelConfig())
@@ -236,7 +236,7 @@ class Planner:
         return self._shapes[split]
 
     def _micro_batches(self, layout: PlannedLayout) -> dict[int, MicroBatch]:
-        """By the step of each phase that counts."""
+        """A micro batch of each phase that counts, by its step."""
         samples = max(REHEARSED, self._unit(layout.tensor))
         key = (layout.tensor, layout.sequence, layout.recompute)
         if key not in self._rehearsed:

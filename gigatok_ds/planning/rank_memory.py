@@ -32,7 +32,7 @@ class Memory:
         return self.always + max(passes, max(state.update for state in self.states.values()))
 
     def parts(self) -> dict[str, float]:
-        """By kind, of all networks together; what `peak` is made of when the backward pass decides it."""
+        """The bytes of all networks together, by kind: what `peak` is made of when the backward pass decides it."""
         total = [sum(values) for values in zip(*self.states.values(), strict=True)]
         of_states = dict(zip(EngineState._fields, total, strict=True))
         update = of_states.pop("update")

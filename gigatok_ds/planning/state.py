@@ -40,7 +40,7 @@ class EngineState(NamedTuple):
 
 def state_of(sizes: Sequence[int], frozen: Sequence[int] = (), *, zero: Mapping, data_ranks: int, precision: str,
              average: bool) -> EngineState:
-    """Of a network with parameters of so many elements each on a tensor rank, and frozen ones.
+    """The state of a network with parameters of so many elements each on a tensor rank, and frozen ones.
 
     zero: the section zero_optimization of DeepSpeed's settings.
     """

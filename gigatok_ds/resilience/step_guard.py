@@ -60,7 +60,7 @@ class StepGuard:
                 "searched": self.searched}
 
     def restore(self, state: Mapping) -> None:
-        """Of what a checkpoint holds; one of a start point holds nothing."""
+        """Take up what a checkpoint holds; one of a start point holds nothing."""
         self.losses = deque(state.get("losses", ()), maxlen=WINDOW)
         self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
         self.searched = state.get("searched", 0)
@@ -71,7 +71,7 @@ class StepGuard:
             engine.remember_buffers()
 
     def count(self, rates: Mapping[str, float]) -> None:
-        """After every backward pass of a step but the last."""
+        """Count a micro batch, after every backward pass of a step but the last."""
         for name, lr in rates.items():
             self.engines[name].step(lr)
 

@@ -74,7 +74,7 @@ def _kept(kept: Path, directory: Path, names: list[str], compare: bool) -> Conte
 
 
 def _of_part(directory: Path, tars: dict[str, Path]) -> Contents | None:
-    """Of an index in the directory, what is of some of its tars."""
+    """What an index in the directory says of some of its tars."""
     if not tars or not (directory / INDEX_FILE).is_file():
         return None
     full = load_index(directory)

@@ -81,7 +81,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _expansions(pattern: str) -> int:
-    """At most so many names: counted, before they are made, from the innermost braces outwards."""
+    """How many names a pattern stands for at most, counted before they are made, from the innermost braces outwards."""
     while match := _INNERMOST.search(pattern):
         pattern = f"{pattern[: match.start()]}\0{_alternatives(match[1])}\0{pattern[match.end() :]}"
     return _product(pattern)

@@ -125,7 +125,7 @@ class RemoteTars:
 
     @property
     def location(self) -> str:
-        """For messages."""
+        """The location as messages have it."""
         return masked(self.source)
 
     @property

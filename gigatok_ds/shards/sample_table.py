@@ -108,6 +108,6 @@ def parts_of(count: int) -> Iterator[slice]:
 
 
 def _narrow(column: np.ndarray) -> np.ndarray:
-    """Where four bytes hold its values, the column in four bytes."""
+    """The column in four bytes, where these hold its values."""
     fits = column.dtype == np.int64 and len(column) and column.min() >= 0 and column.max() < 2**32
     return column.astype(np.uint32) if fits else column

@@ -185,7 +185,7 @@ def _split_name(path: Path, name: str) -> tuple[str, str]:
 
 
 def left_out(tally: Counter) -> Counter:
-    """Of a tally of members, those that are neither data nor labels nor captions, by reason."""
+    """The members of a tally that are neither data nor labels nor captions, by reason."""
     return Counter({reason: count for reason, count in tally.items() if reason not in (SAMPLES, LABELS, CAPTIONS)})
 
 

@@ -138,7 +138,7 @@ class ExtractedCodes:
         return codes
 
     def _index_of(self, parts: list[CodeDataset], path: str) -> ShardIndex:
-        """Of code shards that are opened, as the next of `parts`."""
+        """The index of code shards, which are opened as the next of `parts`."""
         parts.append(self._stored(path))
         return parts[-1].index
 
@@ -236,7 +236,7 @@ class TokenizedImages:
         return list(self.held_out)
 
     def validation(self, name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of the center crops; encoded once, by all ranks together."""
+        """Codes and labels of the center crops; encoded once, by all ranks together."""
         name = name or self.validation_names[0]
         if name not in self._encoded:
             held_out = self.held_out[name]

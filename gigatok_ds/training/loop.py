@@ -55,7 +55,7 @@ class Task(Watched, Protocol):
 
     @property
     def class_names(self) -> Sequence[str]:
-        """Of the model's classes, where it has any and their names are known."""
+        """Names of the model's classes, where it has any and their names are known."""
 
     def micro_batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's endless stream of micro batches, from the one that `start_step` (0-based) begins with."""
@@ -64,7 +64,7 @@ class Task(Watched, Protocol):
         """Forward and backward passes for a micro batch of `step` (1-based); scalars to log, `loss` among them."""
 
     def learning_rates(self, step: int, lr: float) -> dict[str, float]:
-        """Of each engine that has gradients in `step`, given that of the schedule."""
+        """The rate of each engine that has gradients in `step`, given that of the schedule."""
 
     def validate(self, step: int) -> dict[str, float]:
         """Figures on the validation data after `step`; collective."""

@@ -104,7 +104,7 @@ def _begin(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], b
 
 
 def failure_reason(text: str) -> str:
-    """Of a report, in one line: the exception of a traceback, with all of its message, or a single line as it is."""
+    """The cause in a report, in one line: a traceback's exception with all of its message, or a single line itself."""
     lines = text.strip().splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
     after = (line for line in lines[frames[-1] + 1:] if line and not line.startswith("    ")) if frames else lines

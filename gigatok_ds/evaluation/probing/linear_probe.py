@@ -64,7 +64,7 @@ class ProbeSettings:
             )
 
     def lr(self, epoch: float) -> float:
-        """At a fractional epoch."""
+        """The learning rate at a fractional epoch."""
         peak = self.base_lr * self.batch_size / 256
         if epoch < self.warmup_epochs:
             return peak * epoch / self.warmup_epochs
