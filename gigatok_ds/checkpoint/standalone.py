@@ -100,7 +100,7 @@ def save_standalone(path: str | Path, config: TokenizerConfig | GPTConfig, weigh
     network = build_on_meta(config)
     check_fits(weights, written_specs(network), "the state_dict")
     if isinstance(config, TokenizerConfig):
-        provenance = (provenance or {}) | {"codes_sha256": codes_sha256(weights, dtype)}
+        provenance = (provenance or {}) | {"codes_sha256": codes_sha256(weights)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_failures(path), directory_beside(path, replaceable=_refuse_foreign if overwrite else None) as scratch:
         description = {
@@ -136,14 +136,14 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], specs: Mapping[s
     return files
 
 
-def codes_sha256(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
-    """SHA-256, in hexadecimal, of all that a tokenizer's codes depend on: of a state_dict, in float32, once its
-    parameters are of `dtype`. Tokenizers that have it in common give the same codes.
+def codes_sha256(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hexadecimal, of all that a tokenizer's codes depend on: of a state_dict, in float32. Tokenizers that
+    have it in common give the same codes, but for the type that they are stored and computed in.
     """
     digest = hashlib.sha256()
     for name in sorted(weights):
         if name.partition(".")[0] in ENCODING_PARTS and name != _USAGE:
-            value = weights[name].detach().cpu().to(dtype or torch.float32).float().contiguous()
+            value = weights[name].detach().cpu().float().contiguous()
             digest.update(f"{name} {list(value.shape)}\n".encode() + value.numpy().tobytes())
     return digest.hexdigest()
 

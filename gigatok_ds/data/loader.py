@@ -26,6 +26,7 @@ from gigatok_ds.data.pillow_warnings import say_pillows_once
 from gigatok_ds.data.reader import GlobalBatches, MicroBatches, ReadingPlan, SampleAddress
 from gigatok_ds.data.transforms import TrainingTransform, center_crop, decode_image, pixels_of, scale_pixels
 from gigatok_ds.errors import InputError, MachineError
+from gigatok_ds.shards.contents import TABLE_FILE
 from gigatok_ds.shards.index import ShardIndex
 from gigatok_ds.streams import numpy_stream, torch_stream
 
@@ -81,7 +82,8 @@ def _as_user_error(error: RuntimeError | OSError) -> Exception | None:
         free = shutil.disk_usage(_SHARED).free if os.path.isdir(_SHARED) else 0
         return InputError(f"data workers hand batches over in {_SHARED}, which has no room for them ({free / 1e6:.1f} "
                           "MB are free); make it larger (docker run --shm-size=16g), or use fewer data.workers (0 "
-                          "needs none)")
+                          "needs none)" + (f". Or a {TABLE_FILE} was replaced in place while it was used; then run the "
+                                           "same command again" if "Bus error" in text else ""))
     if killed := re.search(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (is killed by signal: [\w ]+|exited "
                            r"unexpectedly)", text):
         return MachineError(f"{killed[0]}: somebody, or a lack of memory, has ended it; run the same command again, "

@@ -204,7 +204,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def center_window(image: Image.Image, height: int, width: int) -> Image.Image:
     """The middle height x width window of the image resized so that it just covers it; `center_crop` of any shape."""
     scale = max(height / image.height, width / image.width)
-    resized = resize_short_side(image, math.ceil(min(image.size) * scale - 1e-6))
+    short = math.ceil(min(image.size) * scale - 1e-6)
+    while any(side < wanted for side, wanted in zip(resized_size(image.size, short), (width, height), strict=True)):
+        short += 1  # halving rounds sides down
+    resized = resize_short_side(image, short)
     left, top = (resized.width - width) // 2, (resized.height - height) // 2
     return resized.crop((left, top, left + width, top + height))
 

@@ -51,22 +51,24 @@ class LiveState:
             kinds[moment] = {name: self._moment(place, moment) for name, place in self._places.items()}
         if ema is not None:
             kinds[EMA] = dict(ema)
-        buffers, gathered = {}, {}
+        buffers, gathered, frozen = {}, {}, {}
         for name, value in self._full():
-            frozen = isinstance(value, nn.Parameter)
-            if frozen and self._topology.data_rank > 0:
+            still = isinstance(value, nn.Parameter)
+            if still and self._topology.data_rank > 0:
                 continue  # the first data rank writes it
             if name in self._frozen:
                 gathered[name] = self._frozen[name]
             elif hasattr(value, "ds_id"):
                 gathered[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+            elif still:
+                frozen[f"whole/{name}"] = value.detach()
             else:
-                buffers[f"whole/{name}"] = value.detach().float() if frozen else value.detach()
+                buffers[f"whole/{name}"] = value.detach()
         parts = {f"{kind}/{name}": part.values for kind, by_name in kinds.items() for name, part in by_name.items()}
-        copies, arrived = self._copies.take(parts, buffers)
+        copies, arrived = self._copies.take(parts | frozen, buffers)
         fragments = {kind: {name: Fragment(part.start, copies[f"{kind}/{name}"]) for name, part in by_name.items()}
                      for kind, by_name in kinds.items()}
-        full = {name.partition("/")[2]: copies[name] for name in buffers} | gathered
+        full = {name.partition("/")[2]: copies[name] for name in (*buffers, *frozen)} | gathered
         return Snapshot(tensor_rank=self._topology.tensor_rank, data_rank=self._topology.data_rank,
                         layout=self._layout(list(kinds), full), fragments=fragments, full=full, arrived=arrived)
 

@@ -68,7 +68,7 @@ def initialise_(network: nn.Module, seed: int, *, tensor_rank: int = 0, tensor_s
                 full: Callable[[nn.Parameter], AbstractContextManager[Any]] | None = None) -> nn.Module:
     """Give every parameter its initial value and return the network.
 
-    `whole(parameter)` is a context in which the parameter has its full shape, for parameters spread over data ranks.
+    `full(parameter)` is a context in which the parameter has its full shape, for parameters spread over data ranks.
     Of parameters that are cut over `tensor_size` tensor ranks, the network holds the part of `tensor_rank`.
     """
     full = full or contextlib.nullcontext

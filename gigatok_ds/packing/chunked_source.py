@@ -100,6 +100,9 @@ def _mds_shard(path: Path, shard: dict) -> _SampleFile:
                          f"decompress it to {name} beside it, and so the others")
     columns = [_StoredColumn(str(name), str(kind), size) for name, kind, size in
                zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True)]
+    for _, _, size in columns:
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"a column is said to take {size!r} bytes")
     return _SampleFile(path / name, int(shard["samples"]), columns)
 
 

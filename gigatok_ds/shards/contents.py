@@ -131,7 +131,7 @@ def _checked_table(arrays: Mapping[str, np.ndarray], count: int, shards: list[Ta
         if shard.name != os.path.basename(shard.name) or not is_tar(shard.name):
             raise InputError(f"shard name {shard.name!r} leads outside the directory")
     columns = {name: arrays[name] for name in (*COLUMNS, "key")}
-    for name, kind in {**COLUMNS, "shard": np.int32}.items():
+    for name, kind in {**COLUMNS, "shard": np.int64}.items():
         if not np.can_cast(arrays[name].dtype, kind, "safe"):
             raise InputError(f"its column {name} has type {arrays[name].dtype}")
     if columns["key"].dtype.kind != "S":

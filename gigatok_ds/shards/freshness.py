@@ -40,7 +40,9 @@ def check_fresh(directory: Path, index: Path, contents: Contents, changed: Seque
     for name, samples in zip(names, table.counts.tolist(), strict=True):
         first, end = end, end + samples
         if name in newer or name in sampled:
-            _compare(directory / name, index, {table.key(row): table.row(row).label for row in range(first, end)},
+            labels = table.labels(slice(first, end)).tolist()
+            indexed = dict(zip(map(table.key, range(first, end)), labels, strict=True))
+            _compare(directory / name, index, indexed,
                      None if name in newer else _SAMPLED, StoredLabels(contents.classes) if contents.classes else None)
     if newer:
         with suppress(OSError):  # the next start need not look again

@@ -56,6 +56,7 @@ from gigatok_ds.shards.tar_scan import (
 
 PATIENCE = 600.0  # seconds for which what cannot be read is tried again, unless said otherwise
 
+_NEAR = 1024  # labels
 _READ_AHEAD = 2**17  # bytes: Linux reads no more for one request
 
 logger = logging.getLogger(__name__)
@@ -304,8 +305,10 @@ class ShardIndex:
             labels = self.table.labels(rows)
             return (rows.start + int(place) for place in np.flatnonzero((labels >= 0) & (labels < num_classes))[:1])
 
-        after = (slice(i + 1 + part.start, i + 1 + part.stop) for part in parts_of(len(self) - i - 1))
-        return next(itertools.chain.from_iterable(map(found, itertools.chain(after, parts_of(i + 1)))), None)
+        near = min(i + 1 + _NEAR, len(self))  # where there mostly is one
+        after = (slice(near + part.start, near + part.stop) for part in parts_of(len(self) - near))
+        places = itertools.chain([slice(i + 1, near)], after, parts_of(i + 1))
+        return next(itertools.chain.from_iterable(map(found, places)), None)
 
     def _with_label(self, condition: Callable[[np.ndarray], np.ndarray]) -> tuple[int, int]:
         """How many samples have a label of which that holds, and the number of the first of them (0 if there is none).

@@ -82,9 +82,13 @@ def _of_part(directory: Path, tars: dict[str, Path]) -> Contents | None:
     if not tars.keys() <= number.keys():
         return None
     shards = [full.shards[number[name]] for name in tars]
+    if shards == full.shards:
+        return full
     ends = np.cumsum(full.table.counts)
-    rows = np.concatenate([np.arange(ends[number[name]] - full.table.counts[number[name]], ends[number[name]])
-                           for name in tars])
+    places = [number[name] for name in tars]
+    rows: slice | np.ndarray = slice(int(ends[places[0]] - full.table.counts[places[0]]), int(ends[places[-1]]))
+    if places != list(range(places[0], places[-1] + 1)):  # else a view of what is mapped
+        rows = np.concatenate([np.arange(ends[place] - full.table.counts[place], ends[place]) for place in places])
     columns = {name: column[rows] for name, column in full.table.stored().items()}
     return Contents(shards, full.classes, SampleTable(columns, [shard.samples for shard in shards]), full.problems)
 
@@ -96,9 +100,12 @@ def _made(kept: Path, directory: Path, names: list[str], extensions: tuple[str, 
     logger.warning("%s has no index of its %d tars: they are read once, while other processes of this host wait",
                    directory, len(names))
     contents = scan_shards(LocalFiles(directory), names, extensions, max_bad_fraction)
+    if not part and (directory / INDEX_FILE).is_file():  # by another host, whose processes have mapped it
+        return load_index(directory)
     try:
         write_index(kept if part else directory, contents)
     except OSError as error:
         logger.warning("%s cannot be written (%s); the index is kept in %s", directory, error, kept)
         write_index(kept, contents)
-    return contents
+        return load_index(kept)
+    return load_index(kept if part else directory)  # mapped, as for the others

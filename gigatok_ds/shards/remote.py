@@ -69,8 +69,13 @@ def open_shards(location: str | Path, extensions: tuple[str, ...] = IMAGE_EXTENS
         index.patience = (cache or ShardCache()).patience
         return index
     tars = RemoteTars.at(location, cache)
-    with locked(tars.directory / "index.lock"):
-        contents = _index(tars, extensions, max_bad_fraction)
+    with locked(tars.directory / "index.lock") as lock:
+        if not _checked_by_this_job(tars):
+            _bring_up_to_date(tars, extensions, max_bad_fraction)
+            write_atomically(tars.directory / _CHECKED, _job().encode())
+        flock(lock, LOCK_SH)  # others of this host read it at the same time
+        contents = _kept_index(tars)
+    contents.check_problems(max_bad_fraction)
     if warning := tars.cache.check_room(tars.location, contents.shards):
         logger.warning("%s", warning)
     index = ShardIndex(tars, contents)
@@ -260,16 +265,6 @@ class _Copied:
     size: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
     tag: str | None = None
-
-
-def _index(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> Contents:
-    """The index of a location, as `open_shards` explains; its lock is held."""
-    if not _checked_by_this_job(tars):
-        _bring_up_to_date(tars, extensions, max_bad_fraction)
-        write_atomically(tars.directory / _CHECKED, _job().encode())
-    contents = _kept_index(tars)
-    contents.check_problems(max_bad_fraction)
-    return contents
 
 
 def _bring_up_to_date(tars: RemoteTars, extensions: tuple[str, ...], max_bad_fraction: float) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from gigatok_ds.npy_files import map_npz
 from gigatok_ds.shards.class_labels import renumbered
+from gigatok_ds.untrusted import reading
 
 # The widest type of each column; the smallest that holds its values is stored.
 COLUMNS = {"offset": np.int64, "size": np.int64, "label": np.int32, "crc32": np.uint32}
@@ -97,9 +98,11 @@ class SampleTable:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         if self._source:
-            with open(self._source, "rb") as file:
+            with reading(self._source), open(self._source, "rb") as file:
                 arrays = map_npz(file)
-            self.columns = {name: arrays[name] for name in (*COLUMNS, "key")}
+                self.columns = {name: arrays[name] for name in (*COLUMNS, "key")}
+                if {len(column) for column in self.columns.values()} != {int(self.counts.sum())}:
+                    raise ValueError("it was replaced while it was used")
 
 
 def parts_of(count: int) -> Iterator[slice]:

@@ -95,12 +95,12 @@ def check_extension(earlier: Recipe, recipe: Recipe, run_dir: Path) -> None:
         raise InputError(f"--extend-to is {after}, but {run_dir} has training.steps {before} already; give more")
 
 
-def extension_note(earlier: Recipe, recipe: Recipe) -> str:
-    """What becomes of the learning rate where a run goes on beyond its last step."""
-    before, after = earlier.training.steps, recipe.training.steps
-    last, following = (lr_of_iteration(each.schedule, each.optimizer.lr, each.training.steps, before - 1 + number)
+def extension_note(earlier: Recipe, recipe: Recipe, step: int) -> str:
+    """What becomes of the learning rate of a run that goes on from its checkpoint of `step` for more steps."""
+    last, following = (lr_of_iteration(each.schedule, each.optimizer.lr, each.training.steps, max(step - 1, 0) + number)
                        for number, each in enumerate((earlier, recipe)))
-    said = f"{before} steps become {after}; the learning rate goes from {last:.3g} at step {before} to {following:.3g}"
+    said = (f"{earlier.training.steps} steps become {recipe.training.steps}; the learning rate goes from {last:.3g} at "
+            f"step {step} to {following:.3g}")
     if following > 1.5 * last:
         said += (f", for a schedule of {recipe.schedule.kind} has been run down once and begins again higher up; a "
                  "branch from before (--branch-from) has one course")

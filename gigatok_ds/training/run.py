@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gigatok_ds.checkpoint.class_names import ClassNames, classes_of_run, record_classes
-from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
+from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints
 from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
 from gigatok_ds.config.load import load_recipe, save_resolved
 from gigatok_ds.config.location import masked
@@ -131,7 +131,8 @@ def _prepare(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str],
     if (run_dir / RECIPE_FILE).is_file():
         earlier = load_recipe(str(run_dir / RECIPE_FILE))
         if earlier.training.steps != recipe.training.steps:
-            logger.warning("%s: %s", run_dir, extension_note(earlier, recipe))
+            newest = max((step for step, _ in complete_checkpoints(run_dir)), default=0)
+            logger.warning("%s: %s", run_dir, extension_note(earlier, recipe, newest))
             record_event(run_dir, "extended", steps=earlier.training.steps, to=recipe.training.steps)
     record_frozen(recipe, run_dir, since=_run_of(branch) or run_dir)
     if branch:

@@ -100,11 +100,12 @@ def check_directory(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
     if extend:
         check_extension(load_recipe(str(earlier)), recipe, run_dir)
         return
-    differing = [key for key in differing_keys(load_recipe(str(earlier)), recipe) if key not in DATA_LOCATIONS]
+    started = load_recipe(str(earlier))
+    differing = [key for key in differing_keys(started, recipe) if key not in DATA_LOCATIONS]
     if differing:
         branch = ("" if set(differing) - set(OWN_KEYS) else
                   f", and continue there from this run's constant learning rate with --branch-from {run_dir}")
-        if differing == ["training.steps"]:
+        if differing == ["training.steps"] and recipe.training.steps > started.training.steps:
             branch += f", or go on here with --extend-to {recipe.training.steps}"
         raise InputError(f"{run_dir} was started with another recipe: {', '.join(differing)} differ; "
                          f"choose another --out{branch}")

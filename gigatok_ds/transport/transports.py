@@ -150,7 +150,7 @@ def check_end(got: int, size: int | None) -> None:
 
 
 class Http:
-    """http and https, by `shards.http_client`."""
+    """http and https, by `transport.http_client`."""
 
     def tars(self, directory: str) -> dict[str, int | None]:
         with open_url(beside(directory, "")) as response:

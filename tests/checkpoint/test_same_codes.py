@@ -33,7 +33,7 @@ def test_it_is_of_what_codes_depend_on(tmp_path):
     save_standalone(tmp_path / "fp32", tokenizer.config, weights)
     save_standalone(tmp_path / "bf16", tokenizer.config, weights, dtype=torch.bfloat16)
     assert codes_of(tmp_path / "fp32") == first
-    assert codes_of(tmp_path / "bf16") == codes_sha256(weights, torch.bfloat16) != first
+    assert codes_of(tmp_path / "bf16") == first  # GPTs of the one can be decoded with the other
 
 
 @pytest.fixture(scope="module")

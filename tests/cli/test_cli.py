@@ -84,10 +84,10 @@ def test_the_command_line_is_frozen():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
-    start = time.perf_counter()
+    start = time.process_time()  # whoever else uses the machine
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
-    assert exit_.value.code == 0 and time.perf_counter() - start < 1
+    assert exit_.value.code == 0 and time.process_time() - start < 1
     assert len(capsys.readouterr().out) > 200
 
 

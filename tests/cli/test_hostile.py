@@ -257,7 +257,8 @@ def test_other_steps_are_refused_with_the_way_that_exists(tmp_path, monkeypatch)
 
     monkeypatch.setattr(run_checks, "CHECKS", [run_checks.check_directory])
     save_resolved(load_recipe("GPT-B", ["training.steps=10000"]), tmp_path / "recipe.yaml")
-    with pytest.raises(InputError, match=f"training.steps differ; .*--branch-from {re.escape(str(tmp_path))}$"):
+    with pytest.raises(InputError, match=f"training.steps differ; .*--branch-from {re.escape(str(tmp_path))}, or go "
+                                          "on here with --extend-to 20000$"):
         run_checks.check_run(load_recipe("GPT-B", ["training.steps=20000"]), tmp_path)
     with pytest.raises(InputError, match=r"choose another --out$"):
         run_checks.check_run(load_recipe("GPT-B", ["optimizer.lr=1"]), tmp_path)

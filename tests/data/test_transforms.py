@@ -19,6 +19,7 @@ from gigatok_ds.data import transforms
 from gigatok_ds.data.decoding import training_transform
 from gigatok_ds.data.transforms import (
     center_crop,
+    center_window,
     decode_image,
     draw_crop,
     pixels_of,
@@ -410,3 +411,17 @@ def test_scaling_is_torchvisions_for_every_byte():
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
     theirs = functional.normalize(functional.to_tensor(ramp), [0.5] * 3, [0.5] * 3)
     assert torch.equal(to_tensor(ramp), theirs) and torch.equal(scale_pixels(pixels_of(ramp)[None])[0], theirs)
+
+
+@pytest.mark.parametrize("size", [(1547, 1128), (1128, 1547), (500, 375), (40, 3000), (24, 16), (767, 511),
+                                  (5000, 4999)])
+@pytest.mark.parametrize("shape", [(256, 384), (384, 256), (256, 256), (64, 512)])
+def test_a_window_of_any_shape_lies_in_the_image(size, shape):
+    """A bright image has no dark border, whichever way its sides were rounded."""
+    window = center_window(Image.new("RGB", size, (200, 200, 200)), *shape)
+    assert window.size == shape[::-1] and np.asarray(window).min() == 200
+
+
+def test_a_square_window_is_the_center_crop():
+    image = picture(900, 640)
+    assert center_window(image, 256, 256).tobytes() == center_crop(image, 256).tobytes()

@@ -19,7 +19,7 @@ def values(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("full", [False, True])
 def test_the_operator_drops_alike_forward_and_backward(full):
     x = values(5, 4, 24).requires_grad_()
     result = addressed_dropout(x, SAMPLES, RULE, 9, 11, full)

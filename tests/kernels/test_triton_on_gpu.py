@@ -33,7 +33,7 @@ def test_group_norm_agrees_with_float64_and_repeats_to_the_bit(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("tokens, batch, width", [(1, 1, 1), (5, 4, 24), (257, 3, 768), (16, 7, 1537), (3, 2, 5000)])
 def test_dropout_keeps_what_it_keeps_on_a_cpu(tokens, batch, width, full, dtype):
     generator = torch.Generator().manual_seed(0)

@@ -99,6 +99,7 @@ def uncompressed(index):
      "has 0 columns of the kinds jpeg, jpg, png, image, .*its columns are caption \\(str\\), image \\(pil\\)"),
     ("mds", lambda index: index["shards"][0].update(samples=7), "says that it holds 2 samples, index.json says 7"),
     ("mds", lambda index: index["shards"][0].pop("samples"), "index.json is damaged"),
+    ("mds", lambda index: index["shards"][0].update(column_sizes=[None, 3.5, 8, 4]), "said to take 3.5 bytes"),
     ("litdata", lambda index: index["config"].update(compression="zstd"), "is compressed \\(zstd\\); write it again"),
     ("litdata", lambda index: index["config"].update(encryption={"algorithm": "fernet"}),
      "is encrypted"),

@@ -51,7 +51,7 @@ import torch
 asked = []
 torch.cuda.is_available = torch.cuda.device_count = lambda: asked.append(1) or 0
 from gigatok_ds.training import run_checks
-def check_run(recipe, *_):
+def check_run(recipe, *_, **__):
     print(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"), asked, torch.cuda.is_initialized())
     sys.exit(0)
 run_checks.check_run = check_run

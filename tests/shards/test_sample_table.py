@@ -19,7 +19,9 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.npy_files import map_npz
 from gigatok_ds.shards.contents import Contents, TarShard, load_index, write_index
 from gigatok_ds.shards.index import ShardIndex
+from gigatok_ds.shards.remote import open_shards
 from gigatok_ds.shards.sample_table import COLUMNS, SampleTable
+from gigatok_ds.shards.shard_cache import ShardCache
 
 TARS, PER_TAR = 40, 5000
 
@@ -153,3 +155,36 @@ def test_the_next_sample_with_a_label_is_found_from_anywhere(tmp_path):
     assert [index.next_labelled(i, 10) for i in range(-1, 5)] == [0, 2, 2, 4, 4, 0]
     assert [index.next_labelled(i, 1) for i in range(-1, 5)] == [4] * 6  # itself, if it is the only one
     assert index.next_labelled(3, 0) is None
+
+
+def test_more_tars_than_two_bytes_count(tmp_path):
+    """100 million samples at a thousand a tar are 100,000 tars."""
+    tars = 70_000
+    (tmp_path / "index").mkdir()
+    columns = {name: np.ones(tars, kind) for name, kind in COLUMNS.items()}
+    columns["key"] = np.array([f"{number}".encode() for number in range(tars)])
+    shards = [TarShard(name=f"{number}.tar", size=10, sha256="", samples=1) for number in range(tars)]
+    write_index(tmp_path / "index", Contents(shards, [], SampleTable(columns, [1] * tars)))
+    table = load_index(tmp_path / "index").table
+    assert table.row(69_999) == (69_999, 1, 1, 1, 1) and len(table) == tars
+
+
+def test_a_table_that_was_replaced_is_not_taken_for_the_other(tmp_path):
+    large(tmp_path / "index")
+    stored = pickle.dumps(load_index(tmp_path / "index").table)
+    rewrite(tmp_path / "index", lambda columns: {name: column[:10] for name, column in columns.items()})
+    with pytest.raises(InputError, match="it was replaced while it was used"):
+        pickle.loads(stored)
+
+
+def test_tars_that_follow_each_other_are_a_view(tmp_path):
+    """A pattern of tars of an indexed directory copies nothing; any others are picked out."""
+    members = {number: [(f"{number}-{i}.jpg", encoded(i)) for i in range(3)] for number in range(4)}
+    for number, group in members.items():
+        plain_tar(tmp_path / f"in/{number}.tar", group)
+    ShardIndex.open(tmp_path / "in")
+    cache = ShardCache(tmp_path / "cache")
+    some, others = (open_shards(tmp_path / "in" / pattern, cache=cache) for pattern in ("{1..2}.tar", "{0,3}.tar"))
+    assert [some.key(i) for i in range(len(some))] == [f"{number}-{i}" for number in (1, 2) for i in range(3)]
+    assert not some.table.columns["key"].flags.owndata and some.read(4) == encoded(1)
+    assert [others.key(i) for i in range(len(others))] == [f"{number}-{i}" for number in (0, 3) for i in range(3)]

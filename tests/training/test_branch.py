@@ -170,7 +170,7 @@ def test_what_becomes_of_the_learning_rate_is_said(runs, tmp_path, capsys):
     for kind in ("const", "wsd", "cosine", "cosine_v2"):
         schedule = [f"schedule={{kind: {kind}, warmup_steps: 2}}", "optimizer.lr=1e-3"]
         said[kind] = extension_note(runs.recipe("gpt", [*schedule, "training.steps=100"]),
-                                    runs.recipe("gpt", [*schedule, "training.steps=200"]))
+                                    runs.recipe("gpt", [*schedule, "training.steps=200"]), 100)
         assert said[kind].startswith("100 steps become 200; the learning rate goes from ")
     assert "from 0.001 at step 100 to 0.001" in said["const"] and "--branch-from" not in said["const"]
     assert "to 0.001, for a schedule of wsd has been run down once" in said["wsd"]
