@@ -46,9 +46,10 @@ class ComputedOrder:
         self._keys = draws.integers(2**64, size=_ROUNDS, dtype=np.uint64)
         counts = np.array([count]) if locality is None else locality.counts
         group = np.zeros(1, np.int64) if locality is None else draws.permutation(len(counts)) // locality.mixed
-        self._tars = np.argsort(group, kind="stable")
-        self._first = (np.cumsum(counts) - counts)[self._tars]  # sample of each tar, in the order of the groups
-        self._tar_ends = np.cumsum(counts[self._tars])
+        tars = np.argsort(group, kind="stable")
+        # The tars in the order of the groups: where each ends, and how far from its place in the data it is.
+        self._tar_ends = np.cumsum(counts[tars])
+        self._shifts = (np.cumsum(counts) - counts)[tars] - (self._tar_ends - counts[tars])
         self._group_ends = np.cumsum(np.bincount(group, counts)).astype(np.int64)
 
     def __getitem__(self, places: np.ndarray, /) -> np.ndarray:
@@ -58,7 +59,7 @@ class ComputedOrder:
             start = int(self._group_ends[group - 1]) if group else 0
             mixed[own] = start + permuted(places[own] - start, end - start, self._keys + np.uint64(group))
         tars = np.searchsorted(self._tar_ends, mixed, side="right")
-        return self._first[tars] + mixed - (np.concatenate([[0], self._tar_ends[:-1]])[tars])
+        return mixed + self._shifts[tars]
 
 
 def permuted(values: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:

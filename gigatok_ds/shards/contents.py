@@ -22,7 +22,7 @@ from gigatok_ds.file_kinds import is_tar
 from gigatok_ds.files import sha256, write_atomically, written_aside
 from gigatok_ds.npy_files import map_npz
 from gigatok_ds.plain import from_plain
-from gigatok_ds.shards.sample_table import COLUMNS, Samples, SampleTable
+from gigatok_ds.shards.sample_table import COLUMNS, Samples, SampleTable, parts_of
 from gigatok_ds.shards.tar_scan import Entry
 from gigatok_ds.untrusted import brief, parse_json
 
@@ -142,7 +142,7 @@ def _checked_table(arrays: Mapping[str, np.ndarray], count: int, shards: list[Ta
     if not count or min(samples) < 0:
         raise InputError("a sample lies in no shard")
     table = SampleTable(columns, samples, source=path)
-    for rows in table.parts():
+    for rows in parts_of(count):
         _check_places({name: column[rows] for name, column in arrays.items()}, table.tars(rows), shards)
     return table
 

@@ -85,9 +85,6 @@ class SampleTable:
     def stored(self) -> Mapping[str, np.ndarray]:
         return self.columns
 
-    def parts(self) -> Iterator[slice]:
-        return parts_of(len(self))
-
     def tars(self, rows: slice) -> np.ndarray:
         """The numbers of these samples' tars."""
         return np.searchsorted(self._ends, np.arange(*rows.indices(len(self))), side="right")
