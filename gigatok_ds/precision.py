@@ -35,6 +35,12 @@ def device_has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def wide_half(device: torch.device) -> torch.dtype:
+    """The type that products take half precision in on a device without leaving the range of float32: bfloat16, or
+    float32 on a GPU that has none."""
+    return torch.float32 if device.type == "cuda" and not device_has_bf16() else torch.bfloat16
+
+
 def precision_note(precision: str, has_bf16: bool) -> str | None:
     """What to say about fp16, in which the recipes were published; None about anything else."""
     if precision != "fp16" or not has_bf16:

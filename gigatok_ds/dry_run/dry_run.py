@@ -195,7 +195,8 @@ class Rehearsal:
         total, sent = Work(), self.traffic.sent.copy()
         for call, count in cast("dict[Operation | BlockPass, float]", found.work.calls).items():
             if isinstance(call, BlockPass):
-                with dropout_at(0, torch.zeros(samples, dtype=torch.int64, device=META)):
+                numbers = torch.zeros(samples, dtype=torch.int64, device=META)
+                with dropout_at(0, numbers, numbers[:samples // self.recipe.parallel.tensor]):
                     block = self.blocks[call.signature]
                     work = passes_of(call.signature, block)[call.backward]
                     frozen = not any(parameter.requires_grad for parameter in block.module.parameters())

@@ -24,6 +24,7 @@ from gigatok_ds.losses.semantic import Teacher, alignment_loss
 from gigatok_ds.models.discriminators.dino import DinoDiscriminator, dino_backbone
 from gigatok_ds.models.discriminators.patchgan import PatchGAN
 from gigatok_ds.models.discriminators.stylegan import StyleGANDiscriminator
+from gigatok_ds.parallel.dropout import name_dropouts
 from gigatok_ds.parallel.layers import PLAIN, Layers
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class TokenizerObjective(nn.Module):
         self.config = config
         self.perceptual = perceptual
         self.teacher = teacher
+        if perceptual is not None:
+            name_dropouts(perceptual, "perceptual")
         self.requires_grad_(False)
 
     def image_terms(self, images: Tensor, reconstruction: Tensor, direct_reconstruction: Tensor | None,

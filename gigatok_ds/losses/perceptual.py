@@ -13,6 +13,7 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.models.frozen.pretrained import autocast, build_frozen, fill_frozen, read_frozen_weights
 from gigatok_ds.models.frozen.pretrained_files import WeightFile
 from gigatok_ds.models.layout import laid_out
+from gigatok_ds.parallel.dropout import MapDropout
 
 SETTING = "loss.perceptual.weights"
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -50,7 +51,7 @@ class LPIPS(PerceptualDistance):
         """features: VGG16's first 30 layers; heads: the `lin{0..4}.model.1.weight` of the lpips package.
 
         `dropout` drops half of the values in front of the heads while training, which the original does by an
-        oversight; it draws from torch's own generator.
+        oversight.
         """
         super().__init__()
         self.precision = precision
@@ -106,7 +107,7 @@ class _Head(nn.Module):
     def __init__(self, channels: int, dropout: bool):
         super().__init__()
         self.model = nn.Sequential(
-            nn.Dropout(0.5) if dropout else nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False)
+            MapDropout(0.5) if dropout else nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False)
         )
 
     def forward(self, theirs: Tensor, ours: Tensor) -> Tensor:

@@ -14,12 +14,17 @@ from gigatok_ds.errors import InputError
 from gigatok_ds.models.frozen.frozen_vit import FrozenViT, vit_file, vit_width
 from gigatok_ds.models.frozen.pretrained import autocast
 from gigatok_ds.models.frozen.pretrained_files import WeightFile
+from gigatok_ds.precision import NAMES, wide_half
 
 SETTING = "loss.semantic.teacher"
 
 
 class Teacher(nn.Module):
-    """A frozen ViT, always in evaluation mode. On a GPU it runs in fp16 autocast, as in the original."""
+    """A frozen ViT, always in evaluation mode.
+
+    On a GPU it runs in half precision whatever the training's is, as in the original; but not in float16, whose range
+    the activations of some ViTs leave (`precision.wide_half`).
+    """
 
     def __init__(self, name: str, weights: str | Path | None = None, *, grid: int = 16, precision: str = "fp32"):
         """weights as in `WeightFile.value`; grid is the side of the tokenizer's; precision the training's.
@@ -33,7 +38,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Normalised patch tokens (B, grid * grid, width), row-major, float32, of images (B, 3, H, W) in [-1, 1]."""
-        with autocast(images.device, "fp16" if images.device.type == "cuda" else self.precision):
+        halves = images.device.type == "cuda" or self.precision == "fp16"
+        with autocast(images.device, NAMES[wide_half(images.device)] if halves else self.precision):
             return self.vit(images)
 
 

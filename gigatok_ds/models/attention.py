@@ -8,6 +8,7 @@ and never to the residual stream.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.width = width
         self.head_dim = width // heads
-        self.dropout = dropout
+        self.dropout = layers.attention_dropout(dropout)
         self.q_proj = layers.column(width, width, bias=True)
         self.k_proj = layers.column(width, width, bias=True)
         self.v_proj = layers.column(width, width, bias=True)
@@ -49,8 +50,14 @@ class MultiHeadAttention(nn.Module):
         q = self.q_norm(split_heads(self.q_proj(query), self.head_dim))
         k = self.k_norm(split_heads(self.k_proj(key), self.head_dim))
         v = split_heads(self.v_proj(value), self.head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        drops = self.training and self.dropout.drops
+        out = self._attend_dropping(q, k, v) if drops else F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(merge_heads(out))
+
+    def _attend_dropping(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention written out, for no fused kernel draws masks of ours: it keeps (B, heads, T, T) probabilities."""
+        scores = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)
+        return self.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype)) @ value
 
 
 class TransformerLayer(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gigatok_ds.kernels import group_norm_ops as fused
 from gigatok_ds.models.group_norm import GroupNorm, GroupNormSiLU
 from gigatok_ds.models.layout import layout_of
+from gigatok_ds.parallel.dropout import MapDropout
 
 GROUPS, EPS = 32, 1e-6
 
@@ -27,7 +28,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = norm_silu(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = norm_silu(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = MapDropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigatok_ds.config.model import TokenizerConfig
 from gigatok_ds.models.attention import TransformerLayer
 from gigatok_ds.models.latent_encoder import GridTransformer, PositionTables, map_to_tokens, tokens_to_map
 from gigatok_ds.parallel.layers import Layers
+from gigatok_ds.precision import wide_half
+
+
+class WideRangeLinear(nn.Linear):
+    """A linear layer that computes in a type of float32's range when it is given float16: then its output cannot be
+    infinite, of which a cosine would make NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16 or self.weight.dtype == torch.float16:
+            dtype = wide_half(x.device)
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return super().forward(x)
 
 
 def semantic_head(width: int, out: int) -> nn.Sequential:
     """The three-layer MLP whose output is aligned with a teacher's patch features."""
+    linear = WideRangeLinear
     return nn.Sequential(
-        nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width), nn.SiLU(), nn.Linear(4 * width, out)
+        linear(width, 4 * width), nn.SiLU(), linear(4 * width, 4 * width), nn.SiLU(), linear(4 * width, out)
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gigatok_ds.cluster.share import WHOLE, Share
 from gigatok_ds.parallel.cross_entropy import head_cross_entropy
-from gigatok_ds.parallel.dropout import Dropout
+from gigatok_ds.parallel.dropout import AttentionDropout, Dropout
 from gigatok_ds.parallel.partial import mark_partial
 from gigatok_ds.parallel.reduce import RankMean
 from gigatok_ds.parallel.sharding import SHARDS, TensorShard, column_shards, row_shards, vocab_shards
@@ -63,6 +63,9 @@ class Layers(Protocol):
 
     def dropout(self, probability: float, *, hidden: bool = False) -> nn.Module:
         """Dropout of (tokens, batch, features): of the residual stream, or (hidden) between `column` and `row`."""
+
+    def attention_dropout(self, probability: float) -> AttentionDropout:
+        """Dropout of the probabilities (batch, heads, queries, keys) of this rank's attention heads."""
 
     def per_image(self, module: Module) -> Module:
         """`module`, which sees only this rank's images."""
@@ -134,6 +137,9 @@ class PlainLayers:
     def dropout(self, probability: float, *, hidden: bool = False) -> Dropout:
         return Dropout(probability)
 
+    def attention_dropout(self, probability: float) -> AttentionDropout:
+        return AttentionDropout(probability)
+
     def per_image(self, module: Module) -> Module:
         return module
 
@@ -160,6 +166,9 @@ class TensorParallelLayers:
         if hidden:
             return Dropout(probability, features=self.part)
         return Dropout(probability, tokens=self.part if self.sequence_parallel else WHOLE)
+
+    def attention_dropout(self, probability: float) -> AttentionDropout:
+        return AttentionDropout(probability, heads=self.part)
 
     def per_image(self, module: Module) -> Module:
         return mark_partial(module)

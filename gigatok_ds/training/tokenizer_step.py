@@ -53,8 +53,9 @@ class TokenizerStep:
         positions (B,): the images' places in the course of training.
         """
         images = to_device(images, self.topology.device)
-        numbers = self.topology.gather_images(to_device(positions, images.device))
-        with dropout_at(self.recipe.training.seed, numbers):
+        own = to_device(positions, images.device)
+        numbers = self.topology.gather_images(own)
+        with dropout_at(self.recipe.training.seed, numbers, own):
             output, logged = self._generator_pass(images, positions, step)
         if self.discriminator and self.recipe.loss.discriminator_active(step):
             logged |= self._discriminator_pass(self.discriminator, images, output, positions, step)

@@ -11,6 +11,7 @@ from training_runs import partitioning, prepare
 from gigatok_ds.config.load import load_recipe
 from gigatok_ds.losses.perceptual import PerceptualDistance
 from gigatok_ds.monitoring.metrics import of_the_machine, read_metrics
+from gigatok_ds.parallel.dropout import MapDropout
 
 STEPS = 10
 # A large epsilon, because Adam would turn the rounding noise of gradients that are truly zero (biases of attention
@@ -64,22 +65,24 @@ class StandInTeacher(nn.Module):
 
 
 class StandInPerceptual(PerceptualDistance):
-    def __init__(self):
+    def __init__(self, dropout):
         super().__init__()
         self.features = nn.Conv2d(3, 8, 3).requires_grad_(False)
+        self.dropout = MapDropout(0.5 if dropout else 0.0)
 
     def look(self, images):
         return [torch.tanh(self.features(images))]
 
     def distance(self, seen, reconstruction):
-        return (seen[0] - torch.tanh(self.features(reconstruction))).square().mean(dim=(1, 2, 3))
+        return self.dropout((seen[0] - torch.tanh(self.features(reconstruction))).square()).mean(dim=(1, 2, 3))
 
 
 def stand_in_objective(config, *, device, grid, precision):
     from gigatok_ds.losses.composition import TokenizerObjective
 
     torch.manual_seed(0)
-    return TokenizerObjective(config, perceptual=StandInPerceptual(), teacher=StandInTeacher()).to(device)
+    return TokenizerObjective(config, perceptual=StandInPerceptual(config.perceptual.dropout),
+                              teacher=StandInTeacher()).to(device)
 
 
 def use_stand_ins():

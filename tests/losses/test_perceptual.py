@@ -15,6 +15,7 @@ from gigatok_ds.cpu.convolution import use_winograd
 from gigatok_ds.errors import InputError
 from gigatok_ds.losses.perceptual import load_lpips
 from gigatok_ds.models.frozen.pretrained_files import cache_folder
+from gigatok_ds.parallel.dropout import dropout_at, name_dropouts
 
 
 def vgg_shapes():
@@ -177,3 +178,21 @@ def test_another_networks_file_is_refused(tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path)
     with pytest.raises(InputError, match=r"loss.perceptual.weights: .* holds another network"):
         load_lpips(path)
+
+
+def test_its_dropout_is_addressed_by_image(vgg_file):
+    """Half of the values count twice; which ones depends on an image's number, not on what else is in the batch."""
+    network = load_lpips(vgg_file, dropout=True)
+    name_dropouts(network, "perceptual")
+    images, others = two_images()
+    numbers = torch.tensor([7, 2**40 + 3])
+    with torch.no_grad():
+        with dropout_at(1, numbers):
+            together = network.train()(images, others)
+        alone = []
+        for index in range(2):
+            with dropout_at(1, numbers, numbers[index : index + 1]):
+                alone.append(network(images[index : index + 1], others[index : index + 1]))
+        exact = network.eval()(images, others)
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-5, atol=0)
+    assert (together != exact).all() and ((together - exact).abs() < 0.2 * exact).all()

@@ -1,5 +1,7 @@
 """The frozen teacher: preprocessing, files in both namings, and the alignment loss."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.losses import SemanticConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.losses.semantic import Teacher, alignment_loss, check_teacher, teacher_file
+from gigatok_ds.models.latent_decoder import semantic_head
 
 
 def seeded(seed=0):
@@ -205,3 +208,44 @@ def test_alignment_is_minus_the_mean_cosine():
     torch.testing.assert_close(alignment_loss(student, target), expected)
     assert alignment_loss(3 * target, target).item() == pytest.approx(-1, abs=1e-6)
     assert alignment_loss(-target, 2 * target).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_teacher_beyond_half_precision_gives_finite_tokens_in_fp16_training():
+    """Activations of some ViTs leave float16's range (65,504): in fp16 autocast their tokens are NaN."""
+    exact, ours, naive = (Teacher("dinov2-vit-s", "random", grid=4, precision=precision)
+                          for precision in ("fp32", "fp16", "fp32"))
+    for teacher in (exact, ours, naive):
+        for block in teacher.vit.network.blocks:
+            block.mlp.fc1.weight.data *= 3e5
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        assert not naive.vit(pictures()).isfinite().all()
+    tokens = ours(pictures())
+    assert tokens.dtype == torch.float32
+    assert (1 - F.cosine_similarity(tokens, exact(pictures()), dim=-1)).max() < 1e-2
+
+
+def test_the_projection_beyond_half_precision_is_finite_in_fp16_training():
+    """In float16 a hidden value is infinite and the term NaN; here it is near that of float64, with its gradient."""
+    torch.manual_seed(0)
+    head = semantic_head(32, 24)
+    for layer in head[::2]:
+        layer.weight.data *= 200
+    x, target = torch.randn(2, 16, 32), torch.randn(2, 16, 24)
+
+    def term(network, dtype):
+        inputs = x.to(dtype).requires_grad_()
+        loss = alignment_loss(network.to(dtype)(inputs), target)
+        # Scaled, as DeepSpeed does in fp16.
+        scaled = torch.autograd.grad(loss * 2**12, [inputs, *network.parameters()])
+        return loss.detach(), [gradient.double() / 2**12 for gradient in scaled]
+
+    naive = torch.nn.Sequential(*(torch.nn.Linear(layer.in_features, layer.out_features)
+                                  if isinstance(layer, torch.nn.Linear) else layer for layer in head))
+    naive.load_state_dict(head.state_dict())
+    loss, gradients = term(copy.deepcopy(head), torch.float16)
+    exact, wanted = term(copy.deepcopy(head), torch.float64)
+    assert term(naive, torch.float16)[0].isnan()
+    assert loss == pytest.approx(exact.item(), abs=2e-3)
+    for gradient, true in zip(gradients, wanted, strict=True):
+        assert gradient.isfinite().all()
+        assert (gradient - true).norm() < 0.1 * true.norm(), "bfloat16's rounding in so steep a network"

@@ -8,7 +8,9 @@ import torch
 
 from gigatok_ds.cluster.share import Share
 from gigatok_ds.kernels.dropout_mask import keep_mask, rule_of
-from gigatok_ds.parallel.dropout import Dropout, dropout_at, name_dropouts
+from gigatok_ds.models.attention import MultiHeadAttention
+from gigatok_ds.parallel.dropout import AttentionDropout, Dropout, MapDropout, dropout_at, name_dropouts
+from gigatok_ds.parallel.layers import PLAIN
 
 SAMPLES = torch.tensor([3, 2**33 + 1, 70, 71])
 
@@ -92,6 +94,63 @@ def test_parts_are_parts_of_the_whole():
     with dropout_at(0, SAMPLES[2:]):
         assert torch.equal(full(x[:, 2:]), expected[:, 2:])
     assert expected.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+
+
+def test_attention_heads_are_parts_of_the_whole():
+    x = torch.ones(4, 6, 5, 40)
+    full, *parts = AttentionDropout(0.3), *(AttentionDropout(0.3, heads=Share(rank=rank, size=3)) for rank in range(3))
+    for module in (full, *parts):
+        name_dropouts(module)
+    with dropout_at(0, SAMPLES):
+        expected = full(x)
+        assert torch.equal(torch.cat([part(x[:, :2]) for part in parts], 1), expected)
+    with dropout_at(0, SAMPLES[2:]):
+        assert torch.equal(full(x[2:]), expected[2:])
+    rows = expected.flatten(0, 2)
+    assert len(rows.unique(dim=0)) == len(rows)
+    assert expected.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+
+
+def test_feature_maps_are_dropped_by_image_in_any_memory_layout():
+    x = torch.rand(4, 16, 6, 5) + 1
+    module = MapDropout(0.3)
+    name_dropouts(module)
+    with dropout_at(0, SAMPLES):
+        expected = module(x)
+        assert torch.equal(module(x.contiguous(memory_format=torch.channels_last)), expected)
+    with dropout_at(0, SAMPLES, SAMPLES[1:3]):
+        assert torch.equal(module(x[1:3]), expected[1:3]), "those of this rank's images"
+    kept = expected != 0
+    torch.testing.assert_close(expected[kept], x[kept] / 0.7)
+    assert 0.6 < kept.float().mean() < 0.8 and len(kept.permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)) > 110
+
+
+def test_attention_with_dropout_is_the_formula():
+    """softmax(q k / sqrt(d)), dropped and scaled, times v, in float64, and its gradient."""
+    torch.manual_seed(0)
+    module = MultiHeadAttention(24, 3, PLAIN, dropout=0.4).double()
+    name_dropouts(module)
+    x = torch.randn(6, 4, 24, dtype=torch.float64, requires_grad=True)
+    with dropout_at(0, SAMPLES):
+        ours = module(x, x, x)
+        mask = module.dropout(torch.ones(4, 3, 6, 6, dtype=torch.float64))
+    assert 0.25 < (mask == 0).float().mean() < 0.55
+    q, k, v = (torch.stack((x @ p.weight.T + p.bias).split(8, dim=2), 1) for p in
+               (module.q_proj, module.k_proj, module.v_proj))  # (token, head, sample, feature)
+    shares = torch.einsum("qhbd,khbd->bhqk", q, k).div(8**0.5).softmax(-1) * mask
+    by_hand = torch.einsum("bhqk,khbd->qbhd", shares, v).flatten(2) @ module.out_proj.weight.T + module.out_proj.bias
+    torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-6)  # probabilities are float32
+    weights = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (ours, by_hand)),
+                               rtol=0, atol=1e-5)
+
+
+def test_networks_beside_each_other_draw_masks_of_their_own():
+    one, other = MapDropout(0.5), MapDropout(0.5)
+    name_dropouts(one), name_dropouts(other, "perceptual")
+    x = torch.ones(4, 16, 6, 5)
+    with dropout_at(0, SAMPLES):
+        assert not torch.equal(one(x), other(x))
 
 
 def test_layers_draw_masks_of_their_own_and_evaluation_drops_nothing():

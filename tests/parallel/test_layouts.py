@@ -60,6 +60,18 @@ def test_variants_of_the_gpt_do_so_too(tmp_path, conditioning, layout):
     assert runs.result("gpt", layout, *more)[1][moved].norm() > 1e-4, "it starts at zero"
 
 
+@pytest.mark.parametrize("layout", [
+    Layout(tensor=2, data=2, stage=3, sequence=True, recompute=True),
+    *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
+        Layout(tensor=4), Layout(data=4, stage=2), Layout(tensor=2, data=1, stage=1)))], ids=str)
+def test_dropout_of_attention_feature_maps_and_lpips_does_not_depend_on_the_layout(runs, layout):
+    more = "model.dropout=0.2", "loss.perceptual={weight: 0.5, dropout: true}"
+    assert_like_a_single_process(runs, "tokenizer", layout, *more)
+    dropped, plain = (runs.result("tokenizer", Layout(), *settings)[0] for settings in (more, ()))
+    for name in ("loss/reconstruction", "loss/perceptual"):
+        assert dropped[0][name] != plain[0][name], name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, layout", [case for case in ALL if case not in ALWAYS], ids=str)
 def test_every_layout_trains_like_a_single_process(runs, kind, layout):
