@@ -136,6 +136,10 @@ class SavedEngine:
     def has(self, kind: str) -> bool:
         return kind in self.layout.kinds
 
+    def holds(self, kind: str, name: str) -> bool:
+        """Whether there is something of that kind for a parameter."""
+        return f"{kind}/{name}" in self._index(0)
+
     def tensors(self, kind: str = WEIGHTS) -> Mapping[str, Tensor]:
         """The whole network's state_dict, each tensor read when asked for: parameters of that kind, float32, and
         buffers.

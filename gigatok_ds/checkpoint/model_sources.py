@@ -34,13 +34,14 @@ from gigatok_ds.untrusted import read_json
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """weights are a state_dict of the network that `config` describes, read a tensor at a time; classes are the names
-    of its classes, where they are known; place is where it was found."""
+    of its classes, where they are known; place is where it was found, checkpoint that of a run."""
 
     config: TokenizerConfig | GPTConfig
     weights: Mapping[str, Tensor]
     provenance: dict[str, Any]
     classes: Sequence[str] = ()
     place: Path | None = None
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError when the weights are too few for such a model: before it is built."""
@@ -115,7 +116,7 @@ def open_run(path: Path, *, choice: str | None = None, step: int | None = None) 
     if codes := _codes_of(_beside(checkpoint, DATA_FILE)):
         provenance["codes_sha256"] = codes
     return Model(config=recipe.model, weights=saved.tensors(EMA if choice == "ema" else WEIGHTS), provenance=provenance,
-                 classes=read_classes(classes_file) if classes_file else (), place=path)
+                 classes=read_classes(classes_file) if classes_file else (), place=path, checkpoint=checkpoint)
 
 
 def _codes_of(record: Path | None) -> str | None:

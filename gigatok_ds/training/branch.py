@@ -52,7 +52,8 @@ def branch_point(recipe: Recipe, source: Path) -> Path:
     differing = [key for key in differing_keys(trunk, recipe) if key not in (*OWN_KEYS, *DATA_LOCATIONS)]
     if differing:
         raise InputError(f"a branch of {run_dir} must share its recipe, but {', '.join(differing)} differ; "
-                         f"only {', '.join(OWN_KEYS)} may")
+                         f"only {', '.join(OWN_KEYS)} may. A new phase with other settings starts from "
+                         f"gigatok-ds convert {run_dir} OUT --to training --keep all --recipe ...")
     limit = min(constant_until(r.schedule, r.training.steps) for r in (trunk, recipe))
     allowed = [(step, path) for step, path in complete_checkpoints(run_dir)
                if step <= limit and (not is_checkpoint or path.name == source.name)]

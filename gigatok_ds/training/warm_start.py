@@ -1,23 +1,34 @@
-"""A run that starts from given weights (fine-tuning): a run directory whose only checkpoint is of step 0.
+"""A run that starts from given weights (fine-tuning, a new phase): a run directory whose only checkpoint is of step 0.
 
-It is a training checkpoint like any other, but for Adam's moments, which it does not have: they start at zero. A moving
-average starts from the weights, and a discriminator as in a new run.
+It is a training checkpoint like any other. What it takes of a run's state beside the weights is named (`Kept`); of the
+rest, moments start at zero, a moving average from the weights, and a discriminator as in a new run.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.class_names import CLASSES_FILE, classes_bytes
-from gigatok_ds.checkpoint.fragments import WEIGHTS, Fragment, SavedLayout, Snapshot
+from gigatok_ds.checkpoint.fragments import EMA, MOMENTS, WEIGHTS, Fragment, SavedEngine, SavedLayout, Snapshot
 from gigatok_ds.checkpoint.original import build_on_meta, written_specs
-from gigatok_ds.checkpoint.run_directory import MODEL_PARTS, RECIPE_FILE, STATE_FILE, State, checkpoint_path
+from gigatok_ds.checkpoint.run_directory import (
+    MODEL_PARTS,
+    RECIPE_FILE,
+    STATE_FILE,
+    State,
+    checkpoint_path,
+    damaged_file,
+    read_state,
+)
 from gigatok_ds.checkpoint.tensor_files import LazyTensors, groups_of, shapes_of
 from gigatok_ds.config.load import save_resolved
 from gigatok_ds.config.losses import AdversarialConfig
@@ -35,32 +46,94 @@ logger = logging.getLogger(__name__)
 # Weights are written in as many files as there would be data ranks with this much of them each.
 FILE_BYTES = 512 * 1024**2
 CLASS_TABLE = "cls_embedding.embedding_table.weight"  # a GPT's parameter, a row for each class
+USAGE = "quantizer.codebook_used"  # a tokenizer's buffer, its latest codes
+KEEPS = ("usage", "ema", "moments", "discriminator")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a new phase takes of a run's `checkpoint` beside the weights: some of `KEEPS`."""
+
+    parts: frozenset[str] = frozenset(["usage"])
+    checkpoint: Path | None = None
+
+
+class _State(NamedTuple):
+    """What there is for the parameters of a network beside weights: float32, by kind and name; Adam's updates."""
+
+    tensors: dict[str, Mapping[str, Tensor]]
+    adam_steps: dict[str, int]
+
+
+NO_STATE = _State({}, {})
+
+
+def kept_of(asked: Sequence[str] | None, recipe: Recipe, checkpoint: Path | None) -> Kept:
+    """What is meant by names of `KEEPS`, by "all" (as far as there are such things) or by None, which is usual.
+
+    checkpoint: of a run, None of a model alone. Raises InputError for what the source does not have, and for what the
+    recipe would not use.
+    """
+    if asked is None:
+        return Kept(checkpoint=checkpoint)
+    reasons = {name: _cannot_keep(name, recipe, checkpoint) for name in KEEPS}
+    if "all" in asked:
+        return Kept(parts=frozenset(name for name, reason in reasons.items() if not reason), checkpoint=checkpoint)
+    for name in asked:
+        if name not in reasons:
+            raise InputError(f"--keep has {name!r}; it takes {', '.join(KEEPS)} or all")
+        if reason := reasons[name]:
+            raise InputError(f"--keep {name}: {reason}; leave it out")
+    return Kept(parts=frozenset(asked), checkpoint=checkpoint)
+
+
+def _cannot_keep(name: str, recipe: Recipe, checkpoint: Path | None) -> str | None:
+    """Why a part cannot be kept, or None."""
+    if name in ("usage", "discriminator") and not isinstance(recipe, TokenizerRecipe):
+        return "a GPT has none"
+    if name == "usage":
+        return None
+    if checkpoint is None:
+        return "the source is a model alone, which has none; name a run or one of its checkpoints"
+    if name == "discriminator":
+        if not (isinstance(recipe, TokenizerRecipe) and recipe.loss.adversarial):
+            return "loss.adversarial is null, so nothing would use it"
+        return None if "discriminator" in read_state(checkpoint).parts else f"{checkpoint} has none"
+    if name == "ema" and recipe.training.ema_decay is None:
+        return "training.ema_decay is null, so nothing would use it"
+    kind = EMA if name == "ema" else MOMENTS[0]
+    return None if SavedEngine(checkpoint / MODEL_PARTS[recipe.kind]).has(kind) else f"{checkpoint} has none"
 
 
 def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, *, fresh: Sequence[str] = (),
-                      classes: Sequence[str] = ()) -> Path:
+                      classes: Sequence[str] = (), kept: Kept = Kept()) -> Path:
     """Write the run directory `out`, for `gigatok-ds train out/recipe.yaml --out out`, and return it; whole or not at
     all.
 
     weights are a state_dict of the recipe's model, of which few tensors are in memory at a time. Parameters whose names
     start with one of `fresh` get their initial values instead. classes are the names of the classes that the weights
     know; the run's data will be numbered by them, unless the embedding of classes is `fresh`. Tables of positions of
-    another size are resized (models.positions), which is logged. Raises InputError when `out` exists, or another
-    parameter is missing or of another shape.
+    another size are resized (models.positions), which is logged. Raises InputError when `out` exists, another
+    parameter is missing or of another shape, or what is kept does not fit.
     """
     if out.exists():
         raise InputError(f"{out} exists already; choose another directory for the run")
     network = build_on_meta(recipe.model)
-    started = _started(network, _at_size(recipe.model, network, weights, fresh), fresh, recipe.training.seed)
-    parts: dict[str, tuple[nn.Module, Mapping[str, Tensor]]] = {MODEL_PARTS[recipe.kind]: (network, started)}
+    sized = _at_size(recipe.model, network, weights, fresh)
+    started = _started(network, sized, fresh, recipe.training.seed, usage="usage" in kept.parts)
+    given, wanted = shapes_of(weights), shapes_of(started)
+    changed = {name for name in wanted if name.startswith(tuple(fresh)) or given.get(name) != wanted[name]}
+    part = MODEL_PARTS[recipe.kind]
+    parts: dict[str, tuple[nn.Module, Mapping[str, Tensor], _State]] = {
+        part: (network, started, _kept_state(recipe, part, network, started, kept, changed))}
     if isinstance(recipe, TokenizerRecipe) and recipe.loss.adversarial:
         discriminator = _discriminator(recipe, recipe.loss.adversarial)
-        parts["discriminator"] = (discriminator, discriminator.state_dict())
+        parts["discriminator"] = (discriminator, *_kept_discriminator(recipe, discriminator, kept))
     out.parent.mkdir(parents=True, exist_ok=True)
     with naming_failures(out), directory_beside(out) as scratch:
         checkpoint = checkpoint_path(scratch, 0)
-        files = {f"{part}/{name}": digest for part, (of, values) in parts.items()
-                 for name, digest in _write_network(checkpoint / part, of, values)}
+        files = {f"{part}/{name}": digest for part, written in parts.items()
+                 for name, digest in _write_network(checkpoint / part, *written)}
         if classes and not CLASS_TABLE.startswith(tuple(fresh)):
             for folder in (scratch, checkpoint):
                 write_atomically(folder / CLASSES_FILE, classes_bytes(classes))
@@ -92,8 +165,12 @@ def _at_size(config: TokenizerConfig | GPTConfig, network: nn.Module, weights: M
                        lambda name: resized[name] if name in resized else weights[name])
 
 
-def _started(network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[str], seed: int) -> LazyTensors:
-    """The weights to start from, checked by shape; those that begin anew are drawn as for a new run."""
+def _started(network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[str], seed: int, *,
+             usage: bool) -> LazyTensors:
+    """The weights to start from, checked by shape; those that begin anew are drawn as for a new run.
+
+    usage: the latest codes are kept, too.
+    """
     expected, shapes = written_specs(network), shapes_of(weights)
     fills = {name: fill for name, _, fill in initial_fills(network) if name.startswith(tuple(fresh))}
     for prefix in fresh:
@@ -110,6 +187,8 @@ def _started(network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[
 
     def read(name: str) -> Tensor:
         dtype, shape = expected[name]
+        if name == USAGE and not usage:
+            return torch.zeros(shape, dtype=dtype)
         if name not in fills:
             return weights[name].to(dtype)
         value = torch.empty(shape)
@@ -126,15 +205,56 @@ def _discriminator(recipe: TokenizerRecipe, config: AdversarialConfig) -> nn.Mod
     return build_discriminator(config, image_size=recipe.model.image_size)
 
 
-def _write_network(folder: Path, network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+def _kept_state(recipe: Recipe, part: str, network: nn.Module, weights: Mapping[str, Tensor], kept: Kept,
+                changed: Container[str] = ()) -> _State:
+    """What is kept for the parameters of a part that are to be trained; for those that have changed it cannot be."""
+    if kept.checkpoint is None or not kept.parts & {"ema", "moments"}:
+        return NO_STATE
+    saved = SavedEngine(kept.checkpoint / part)
+    shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters() if parameter.requires_grad
+              and not (part != "discriminator" and name.partition(".")[0] in recipe.training.freeze)}
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    if "moments" in kept.parts:
+        for name in shapes:
+            if name in changed or not saved.holds(MOMENTS[0], name):
+                why = "begins anew or at another size" if name in changed else f"was frozen in {kept.checkpoint}"
+                raise InputError(f"--keep moments: {name} {why}, so there are none for it; leave moments out")
+        tensors = {kind: LazyTensors(shapes, partial(saved.read, kind)) for kind in MOMENTS}
+    if "ema" in kept.parts and part != "discriminator":
+        average = {name for name in shapes if name not in changed and saved.holds(EMA, name)}
+        tensors[EMA] = LazyTensors(shapes, lambda name: saved.read(EMA, name) if name in average else weights[name])
+    return _State(tensors, saved.layout.adam_steps if "moments" in kept.parts else {})
+
+
+def _kept_discriminator(recipe: Recipe, discriminator: nn.Module, kept: Kept) -> tuple[Mapping[str, Tensor], _State]:
+    """The discriminator's weights and state: the checkpoint's or, unless it is kept, those of a new run."""
+    if kept.checkpoint is None or "discriminator" not in kept.parts:
+        return discriminator.state_dict(), NO_STATE
+    if problem := damaged_file(kept.checkpoint, read_state(kept.checkpoint), "discriminator"):
+        raise InputError(f"{problem}; restore it from a copy, or take another checkpoint (--step)")
+    saved = SavedEngine(kept.checkpoint / "discriminator")
+    theirs, ours = ({name: list(shape) for name, shape in shapes.items()}
+                    for shapes in (saved.shapes(), shapes_of(discriminator.state_dict())))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise InputError(f"--keep discriminator: {kept.checkpoint} has another one, whose {name} is "
+                             f"{theirs.get(name, 'missing')} and not {ours.get(name, 'missing')}; leave it out")
+    return saved.tensors(), _kept_state(recipe, "discriminator", discriminator, {}, kept)
+
+
+def _write_network(folder: Path, network: nn.Module, weights: Mapping[str, Tensor],
+                   state: _State) -> Iterator[tuple[str, str]]:
     """Write a network as if each of several data ranks had held some of its parameters; yields names and SHA-256."""
     trained = {name: list(parameter.shape) for name, parameter in network.named_parameters() if parameter.requires_grad}
-    shares = groups_of({name: 4 * math.prod(shape) for name, shape in trained.items()}, FILE_BYTES)
+    kinds: dict[str, Mapping[str, Tensor]] = {WEIGHTS: weights, **state.tensors}
+    shares = groups_of({name: 4 * math.prod(shape) for name, shape in trained.items()}, FILE_BYTES // len(kinds))
     layout = SavedLayout(tensor_size=1, data_size=len(shares), parameters=trained,
                     cuts={name: cut for name, cut in declared_shards(network).items() if name in trained},
-                    kinds=[WEIGHTS], adam_steps=dict.fromkeys(trained, 0), counters={})
+                    kinds=list(kinds), adam_steps={name: state.adam_steps.get(name, 0) for name in trained},
+                    counters={})
     for rank, names in enumerate(shares):
-        values = {name: Fragment(0, weights[name].detach().float().flatten().contiguous()) for name in names}
+        values = {kind: {name: Fragment(0, tensors[name].detach().float().flatten().contiguous())
+                         for name in names if name in tensors} for kind, tensors in kinds.items()}
         full = {name: weights[name].contiguous() for name in weights if name not in trained} if rank == 0 else {}
-        yield from Snapshot(tensor_rank=0, data_rank=rank, layout=layout, fragments={WEIGHTS: values},
+        yield from Snapshot(tensor_rank=0, data_rank=rank, layout=layout, fragments=values,
                             full=full).write(folder).items()

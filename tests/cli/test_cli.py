@@ -43,7 +43,7 @@ OPTIONS = {
     "train": {"recipe", "overrides", "--out", "--branch-from", "--extend-to", "--tp", "--inject", "--zero",
               "--deepspeed", "--auto"},
     "status": {"run_directory", "--json"},
-    "convert": {"source", "out", "overrides", "--to", "--recipe", "--weights", "--step", "--dtype", "--fresh",
+    "convert": {"source", "out", "overrides", "--to", "--recipe", "--weights", "--step", "--dtype", "--fresh", "--keep",
                 "--verify", "--overwrite"},
     "inspect": {"path", "--check", "--json"},
     "export-graph": {"checkpoint", "out", "--part", "--format"},

@@ -149,6 +149,7 @@ RULES = [
     Rule("gigatok-ds convert checkpoints/tokenizer-ss runs/ss512",
          replace={"model.image_size=512": "model.image_size=32"}),
     Rule("gigatok-ds convert checkpoints/tokenizer-ss runs/ss-decoder"),
+    Rule("gigatok-ds convert runs/ss runs/ss-2", replace={"training.steps=100000": "training.steps=4"}),
     Rule("gigatok-ds inspect"),
     Rule("gigatok-ds reconstruct"),
     Rule("gigatok-ds export-graph"),

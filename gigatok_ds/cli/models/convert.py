@@ -8,6 +8,7 @@
   gigatok-ds convert checkpoints/tokenizer-ss VQ_SS256.pt --to original
   gigatok-ds convert checkpoints/gpt-b runs/fine --to training --recipe GPT-B data.train=codes/train ...
   gigatok-ds train runs/fine/recipe.yaml --out runs/fine
+  gigatok-ds convert runs/ss runs/ss-2 --to training --keep all --recipe VQ_SS256 loss.perceptual.weight=0.5 ...
   gigatok-ds convert checkpoints/tokenizer-ss runs/ss512 --to training --recipe VQ_SS256 model.image_size=512
 
 A standalone directory holds config.json and model.safetensors, which gigatok_ds.load_tokenizer and gigatok_ds.load_gpt
@@ -48,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="append", default=[], metavar="PREFIX",
                         help="with --to training: parameters whose names start so get initial values instead, such as "
                              "cls_embedding for other classes; may be repeated")
+    parser.add_argument("--keep", type=lambda text: text.split(","), metavar="PART[,PART...]",
+                        help="with --to training, of a run: what goes on beside the weights: usage (the window of "
+                             "codes in use), ema, moments (the optimizer's), discriminator, or all; the rest begins "
+                             "as in a new run (default: usage)")
     parser.add_argument("--verify", action="store_true",
                         help="read it again, and compare every tensor and the outputs of both models")
     parser.add_argument("--overwrite", action="store_true",
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     _refuse_useless(args)
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe else None
-    model = open_model(args.source, choice=args.weights, recipe=recipe, step=args.step)
+    model = open_model(args.source, choice=_weights(args), recipe=recipe, step=args.step)
     if args.to == "training":
         return _to_training(args, model, recipe)
     written, verified = convert(model, args.out, to=args.to, dtype=PRECISIONS[args.dtype], verified=args.verify,
@@ -89,20 +94,37 @@ def _refuse_useless(args: argparse.Namespace) -> None:
                           ("--overwrite", args.overwrite)):
         if training and given:
             raise InputError(f"{option} does not apply to --to training, which writes a new run in fp32")
-    if args.fresh and not training:
-        raise InputError("--fresh is for --to training only")
+    for option, given in (("--fresh", args.fresh), ("--keep", args.keep)):
+        if given and not training:
+            raise InputError(f"{option} is for --to training only")
+
+
+def _weights(args: argparse.Namespace) -> str | None:
+    """Which weights: an average and moments are kept beside those that they are of."""
+    from gigatok_ds.checkpoint.model_sources import is_run
+    from gigatok_ds.errors import InputError
+
+    beside = sorted({"ema", "moments", "all"}.intersection(args.keep or ()))
+    if not beside or not is_run(args.source):
+        return args.weights
+    if args.weights == "ema":
+        raise InputError(f"--weights ema starts from the average, which --keep {beside[0]} does not go with; leave one "
+                         "of them out")
+    return "model"
 
 
 def _to_training(args: argparse.Namespace, model, recipe) -> int:
     from gigatok_ds.checkpoint.conversion import shown
     from gigatok_ds.errors import InputError
-    from gigatok_ds.training.warm_start import write_start_point
+    from gigatok_ds.training.warm_start import kept_of, write_start_point
 
     if model.kind != recipe.kind:
         raise InputError(f"{args.source} holds a {model.kind}, but recipe {recipe.name} trains a {recipe.kind}")
+    kept = kept_of(args.keep, recipe, model.checkpoint)
     with shown(model.weights) as weights:
-        write_start_point(recipe, weights, args.out, fresh=args.fresh, classes=model.classes)
-    print(f"wrote {args.out}; train it with: gigatok-ds train {args.out}/recipe.yaml --out {args.out}")
+        write_start_point(recipe, weights, args.out, fresh=args.fresh, classes=model.classes, kept=kept)
+    beside = f" with {', '.join(sorted(kept.parts)) or 'the weights alone'} of {args.source}" if args.keep else ""
+    print(f"wrote {args.out}{beside}; train it with: gigatok-ds train {args.out}/recipe.yaml --out {args.out}")
     _report_start(args.out, model, recipe)
     return 0
 
