@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -135,6 +135,13 @@ class SavedEngine:
 
     def has(self, kind: str) -> bool:
         return kind in self.layout.kinds
+
+    def pieces(self, kind: str, name: str) -> Iterator[tuple[int, int, Fragment]]:
+        """(tensor rank, data rank, its part) of a parameter, as each rank has written it: of a replica, every copy."""
+        for tensor_rank in range(self.layout.tensor_size):
+            for start, path in self._index(tensor_rank).get(f"{kind}/{name}", ()):
+                data_rank = int(path.stem.rpartition("-")[2])
+                yield tensor_rank, data_rank, Fragment(start, self._files.read(path, f"{kind}/{name}"))
 
     def holds(self, kind: str, name: str) -> bool:
         """Whether there is something of that kind for a parameter."""

@@ -37,6 +37,7 @@ COMMANDS = {
     "plan": "training.plan",
     "train": "training.train",
     "status": "training.status",
+    "replay": "training.replay",
     "convert": "models.convert",
     "inspect": "models.inspect",
     "export-graph": "models.export_graph",

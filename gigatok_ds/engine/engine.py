@@ -21,7 +21,7 @@ import deepspeed
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
-from gigatok_ds.checkpoint.fragments import SavedEngine, Snapshot
+from gigatok_ds.checkpoint.fragments import Fragment, SavedEngine, Snapshot
 from gigatok_ds.compat import no_shared_memory_op, search_at_lowest_scale
 from gigatok_ds.config.recipe import OptimizerConfig
 from gigatok_ds.cpu.malloc import keep_freed_memory
@@ -166,9 +166,13 @@ class Engine:
         for kept, buffer in zip(self._remembered, self.network.buffers(), strict=True):
             buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
 
+    def weights(self) -> dict[str, Fragment]:
+        """This rank's part of each trained parameter: float32 views of what the optimizer updates."""
+        return self._state.fragments()
+
     def weights_finite(self) -> bool:
         """Whether this rank's part of the weights is finite."""
-        found = [torch.isfinite(values).all() for _, values in self._state.fragments().values()]
+        found = [torch.isfinite(values).all() for _, values in self.weights().values()]
         return bool(torch.stack(found).all()) if found else True
 
     def replicated(self) -> Iterator[Replicated]:

@@ -38,8 +38,10 @@ KINDS = {
     "nan": "the loss and the gradients of an engine (part=NAME; default: the first) are NaN",
     "inf": "the gradients of an engine are infinite",
     "spike": "the loss and the gradients of an engine are 100 times what they are",
+    "flip": "a bit of the last float32 weight that the rank updates of a tensor (tensor=NAME) flips",
     "drift": "a number of a tensor (tensor=NAME; default: the first buffer or parameter) of an engine changes",
 }
+_OF_TENSORS = ("drift", "flip")
 _KEYS = ("rank", "step", "after", "steps", "part", "tensor")
 
 
@@ -74,10 +76,11 @@ def parse_fault(text: str) -> Fault:
             raise InputError(f"--inject {text}: {key} is {value!r}; a number is expected") from None
     if ("step" in values) == ("after" in values):
         raise InputError(f"--inject {text}: say when, by step=N or after=SECONDS")
-    if "tensor" in values and kind != "drift":
-        raise InputError(f"--inject {text}: tensor= is for drift")
-    if kind not in _GRADIENTS and ("steps" in values or ("part" in values and kind != "drift")):
-        raise InputError(f"--inject {text}: steps= and part= are for {', '.join(_GRADIENTS)} (part= for drift, too)")
+    if "tensor" in values and kind not in _OF_TENSORS:
+        raise InputError(f"--inject {text}: tensor= is for {' and '.join(_OF_TENSORS)}")
+    if kind not in _GRADIENTS and ("steps" in values or ("part" in values and kind not in _OF_TENSORS)):
+        raise InputError(f"--inject {text}: steps= and part= are for {', '.join(_GRADIENTS)} (part= for "
+                         f"{' and '.join(_OF_TENSORS)}, too)")
     return Fault(text=text, kind=kind, **values)
 
 
@@ -191,6 +194,16 @@ def _drift(fault: Fault, engine) -> None:
     tensor.view(-1)[-1] += 1
 
 
+@torch.no_grad()
+def _flip(fault: Fault, engine) -> None:
+    """A bit of the exponent, so that the weight is 16 times what it was, or a sixteenth."""
+    held = engine.weights()
+    name = fault.tensor or next(iter(held), "")
+    if name not in held:
+        raise InputError(f"--inject {fault.text}: this rank updates nothing of a tensor {name}")
+    held[name].values.view(torch.int32)[-1] ^= 1 << 25
+
+
 _ACTIONS: dict[str, Callable] = {
     "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
     "raise": _raise,
@@ -201,5 +214,6 @@ _ACTIONS: dict[str, Callable] = {
     "hang-worker": functools.partial(_to_worker, signal.SIGSTOP),
     "kill-saving": _kill_saving,
     "slow": lambda *_: time.sleep(1.0),
+    "flip": _flip,
     "drift": _drift,
 }

@@ -22,6 +22,7 @@ from gigatok_ds.checkpoint.run_directory import (
     restore,
 )
 from gigatok_ds.checkpoint.writer import CheckpointWriter
+from gigatok_ds.config.deepspeed import scaler_search
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.engine.engine import Engine
 from gigatok_ds.errors import InputError
@@ -73,25 +74,28 @@ class Task(Watched, Protocol):
         """Outputs on a few fixed inputs, against which an exported model is checked; collective."""
 
 
-def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, accumulation: int, end: End,
-          branch: Path | None = None, *, scaler_search: int = 0) -> None:
+def train(recipe: Recipe, task: Task, run_dir: Path, topology: Topology, settings: dict[str, Any], end: End,
+          branch: Path | None = None, *, until: int | None = None) -> None:
     """Train `task` to recipe.training.steps, from the newest complete checkpoint of `run_dir` or else from `branch`.
 
-    scaler_search is how many steps in a row fp16's loss scaling may leave out. A run that stalls is ended by `end`. One
-    that SIGTERM or SIGUSR1 asks to stop saves and raises SystemExit(REQUEUE). Afterwards `probe.npz` holds the trained
-    model's own outputs on a few inputs.
+    settings are DeepSpeed's. A run that stalls is ended by `end`. One that SIGTERM or SIGUSR1 asks to stop saves and
+    raises SystemExit(REQUEUE). until: an earlier step to save and end at; such a run is not validated. Afterwards
+    `probe.npz` holds the trained model's own outputs on a few inputs.
     """
     guard = StepGuard(recipe.faults, task.engines, topology, fp16=recipe.training.precision == "fp16",
-                      scaler_search=scaler_search)
+                      scaler_search=scaler_search(settings))
     start = _resume(task, run_dir, topology, guard, branch)
-    if start < recipe.training.steps:
+    if start < (until or recipe.training.steps):
         writer = CheckpointWriter(run_dir, recipe.checkpoint, topology, stage=next(iter(task.engines.values())).stage,
                                   attachments=ATTACHMENTS)
         monitor = Monitor(run_dir, enabled=topology.is_first, total_steps=recipe.training.steps, start_step=start,
                           description=recipe.name, wandb=wandb_of(recipe, run_dir, topology))
         watchdog = Watchdog(recipe.monitor.stall_seconds, run_dir, topology.rank, end)
         with monitor, writer, watchdog, StopRequests() as requests:
-            _Steps(recipe, task, run_dir, topology, accumulation, guard, monitor, writer, watchdog, requests).run(start)
+            _Steps(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], guard, monitor, writer,
+                   watchdog, requests, until).run(start)
+    if until:
+        return
     probe: dict[str, Any] = task.probe()
     if topology.is_first:
         with naming_failures(run_dir / PROBE_FILE), written_aside(run_dir / PROBE_FILE) as file:
@@ -112,21 +116,23 @@ class _Steps:
     writer: CheckpointWriter
     watchdog: Watchdog
     requests: StopRequests
+    until: int | None  # where to end before the recipe's last step, without validation
     memory_reported: bool = False
     asked: str | None = None  # the signal that ranks have agreed to stop by
     undecided: tuple[int, Window] | None = None  # a step whose verdict is not known yet, and what it logged
 
     def run(self, start: int) -> None:
-        """Steps after `start`, to the recipe's last."""
+        """Steps after `start`, to the last."""
         settings, checkpoint = self.recipe.training, self.recipe.checkpoint
+        end = self.until or settings.steps
         batches = self.task.micro_batches(start)
         watch = Watch(self.recipe, self.task, self.run_dir, self.topology, self.monitor, start)
         window = Window()
         pauses = (settings.log_every, settings.validate_every, checkpoint.every, self.recipe.faults.compare_every)
-        for step in range(start + 1, settings.steps + 1):
+        for step in range(start + 1, end + 1):
             self.writer.check()
             self.watchdog.beat(step)
-            last = step == settings.steps
+            last = step == end
             lr = lr_of_iteration(self.recipe.schedule, self.recipe.optimizer.lr, settings.steps, step - 1)
             self._step(watch, batches, step, lr, window)
             if last or self.asked or not self.guard.on_device or any(step % every == 0 for every in pauses):
@@ -135,7 +141,7 @@ class _Steps:
                 self._log(watch, window, step, lr)
             self.watchdog.beat(step)
             figures: dict[str, float] = {}
-            if step % settings.validate_every == 0 or last:
+            if (step % settings.validate_every == 0 or last) and not self.until:
                 with watch.paused():
                     figures = self._validate(watch, step)
             asked = None if last else self.asked

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from gigatok_ds.checkpoint.class_names import ClassNames, classes_of_run, record_classes
 from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints
-from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, scaler_search, zero3_worth_it
+from gigatok_ds.config.deepspeed import check_settings, resolve_deepspeed, zero3_worth_it
 from gigatok_ds.config.load import load_recipe, save_resolved
 from gigatok_ds.config.location import masked
 from gigatok_ds.config.model import ENCODING_PARTS
@@ -36,13 +36,14 @@ DEEPSPEED_FILE = "deepspeed.json"
 
 
 def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_from: Path | None = None,
-                 faults: Sequence[Fault] = (), *, extend: bool = False) -> None:
+                 faults: Sequence[Fault] = (), *, extend: bool = False, until: int | None = None) -> None:
     """Train `recipe` in this process (one rank of however many were launched), into `run_dir`.
 
     deepspeed is the path of a DeepSpeed JSON or a dictionary of its settings. Resumes by itself when the directory
     holds a checkpoint; branch_from is a run or checkpoint to start from otherwise. extend: the recipe may have more
-    steps than the run was begun with. `faults` happen on purpose (resilience.fault_injection). Raises InputError for
-    anything the user can mend, and when another job trains into `run_dir`.
+    steps than the run was begun with. until: the step to end at, if not the recipe's last. `faults` happen on purpose
+    (resilience.fault_injection). Raises InputError for anything the user can mend, and when another job trains into
+    `run_dir`.
     """
     from gigatok_ds.engine.deepspeed_schema import check_with_deepspeed
     from gigatok_ds.monitoring.history import record_event
@@ -80,10 +81,9 @@ def run_training(recipe: Recipe, run_dir: Path, deepspeed: str | dict, branch_fr
 
                     task = inject(task, faults, run_dir, topology)
                 record_classes(task.class_names, run_dir, topology)
-                train(recipe, task, run_dir, topology, settings["gradient_accumulation_steps"], end, branch,
-                      scaler_search=scaler_search(settings))
+                train(recipe, task, run_dir, topology, settings, end, branch, until=until)
                 if topology.is_first:
-                    record_event(run_dir, "finished", step=recipe.training.steps)
+                    record_event(run_dir, "finished", step=until or recipe.training.steps)
         finally:
             stop_process_group(topology)
 

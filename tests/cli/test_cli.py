@@ -43,6 +43,7 @@ OPTIONS = {
     "train": {"recipe", "overrides", "--out", "--branch-from", "--extend-to", "--tp", "--inject", "--zero",
               "--deepspeed", "--auto"},
     "status": {"run_directory", "--json"},
+    "replay": {"run_directory", "overrides", "--steps", "--out", "--tolerance"},
     "convert": {"source", "out", "overrides", "--to", "--recipe", "--weights", "--step", "--dtype", "--fresh", "--keep",
                 "--verify", "--overwrite"},
     "inspect": {"path", "--check", "--json"},

@@ -145,6 +145,7 @@ RULES = [
     Rule("launch/train.sh GPT-B", run="shell", replace={"launch/train.sh": "GPUS=1 MASTER_PORT={port} "
                                                                            "launch/train.sh"}),
     Rule("gigatok-ds status"),
+    Rule("gigatok-ds replay", run="fork", replace={"385000:390000": "2:4"}),
     Rule("gigatok-ds convert", replace={"--step 390000": "--step 4"}, removes="checkpoints/tokenizer-ss"),
     Rule("gigatok-ds convert checkpoints/tokenizer-ss runs/ss512",
          replace={"model.image_size=512": "model.image_size=32"}),

@@ -103,7 +103,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 @pytest.mark.parametrize("text, said", [
     ("fire:step=1", "'fire' is no fault"), ("kill", "say when"), ("kill:step=1,after=2", "say when"),
     ("kill:step=x", "step is 'x'"), ("kill:day=1", "'day' is not known"), ("kill:step=1,part=gpt", "part= are for"),
-    ("nan:step=1,tensor=a", "tensor= is for drift"),
+    ("nan:step=1,tensor=a", "tensor= is for drift and flip"),
 ])
 def test_faults_that_make_no_sense_are_refused(text, said):
     with pytest.raises(InputError, match=said):

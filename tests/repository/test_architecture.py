@@ -30,6 +30,7 @@ ALLOWED = {
                  "shards"},
     "measurements": {"checkpoint", "data", "evaluation", "losses", "models", "parallel", "sampling", "shards"},
     "app": {"models", "data", "checkpoint", "evaluation", "sampling"},
+    "replay": {"checkpoint", "cluster", "config", "monitoring", "training"},
     "dry_run": {"config", "engine", "losses", "models", "monitoring", "parallel", "training"},
     "planning": {"cluster", "config", "dry_run", "monitoring"},
     # Runs the others as commands.
@@ -38,7 +39,7 @@ ALLOWED = {
              "monitoring", "sampling", "training", "studies"},
     "cli": {"kernels", "config", "models", "losses", "data", "packing", "shards", "checkpoint", "parallel",
             "evaluation", "measurements", "resilience", "sampling", "training", "demo", "cluster", "studies", "app",
-            "planning"},
+            "planning", "replay"},
 }
 MOST_FILES = 15  # of a directory
 MOST_TEST_FILES = 20

@@ -1,0 +1,151 @@
+"""What a run has written down against a replay of it: logged figures, and every tensor of checkpoints.
+
+Two layouts add up in other orders, so figures agree to a tolerance; on the layout of the run they are usually equal to
+the last bit. Adam divides by the size of gradients, so where a gradient is rounding noise the noise of two layouts
+moves a weight by up to the learning rate in each step: weights may differ by that much, too. And where an activation
+is so near to a kink that it falls on its other side, elements of a gradient differ by percents: moments may.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gigatok_ds.checkpoint.fragments import EMA, MOMENTS, WEIGHTS, SavedEngine
+from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, damaged_file, read_state
+from gigatok_ds.config.recipe import Recipe
+from gigatok_ds.errors import InputError
+from gigatok_ds.monitoring.metrics import read_metrics
+from gigatok_ds.replay.again import Steps
+from gigatok_ds.training.schedules import lr_of_iteration
+
+TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+_LOGGED = ("loss", "discriminator", "grad_norm")
+# Of the largest value of its kind, what a tensor's differences are relative to at least.
+_FLOORS = {WEIGHTS: 1e-3, EMA: 1e-3, MOMENTS[0]: 1e-2, MOMENTS[1]: 1e-4}
+_KINKS = 500  # times the tolerance, for moments
+_MOST_CODES = 0.01  # of a window of codes, that may be others: nearly as near
+
+
+class Differing(NamedTuple):
+    """Figures of a step, or part of a tensor, beyond what is allowed."""
+
+    step: int
+    what: str
+    times: float  # as large as the largest difference allowed
+
+
+class Compared(NamedTuple):
+    """How many figures or tensors were compared, the largest difference, as a part of what is allowed, and what is
+    beyond, the first or worst of it first."""
+
+    figures: int
+    largest: float
+    differing: list[Differing]
+
+
+def compare_logs(run_dir: Path, replay_dir: Path, steps: Steps, tolerance: float) -> Compared:
+    """Losses and gradient norms of steps that both have logged. Figures are means since the line before, so those of
+    the first line count only if they begin where the replay does."""
+    ran, again = (_logged(folder) for folder in (run_dir, replay_dir))
+    count, largest, differing = 0, 0.0, []
+    common = sorted(step for step in ran.keys() & again.keys() if steps.first < step <= steps.last)
+    if max((step for step in ran if step <= steps.first), default=0) != steps.first:
+        del common[:1]
+    for step in common:
+        for name in sorted(name for name in ran[step].keys() & again[step].keys() if name.startswith(_LOGGED)):
+            one, other = ran[step][name], again[step][name]
+            allowed = tolerance * max(abs(other), 0.1)
+            times = _times(abs(one - other), allowed)
+            count, largest = count + 1, max(largest, times)
+            if times > 1:
+                differing.append(Differing(step, f"{name} is {one:.6g} in the run and {other:.6g} here", times))
+    return Compared(count, largest, sorted(differing, key=lambda found: (found.step, -found.times)))
+
+
+def _logged(run_dir: Path) -> dict[int, dict[str, float]]:
+    """By step; of a step that was computed more than once, the last."""
+    found: dict[int, dict[str, float]] = {}
+    for line in read_metrics(run_dir):
+        if "loss" in line:
+            found[line["step"]] = line
+    return found
+
+
+def _times(difference: float, allowed: float) -> float:
+    if math.isnan(difference):
+        return math.inf
+    return difference / allowed if allowed else (math.inf if difference else 0.0)
+
+
+def compare_checkpoints(run_dir: Path, replay_dir: Path, steps: Steps, recipe: Recipe,
+                        tolerance: float) -> Iterator[tuple[int, Compared]]:
+    """For each step after the first that both have a checkpoint of: what of its tensors differs, the worst first."""
+    again = dict(complete_checkpoints(replay_dir))
+    for step, folder in complete_checkpoints(run_dir):
+        if not steps.first < step <= steps.last or step not in again:
+            continue
+        moved = sum(lr_of_iteration(recipe.schedule, recipe.optimizer.lr, recipe.training.steps, number)
+                    for number in range(steps.first, step))
+        state = read_state(folder)
+        if problem := damaged_file(folder, state):
+            raise InputError(problem)
+        found = [part for name in state.parts
+                 for part in _of_engine(name, SavedEngine(folder / name),
+                                        SavedEngine(checkpoint_path(replay_dir, step) / name), moved, tolerance)]
+        differing = [part for part in found if part.times > 1]
+        kinds = [*_FLOORS]
+        differing.sort(key=lambda part: (kinds.index(part.kind) if part.kind in kinds else len(kinds), -part.times))
+        yield step, Compared(len({part.tensor for part in found}), max((part.times for part in found), default=0.0),
+                             [Differing(step, part.text, part.times) for part in differing])
+
+
+class _Part(NamedTuple):
+    tensor: str
+    kind: str
+    times: float
+    text: str
+
+
+def _of_engine(engine: str, ran: SavedEngine, again: SavedEngine, moved: float, tolerance: float) -> Iterator[_Part]:
+    """Each rank's part of each tensor of the run, against the replay's; weights may differ by twice `moved`, the sum of
+    learning rates."""
+    tensor_size = ran.layout.tensor_size
+    for kind in ran.layout.kinds:
+        if not again.has(kind):
+            continue
+        names = [name for name in ran.layout.parameters if ran.holds(kind, name) and again.holds(kind, name)]
+        largest = max((float(again.read(kind, name).abs().max()) for name in names), default=0.0)
+        for name in names:
+            full, cut = again.read(kind, name), ran.layout.cuts.get(name)
+            scale = max(float(full.abs().max()), _FLOORS[kind] * largest)
+            allowed = tolerance * scale * _KINKS if kind in MOMENTS else tolerance * scale + 2 * moved
+            for tensor_rank, data_rank, (start, values) in ran.pieces(kind, name):
+                ours = (cut.shard(full, tensor_rank, tensor_size) if cut else full).flatten()
+                differences = (values - ours[start:start + len(values)]).abs()
+                if not len(differences):
+                    continue
+                # A NaN would not be the largest of anything.
+                at = int(differences.nan_to_num(math.inf, math.inf).argmax())
+                rank = data_rank * tensor_size + tensor_rank
+                yield _Part(f"{engine}/{kind}/{name}", kind, _times(float(differences[at]), allowed),
+                            f"{kind} of {name} ({engine}), element {start + at:,} on rank {rank}, is "
+                            f"{float(values[at]):.6g} in the run and {float(ours[start + at]):.6g} here")
+    for name in ran.full_names():
+        yield _full(engine, name, ran.read_full(name), again.read_full(name), tolerance)
+
+
+def _full(engine: str, name: str, ran: Tensor, again: Tensor, tolerance: float) -> _Part:
+    """A buffer or frozen parameter; of integers, which are codes, a few may be others."""
+    if ran.is_floating_point():
+        difference = float((ran.double() - again.double()).abs().max()) if ran.numel() else 0.0
+        times = _times(difference, tolerance * max(float(again.abs().max()) if again.numel() else 0.0, 1e-3))
+        text = f"{name} ({engine}) differs by {difference:.3g}"
+    else:
+        share = float((ran != again).float().mean()) if ran.numel() else 0.0
+        times, text = share / _MOST_CODES, f"{share:.1%} of {name} ({engine}) are others"
+    return _Part(f"{engine}/{name}", "full", times, text)
