@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from gigatok_ds.checkpoint.run_directory import (
     read_state,
 )
 from gigatok_ds.checkpoint.standalone import described_config, known_codes, lazy_weights, read_config
-from gigatok_ds.checkpoint.tensor_files import check_size, shapes_of
+from gigatok_ds.checkpoint.tensor_files import LazyTensors, check_size, shapes_of
 from gigatok_ds.config.load import load_recipe
+from gigatok_ds.config.lora import LoRAConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.models.tuning import adapter_names, is_adapters, merged_weight
 from gigatok_ds.untrusted import read_json
 
 
@@ -97,7 +99,8 @@ def open_original(path: Path, config: TokenizerConfig | GPTConfig, choice: str |
 def open_run(path: Path, *, choice: str | None = None, step: int | None = None) -> Model:
     """The trained model of a run directory's checkpoint, or of one checkpoint, once its files are as they were written.
 
-    By default the newest, and the moving average where the run kept one.
+    By default the newest, and the moving average where the run kept one. Adapters (`training.lora`) are merged into
+    the weights beside them; of a moving average they are averages.
     """
     checkpoint = _checkpoint(path, step)
     recipe_file, classes_file = (_beside(checkpoint, name) for name in (RECIPE_FILE, CLASSES_FILE))
@@ -115,8 +118,23 @@ def open_run(path: Path, *, choice: str | None = None, step: int | None = None) 
     provenance = {"recipe": recipe.name, "checkpoint": checkpoint.name, "weights": choice, "metrics": state.metrics}
     if codes := _codes_of(_beside(checkpoint, DATA_FILE)):
         provenance["codes_sha256"] = codes
-    return Model(config=recipe.model, weights=saved.tensors(EMA if choice == "ema" else WEIGHTS), provenance=provenance,
+    weights = saved.tensors(EMA if choice == "ema" else WEIGHTS)
+    if lora := recipe.training.lora:
+        weights, provenance["lora"] = merged(weights, lora), asdict(lora)
+    return Model(config=recipe.model, weights=weights, provenance=provenance,
                  classes=read_classes(classes_file) if classes_file else (), place=path, checkpoint=checkpoint)
+
+
+def merged(weights: Mapping[str, Tensor], lora: LoRAConfig) -> LazyTensors:
+    """The state_dict of a GPT without adapters that computes what it does with them; each tensor made when asked for.
+    """
+    def read(name: str) -> Tensor:
+        into, out_of = adapter_names(name)
+        if into not in weights:
+            return weights[name]
+        return merged_weight(weights[name], weights[into], weights[out_of], lora.scale)
+
+    return LazyTensors({name: shape for name, shape in shapes_of(weights).items() if not is_adapters(name)}, read)
 
 
 def _codes_of(record: Path | None) -> str | None:

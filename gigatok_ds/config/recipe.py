@@ -9,6 +9,7 @@ from typing import Literal
 from gigatok_ds.config.checkpoint import CheckpointConfig
 from gigatok_ds.config.faults import FaultConfig
 from gigatok_ds.config.location import check_cache
+from gigatok_ds.config.lora import LoRAConfig, check_lora
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
 from gigatok_ds.config.monitor import MonitorConfig, TokenizerMonitorConfig
@@ -63,7 +64,8 @@ class TrainingConfig:
     original's:
     0.9999; null: none) keeps a moving average of the trained model's weights, which is what is exported then. `compile`
     compiles transformer layers and residual blocks by torch.compile, in that mode of it; "auto" is its default mode on
-    GPUs and nothing on CPUs. `freeze` names parts of the model that stay as they are (docs/training.md).
+    GPUs and nothing on CPUs. `freeze` names parts of the model that stay as they are, and `lora` (null: none) puts
+    adapters into a trained GPT (docs/training.md).
     """
 
     steps: int
@@ -74,6 +76,7 @@ class TrainingConfig:
     seed: int = 0
     ema_decay: float | None = None
     freeze: tuple[str, ...] = ()
+    lora: LoRAConfig | None = None
     log_every: int = 100
     validate_every: int = 5000
 
@@ -230,6 +233,9 @@ class TokenizerRecipe:
         for network, size in (("encoder", model.encoder_size), ("decoder", model.decoder_size)):
             _divides(tensor, f"the {network}'s attention heads", size.heads)
         check_freeze(self.training.freeze, model.parts)
+        if self.training.lora:
+            raise InputError("training.lora adapts GPTs, but this recipe is of a tokenizer; leave it out, or name "
+                             "parts that stay as they are in training.freeze")
         if self.loss.adversarial and self.loss.adversarial.adaptive_weight and "cnn_decoder" in self.training.freeze:
             raise InputError("training.freeze has cnn_decoder, whose last layer loss.adversarial.adaptive_weight "
                              "compares gradients at; leave it out, or set adaptive_weight to false")
@@ -266,6 +272,8 @@ class GPTRecipe:
         model, tensor = self.model, self.parallel.tensor
         _validates_what_it_judges(self.training, self.checkpoint)
         check_freeze(self.training.freeze, model.parts)
+        if self.training.lora:
+            check_lora(self.training.lora, model, self.training.freeze)
         _divides(tensor, "the attention heads", model.transformer.heads)
         _divides(tensor, "the MLP's width", model.ffn_width)
         _divides(tensor, "model.vocab_size", model.vocab_size)

@@ -25,10 +25,10 @@ from gigatok_ds.dry_run.meter import BlockPass, Meter
 from gigatok_ds.dry_run.work import Operation, Work
 from gigatok_ds.engine.compilation import parts_of
 from gigatok_ds.losses.composition import TokenizerObjective, build_discriminator, build_objective
-from gigatok_ds.models.freezing import freeze_
 from gigatok_ds.models.frozen.pretrained_files import RANDOM
 from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.models.tuning import tune_
 from gigatok_ds.parallel.dropout import dropout_at, name_dropouts
 from gigatok_ds.parallel.layers import PLAIN, Layers
 from gigatok_ds.parallel.partial import is_partial
@@ -59,7 +59,7 @@ def build_trained(recipe: Recipe, layers: Layers) -> dict[str, nn.Module]:
     """The networks that are trained, on the current device: of a tokenizer's recipe, `generator` and `discriminator`.
     """
     model = GPT(recipe.model, layers) if isinstance(recipe, GPTRecipe) else Tokenizer(recipe.model, layers)
-    freeze_(model, recipe.training.freeze)
+    tune_(model, recipe.training, layers)
     if isinstance(recipe, GPTRecipe):
         return {"gpt": model}
     adversarial = without_files(recipe.loss).adversarial

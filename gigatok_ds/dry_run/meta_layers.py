@@ -119,12 +119,12 @@ class _Leave(torch.autograd.Function):
 
 class _GatheredProduct(torch.autograd.Function):
     """Part of the tokens (t, ..., in) by a weight (out, in), for all tokens: keeps the part, and gathers again
-    backward.
+    backward, for a weight that is trained.
     """
 
     @staticmethod
     def forward(ctx, part: Tensor, weight: Tensor, traffic: TensorTraffic) -> Tensor:
-        ctx.save_for_backward(part, weight)
+        ctx.save_for_backward(part if ctx.needs_input_grad[1] else None, weight)
         ctx.traffic = traffic
         full = _grown(part, traffic.size)
         traffic.all_gather(full)
@@ -133,11 +133,13 @@ class _GatheredProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         part, weight = ctx.saved_tensors
-        full = _grown(part, ctx.traffic.size)
-        ctx.traffic.all_gather(full)
+        full = None
+        if part is not None:
+            full = _grown(part, ctx.traffic.size)
+            ctx.traffic.all_gather(full)
         of_input = gradient @ weight
         ctx.traffic.reduce_scatter(of_input)
-        of_weight = gradient.flatten(0, -2).t() @ full.flatten(0, -2)
+        of_weight = None if full is None else gradient.flatten(0, -2).t() @ full.flatten(0, -2)
         return _shrunk(of_input, ctx.traffic.size), of_weight, None
 
 

@@ -76,6 +76,8 @@ class Engine:
         for part in compile(network) if compile else ():
             # ZeRO-3 gathers all of its parameters outside: hooks inside would tear the compiled code apart.
             set_z3_leaf_module(part, True)
+            if self.stage == 3 and any(parameter.requires_grad for parameter in part.parameters()):
+                part.register_forward_pre_hook(_with_input_gradient)
         if recompute:
             recompute(network)
         if topology.mpu:
@@ -192,6 +194,15 @@ class Engine:
         """Restore what the snapshots of any layout wrote. Collective. Raises InputError when it is of another network.
         """
         self._state.restore(SavedEngine(folder), self.ema.fragments if self.ema else None)
+
+
+def _with_input_gradient(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of a part that ZeRO-3 gathers as a whole. DeepSpeed reduces its gradients once that of its input is
+    known: behind frozen parts, where nobody wants one, it would be before there are any.
+    """
+    if not torch.is_grad_enabled() or any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        return inputs
+    return inputs[0].detach().requires_grad_(), *inputs[1:]
 
 
 def decides_on_device(settings: dict[str, Any]) -> bool:

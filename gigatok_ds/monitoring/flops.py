@@ -24,7 +24,7 @@ from gigatok_ds.checkpoint.original import build_on_meta
 from gigatok_ds.config.recipe import GPTRecipe, TokenizerRecipe
 from gigatok_ds.losses.adaptive import kernel_gradient
 from gigatok_ds.losses.composition import TokenizerObjective, build_discriminator
-from gigatok_ds.models.freezing import freeze_
+from gigatok_ds.models.tuning import tune_
 from gigatok_ds.monitoring.meta_cache import called
 from gigatok_ds.parallel.recompute import recompute_
 from gigatok_ds.streams import SampleDraws, torch_stream
@@ -138,7 +138,7 @@ class TokenizerFlops:
 
     def _generator(self, entropy: str | None, direct: bool, *, recompute: bool = False) -> None:
         network, parallel = build_on_meta(self.recipe.model).train(), self.recipe.parallel
-        freeze_(network, self.recipe.training.freeze)
+        tune_(network, self.recipe.training)
         if recompute:
             recompute_(network, every_block=parallel.recompute_every, cnn=parallel.recompute_cnn)
         output = network(self._batch(), entropy=entropy, semantic=self.recipe.loss.semantic is not None, direct=direct)
@@ -221,7 +221,8 @@ class GPTFlops:
 
     def _pass(self, recompute: bool) -> None:
         network, config = build_on_meta(self.recipe.model).train(), self.recipe.model
-        freeze_(network, self.recipe.training.freeze)
+        with torch.device("meta"):
+            tune_(network, self.recipe.training)
         if recompute:
             recompute_(network, every_block=self.recipe.parallel.recompute_every)
         codes = torch.empty((1, config.sequence_length), dtype=torch.int64, device="meta")

@@ -49,6 +49,8 @@ def key_of(recipe: Recipe, *call: int) -> str:
             call]
     if recipe.training.freeze:
         what.append(sorted(recipe.training.freeze))
+    if recipe.training.lora:
+        what.append(settings["training"]["lora"])
     if call:
         what += [parallel.recompute_every, getattr(parallel, "recompute_cnn", None)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,8 +13,8 @@ from gigatok_ds.checkpoint.class_names import ClassNames
 from gigatok_ds.config.recipe import GPTRecipe
 from gigatok_ds.engine.compilation import compile_of
 from gigatok_ds.engine.engine import Engine
-from gigatok_ds.models.freezing import freeze_
 from gigatok_ds.models.gpt import GPT
+from gigatok_ds.models.tuning import tune_
 from gigatok_ds.monitoring.flops import GPTFlops
 from gigatok_ds.parallel.dropout import dropout_at
 from gigatok_ds.parallel.recompute import recompute_
@@ -35,8 +35,8 @@ class GPTTask:
         self.micro_batch_size = settings["train_micro_batch_size_per_gpu"]
         self.class_names = source.class_names[: recipe.model.num_classes]
         self.engine = Engine(
-            lambda: freeze_(GPT(recipe.model, topology.layers), recipe.training.freeze), recipe.optimizer, settings,
-            topology=topology, seed=recipe.training.seed,
+            lambda: tune_(GPT(recipe.model, topology.layers), recipe.training, topology.layers), recipe.optimizer,
+            settings, topology=topology, seed=recipe.training.seed,
             compile=compile_of(recipe.training.compile, topology.device, settings),
             recompute=partial(recompute_, every_block=recipe.parallel.recompute_every),
             ema_decay=recipe.training.ema_decay,

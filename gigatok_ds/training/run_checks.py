@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gigatok_ds.checkpoint.run_directory import RECIPE_FILE
+from gigatok_ds.checkpoint.run_directory import RECIPE_FILE, complete_checkpoints
 from gigatok_ds.config.load import DATA_LOCATIONS, differing_keys, load_recipe
 from gigatok_ds.config.location import is_masked
 from gigatok_ds.config.recipe import GPTRecipe, Recipe
@@ -26,7 +26,16 @@ def check_run(recipe: Recipe, run_dir: Path, branch_from: Path | None = None, *,
     for check in CHECKS:
         check(recipe, run_dir)
     check_directory(recipe, run_dir, extend=extend)
-    return check_branch(recipe, run_dir, branch_from)
+    branch = check_branch(recipe, run_dir, branch_from)
+    check_start(recipe, run_dir, branch)
+    return branch
+
+
+def check_start(recipe: Recipe, run_dir: Path, branch: Path | None) -> None:
+    """Refuse adapters without weights that they adapt: random ones stay random."""
+    if recipe.training.lora and branch is None and not complete_checkpoints(run_dir):
+        raise InputError(f"training.lora tunes a trained GPT, but {run_dir} holds no weights to start from; write them "
+                         f"there with gigatok-ds convert GPT {run_dir} --to training --recipe ... training.lora=...")
 
 
 def check_tracker(recipe: Recipe, run_dir: Path) -> None:

@@ -23,9 +23,9 @@ from gigatok_ds.engine.compilation import called_twice, compile_of
 from gigatok_ds.engine.engine import Engine
 from gigatok_ds.evaluation.code_metrics import perplexity
 from gigatok_ds.losses.composition import build_discriminator, build_objective
-from gigatok_ds.models.freezing import freeze_
 from gigatok_ds.models.quantizer import USAGE_WINDOW
 from gigatok_ds.models.tokenizer import Tokenizer
+from gigatok_ds.models.tuning import tune_
 from gigatok_ds.monitoring.flops import TokenizerFlops
 from gigatok_ds.monitoring.previews import preview_grid
 from gigatok_ds.parallel.recompute import recompute_
@@ -67,8 +67,8 @@ class TokenizerTask:
         self.validation_index = next(iter(images.validation.values()))  # of what is looked at
         seed, parallel = recipe.training.seed, recipe.parallel
         self.generator = Engine(
-            lambda: freeze_(Tokenizer(recipe.model, topology.layers), recipe.training.freeze), recipe.optimizer,
-            settings, topology=topology, seed=seed,
+            lambda: tune_(Tokenizer(recipe.model, topology.layers), recipe.training), recipe.optimizer, settings,
+            topology=topology, seed=seed,
             compile=compile_of(recipe.training.compile, topology.device, settings, twice=called_twice(recipe)),
             recompute=partial(recompute_, every_block=parallel.recompute_every, cnn=parallel.recompute_cnn),
             ema_decay=recipe.training.ema_decay,

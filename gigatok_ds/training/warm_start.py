@@ -33,11 +33,13 @@ from gigatok_ds.checkpoint.tensor_files import LazyTensors, groups_of, shapes_of
 from gigatok_ds.config.load import save_resolved
 from gigatok_ds.config.losses import AdversarialConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
-from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
+from gigatok_ds.config.recipe import Recipe, TokenizerRecipe, TrainingConfig
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside, naming_failures, sha256, write_atomically
+from gigatok_ds.models.gpt import GPT
 from gigatok_ds.models.initialisation import initial_fills
 from gigatok_ds.models.positions import resizable, resize
+from gigatok_ds.models.tuning import adapt_, is_adapters
 from gigatok_ds.parallel.sharding import declared_shards
 from gigatok_ds.streams import stream_key, torch_stream
 
@@ -95,6 +97,8 @@ def _cannot_keep(name: str, recipe: Recipe, checkpoint: Path | None) -> str | No
         return None
     if checkpoint is None:
         return "the source is a model alone, which has none; name a run or one of its checkpoints"
+    if recipe.training.lora:
+        return "adapters (training.lora) begin anew"
     if name == "discriminator":
         if not (isinstance(recipe, TokenizerRecipe) and recipe.loss.adversarial):
             return "loss.adversarial is null, so nothing would use it"
@@ -111,16 +115,20 @@ def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, 
     all.
 
     weights are a state_dict of the recipe's model, of which few tensors are in memory at a time. Parameters whose names
-    start with one of `fresh` get their initial values instead. classes are the names of the classes that the weights
-    know; the run's data will be numbered by them, unless the embedding of classes is `fresh`. Tables of positions of
-    another size are resized (models.positions), which is logged. Raises InputError when `out` exists, another
-    parameter is missing or of another shape, or what is kept does not fit.
+    start with one of `fresh` get their initial values instead, and so do adapters (`training.lora`). classes are the
+    names of the classes that the weights know; the run's data will be numbered by them, unless the embedding of classes
+    is `fresh`. Tables of positions of another size are resized (models.positions), which is logged. Raises InputError
+    when `out` exists, when another parameter is missing or of another shape, when one that is `fresh` would never be
+    trained, or when what is kept does not fit.
     """
     if out.exists():
         raise InputError(f"{out} exists already; choose another directory for the run")
     network = build_on_meta(recipe.model)
+    if recipe.training.lora and isinstance(network, GPT):
+        with torch.device("meta"):
+            adapt_(network, recipe.training.lora)
     sized = _at_size(recipe.model, network, weights, fresh)
-    started = _started(network, sized, fresh, recipe.training.seed, usage="usage" in kept.parts)
+    started = _started(network, sized, fresh, recipe.training, usage="usage" in kept.parts)
     given, wanted = shapes_of(weights), shapes_of(started)
     changed = {name for name in wanted if name.startswith(tuple(fresh)) or given.get(name) != wanted[name]}
     part = MODEL_PARTS[recipe.kind]
@@ -165,16 +173,19 @@ def _at_size(config: TokenizerConfig | GPTConfig, network: nn.Module, weights: M
                        lambda name: resized[name] if name in resized else weights[name])
 
 
-def _started(network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[str], seed: int, *,
+def _started(network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[str], training: TrainingConfig, *,
              usage: bool) -> LazyTensors:
     """The weights to start from, checked by shape; those that begin anew are drawn as for a new run.
 
     usage: the latest codes are kept, too.
     """
     expected, shapes = written_specs(network), shapes_of(weights)
-    fills = {name: fill for name, _, fill in initial_fills(network) if name.startswith(tuple(fresh))}
+    fills = {name: fill for name, _, fill in initial_fills(network)
+             if is_adapters(name) or name.startswith(tuple(fresh))}
     for prefix in fresh:
-        if not any(name.startswith(prefix) for name in fills):
+        found = [name for name in fills if name.startswith(prefix)]
+        _refuse_untrained(prefix, found, training)
+        if not found:
             raise InputError(f"--fresh {prefix} names no parameter of this recipe's model; names look like "
                              f"{next(iter(expected))}")
     for name, (_, shape) in expected.items():
@@ -192,10 +203,19 @@ def _started(network: nn.Module, weights: Mapping[str, Tensor], fresh: Sequence[
         if name not in fills:
             return weights[name].to(dtype)
         value = torch.empty(shape)
-        fills[name](value, torch_stream(seed, "weights", name))
+        fills[name](value, torch_stream(training.seed, "weights", name))
         return value
 
     return LazyTensors({name: spec.shape for name, spec in expected.items()}, read)
+
+
+def _refuse_untrained(prefix: str, names: Sequence[str], training: TrainingConfig) -> None:
+    """InputError when a parameter that is to begin anew would stay at its random values beside adapters."""
+    for name in names:
+        part = name.partition(".")[0]
+        if training.lora and part not in training.lora.train and not is_adapters(name):
+            remedy = "leave --fresh out" if part == "layers" else f"add {part} to training.lora.train"
+            raise InputError(f"--fresh {prefix} draws {name} anew, which training.lora would leave at that; {remedy}")
 
 
 def _discriminator(recipe: TokenizerRecipe, config: AdversarialConfig) -> nn.Module:

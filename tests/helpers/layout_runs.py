@@ -114,10 +114,12 @@ def train_on_a_rank(recipe, out, settings, quickly=False):
 
 
 class LayoutRuns:
-    """Data below `folder`, and each layout's run on demand, once."""
+    """Data below `folder`, and each layout's run on demand, once. begin: is given the recipe and the directory of a run
+    that is about to be trained.
+    """
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, begin=lambda recipe, out: None):
+        self.folder, self.begin = folder, begin
         self.data = prepare(folder)
         self.finished = {}
 
@@ -136,6 +138,7 @@ class LayoutRuns:
         if key not in self.finished:
             recipe = self.recipe(kind, layout, *more)
             out = self.folder / f"run-{len(self.finished)}"
+            self.begin(recipe, out)
             run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, partitioning(layout.stage), quickly,
                       timeout=900)
             checkpoint = out / "checkpoints" / f"step-{STEPS:07d}" / PARTS[kind]

@@ -47,6 +47,12 @@ def test_predicted_bytes_with_frozen_parts(data, parts, stage):
     check_prediction(data, "tokenizer", "bf16", stage, 1, f"training.freeze=[{parts}]", rel=rel)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "tensor"), [(0, 1), (2, 1), (3, 1), (1, 2)])
+def test_predicted_bytes_with_adapters(data, stage, tensor):
+    check_prediction(data, "gpt", "bf16", stage, tensor, "training.lora={rank: 8, alpha: 16}")
+
+
 def check_prediction(data, kind, precision, stage, tensor, *more, rel=0.1):
     folder, names = data
     recipe = load_recipe(folder / f"{kind}.yaml", [*names[kind], *MODELS[kind], f"training.precision={precision}",

@@ -131,7 +131,7 @@ def test_what_becomes_of_codes_is_said(runs, parts, said):
 
 
 def test_frozen_parts_have_no_dropout_and_the_quantizer_stays_lenient():
-    from gigatok_ds.models.freezing import freeze_
+    from gigatok_ds.models.tuning import freeze_
 
     model = small_tokenizer()
     freeze_(model, ENCODING_PARTS)
