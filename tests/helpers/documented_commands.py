@@ -151,6 +151,8 @@ RULES = [
          replace={"model.image_size=512": "model.image_size=32"}),
     Rule("gigatok-ds convert checkpoints/tokenizer-ss runs/ss-decoder"),
     Rule("gigatok-ds convert runs/ss runs/ss-2", replace={"training.steps=100000": "training.steps=4"}),
+    Rule("gigatok-ds convert checkpoints/gpt-b runs/gpt-flowers"),
+    Rule("gigatok-ds convert runs/gpt-flowers"),
     Rule("gigatok-ds inspect"),
     Rule("gigatok-ds reconstruct"),
     Rule("gigatok-ds export-graph"),

@@ -56,6 +56,18 @@ def test_layouts_train_like_a_single_process(runs, kind, layout):
     assert {name.partition(".")[0] for name in moved} == set(recipe.model.parts) - set(recipe.training.freeze)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, frozen, more", [
+    ("gpt", "training.freeze=[cls_embedding, tok_embeddings, positional_embedding]", []),
+    ("tokenizer", ENCODER, ["loss.auxiliary=null"]),
+], ids=["gpt", "tokenizer"])
+def test_compiled_blocks_behind_frozen_parts_train_at_zero_3(runs, kind, frozen, more):
+    """Nobody wants a gradient of their inputs, at which DeepSpeed would reduce those of the blocks."""
+    layout = Layout(data=2, stage=3)
+    compiled = runs.result(kind, layout, frozen, *more, "training.compile=default", quickly=True)
+    assert max(largest_differences(compiled, runs.result(kind, layout, frozen, *more))) < 1e-4
+
+
 def train(recipe, out, layout):
     run_ranks(train_on_a_rank, layout.tensor * layout.data, recipe, out, partitioning(layout.stage), timeout=900)
 
