@@ -125,6 +125,7 @@ REFUSED = [
     ("gpt", ["--keep", "moments", "--weights", "ema"], "--weights ema starts from the average"),
     ("gpt", ["--keep", "moments", "--fresh", "cls_embedding"], "cls_embedding.embedding_table.weight begins anew"),
     ("gpt", ["--keep", "moments", "model.sequence_length=16"], "positional_embedding begins anew or at another size"),
+    ("gpt", ["--keep", "moments", "training.lora={rank: 2, alpha: 4}"], "--keep moments: adapters .training.lora. beg"),
     ("tokenizer", ["--keep", "discriminator", "loss.adversarial=null"], "loss.adversarial is null, so nothing would"),
     ("tokenizer", ["--keep", "discriminator", "loss.adversarial.base_channels=16"], "another one, whose .* .8. and"),
 ]
