@@ -3,9 +3,14 @@
 A few layouts always; all of them with `pytest -m slow tests/parallel/test_layouts.py`.
 """
 
+import shutil
+
 import pytest
-from layout_runs import PARTS, Layout, LayoutRuns, largest_differences
-from training_runs import code_shards
+from layout_runs import PARTS, Layout, LayoutRuns, largest_differences, train_on_a_rank
+from rank_runs import run_ranks
+from training_runs import code_shards, partitioning
+
+from gigatok_ds.monitoring.metrics import read_metrics
 
 TOLERANCE = 1e-5
 
@@ -70,6 +75,18 @@ def test_dropout_of_attention_feature_maps_and_lpips_does_not_depend_on_the_layo
     dropped, plain = (runs.result("tokenizer", Layout(), *settings)[0] for settings in (more, ()))
     for name in ("loss/reconstruction", "loss/perceptual"):
         assert dropped[0][name] != plain[0][name], name
+
+
+@pytest.mark.slow
+def test_dropout_goes_on_alike_when_a_run_is_resumed_at_another_layout(runs, tmp_path):
+    more = "model.dropout=0.2", "loss.perceptual={weight: 0.5, dropout: true}", "checkpoint.every=5"
+    for layout in (Layout(tensor=2, data=2, stage=3, sequence=True), Layout(data=2, stage=1)):
+        run_ranks(train_on_a_rank, layout.tensor * layout.data, runs.recipe("tokenizer", layout, *more),
+                  tmp_path / "run", partitioning(layout.stage), timeout=900)
+        losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+        shutil.rmtree(tmp_path / "run/checkpoints/step-0000010")
+    alone = runs.result("tokenizer", Layout(), *more[:2])[0]
+    assert losses == pytest.approx([line["loss"] for line in alone if "loss" in line], rel=TOLERANCE)
 
 
 @pytest.mark.slow
