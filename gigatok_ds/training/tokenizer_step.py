@@ -90,8 +90,10 @@ class TokenizerStep:
         self.generator.backward(sum(surrogates) / self.topology.tensor_size + sum(latent_terms.values())
                                 + self.term_gradients.scale_probe)
         extra |= self.term_gradients.take(latent_terms, output.codes.numel())
-        terms = {f"loss/{name}": value for name, value in (image_terms | latent_terms).items()}
-        return output, {"loss": sum(value.detach() for value in terms.values())} | terms | extra
+        terms = image_terms | latent_terms
+        weight = extra.get("adaptive_weight", 1.0)
+        loss = sum(value.detach() * (weight if name.endswith("adversarial") else 1.0) for name, value in terms.items())
+        return output, {"loss": loss} | {f"loss/{name}": value for name, value in terms.items()} | extra
 
     def _image_gradients(self, terms: dict[str, Tensor], leaves: list[Tensor]):
         """Gradients of the image losses at the leaves, and what there is to log about them.

@@ -65,7 +65,7 @@ class StandInTeacher(nn.Module):
 
 
 class StandInPerceptual(PerceptualDistance):
-    def __init__(self, dropout):
+    def __init__(self, dropout=False):
         super().__init__()
         self.features = nn.Conv2d(3, 8, 3).requires_grad_(False)
         self.dropout = MapDropout(0.5 if dropout else 0.0)

@@ -151,7 +151,9 @@ class PlainStep:
         if self.adaptive:
             self.losses["adaptive_weight"] = weight.item()
         latent_terms = sum(terms[name] for name in ("codebook", "commitment", "entropy", "feature", "semantic"))
-        self.norms["generator"] = step(self.generator, of_images + weight * adversarial + latent_terms)
+        loss = of_images + weight * adversarial + latent_terms
+        self.loss = loss.item()
+        self.norms["generator"] = step(self.generator, loss)
         return output
 
     def adaptive_weight(self, of_images, adversarial):
@@ -209,6 +211,7 @@ def test_a_step_is_that_of_plain_float64_torch(data, double, adversarial):
             else f"loss/{name}"
         )
         assert logged[key] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert logged["loss"] == pytest.approx(plain.loss, rel=1e-5)
     for name, value in plain.norms.items():
         assert logged[f"grad_norm/{name}"] == pytest.approx(value, rel=1e-5), name
     assert {name for name in logged if name.startswith("term_grad/")} == {f"term_grad/{name}" for name
