@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gigatok_ds.config.recipe import OptimizerConfig
+from gigatok_ds.config.optimizer import OptimizerConfig
 from gigatok_ds.cpu.malloc import keep_freed_memory
-from gigatok_ds.engine.engine import build_optimizer
+from gigatok_ds.engine.optimizers import build_optimizer
 
 TARGET, TOLERANCE = 5.0, 1e-6
 SIDES = ("ours", "torch", "torch that keeps freed memory")

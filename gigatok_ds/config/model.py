@@ -202,6 +202,11 @@ class TokenizerConfig:
         return (*ENCODING_PARTS, "post_quant_conv", "decoder", "cnn_decoder")
 
     @property
+    def before_last_layer(self) -> tuple[str, ...]:
+        """Parts with something before the last layer of one of the transformers; see engine.depth."""
+        return ("cnn_encoder", "encoder", "post_quant_conv", "decoder")
+
+    @property
     def grid(self) -> int:
         """Side of the feature map between CNN and transformer."""
         return self.image_size // self.cnn.downscale
@@ -263,6 +268,12 @@ class GPTConfig:
         shared = ("adaLN",) if self.conditioning == "simple_adaln" else ()
         final = () if self.conditioning == "prefix" else ("final_adaLN",)
         return ("cls_embedding", "tok_embeddings", *positions, "layers", "norm", "output", *shared, *final)
+
+    @property
+    def before_last_layer(self) -> tuple[str, ...]:
+        """Parts with something before the last layer; see engine.depth."""
+        behind = ("norm", "output", "final_adaLN", *(("layers",) if self.transformer.layers == 1 else ()))
+        return tuple(part for part in self.parts if part not in behind)
 
     @property
     def grid(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Literal
 
 from gigatok_ds.config.checkpoint import CheckpointConfig
@@ -13,31 +14,10 @@ from gigatok_ds.config.lora import LoRAConfig, check_lora
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
 from gigatok_ds.config.monitor import MonitorConfig, TokenizerMonitorConfig
+from gigatok_ds.config.optimizer import OptimizerConfig, check_rates
 from gigatok_ds.config.sources import Locations, check_sources_of, locations_of
 from gigatok_ds.config.validation import ValidationConfig
 from gigatok_ds.errors import InputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW, or Adam with the decay in the gradient.
-
-    `decay` says what weight decay touches: everything, only tensors with two or more dimensions, or all but parameters
-    with "norm" in their names.
-    """
-
-    kind: Literal["adamw", "adam"] = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    decay: Literal["everything", "matrices", "not_norms"] = "everything"
-    max_grad_norm: float = 10.0  # 0: no clipping
-
-    def __post_init__(self) -> None:
-        at_least(0, "optimizer", lr=self.lr, eps=self.eps, weight_decay=self.weight_decay,
-                 max_grad_norm=self.max_grad_norm)
-        probability("optimizer", **{f"betas.{index}": beta for index, beta in enumerate(self.betas)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +198,7 @@ class TokenizerRecipe:
     model: TokenizerConfig
     loss: TokenizerLossConfig
     training: TrainingConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = ScheduleConfig()
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -236,6 +216,7 @@ class TokenizerRecipe:
         if self.training.lora:
             raise InputError("training.lora adapts GPTs, but this recipe is of a tokenizer; leave it out, or name "
                              "parts that stay as they are in training.freeze")
+        check_rates(self.optimizer, model.parts, self.training.freeze, model.before_last_layer)
         if self.loss.adversarial and self.loss.adversarial.adaptive_weight and "cnn_decoder" in self.training.freeze:
             raise InputError("training.freeze has cnn_decoder, whose last layer loss.adversarial.adaptive_weight "
                              "compares gradients at; leave it out, or set adaptive_weight to false")
@@ -260,7 +241,8 @@ class GPTRecipe:
     name: str
     model: GPTConfig
     training: TrainingConfig
-    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.05, decay="matrices", max_grad_norm=1.0)
+    optimizer: OptimizerConfig = field(
+        default_factory=partial(OptimizerConfig, weight_decay=0.05, decay="matrices", max_grad_norm=1.0))
     schedule: ScheduleConfig = ScheduleConfig(kind="wsd")
     data: CodeDataConfig = field(default_factory=CodeDataConfig)
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -274,11 +256,19 @@ class GPTRecipe:
         check_freeze(self.training.freeze, model.parts)
         if self.training.lora:
             check_lora(self.training.lora, model, self.training.freeze)
+        check_rates(self.optimizer, model.parts, self._still, model.before_last_layer)
         _divides(tensor, "the attention heads", model.transformer.heads)
         _divides(tensor, "the MLP's width", model.ffn_width)
         _divides(tensor, "model.vocab_size", model.vocab_size)
         if self.parallel.sequence:
             _divides(tensor, "model.sequence_length", model.sequence_length)
+
+    @property
+    def _still(self) -> tuple[str, ...]:
+        """Parts in which nothing is trained, adapters included."""
+        lora = self.training.lora
+        return tuple(part for part in self.model.parts if part not in ("layers", *lora.train)) if lora else (
+            self.training.freeze)
 
 
 def _validates_what_it_judges(training: TrainingConfig, checkpoint: CheckpointConfig) -> None:

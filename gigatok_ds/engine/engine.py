@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from gigatok_ds.checkpoint.fragments import Fragment, SavedEngine, Snapshot
 from gigatok_ds.compat import no_shared_memory_op, search_at_lowest_scale
-from gigatok_ds.config.recipe import OptimizerConfig
+from gigatok_ds.config.optimizer import OptimizerConfig
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.engine.ema import ShardedEMA
+from gigatok_ds.engine.optimizers import LR_FACTOR, build_optimizer
 from gigatok_ds.engine.zero_gradients import LiveGradients
-from gigatok_ds.engine.zero_stages import shape_on_this_rank, zero_stage
+from gigatok_ds.engine.zero_stages import zero_stage
 from gigatok_ds.engine.zero_state import LiveState
 from gigatok_ds.models.initialisation import initialise_
 from gigatok_ds.parallel.consistency import check_spread
@@ -113,7 +114,7 @@ class Engine:
         update; where `decides_on_device`.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[LR_FACTOR]
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return
@@ -219,32 +220,6 @@ def _clips_by_itself(settings: dict[str, Any]) -> bool:
     at stage 0 in low precision, it does so in any case."""
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     return decides_on_device(settings) and stage < 3 and not (stage == 0 and settings["bf16"]["enabled"])
-
-
-def build_optimizer(network: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay or, as "adam", with the decay added to the gradient.
-
-    One pass over memory for each tensor, without temporaries. Told by `found_inf` on the device, it leaves an update
-    out.
-    """
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer.kind]
-    adam: torch.optim.Optimizer = kind(parameter_groups(network, optimizer), lr=optimizer.lr, betas=optimizer.betas,
-                                       eps=optimizer.eps, fused=True)
-    return adam
-
-
-def parameter_groups(network: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups with and without weight decay, as `optimizer.decay` says."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            dims = len(shape_on_this_rank(parameter))
-            decays = {"everything": True, "matrices": dims >= 2, "not_norms": "norm" not in name}[optimizer.decay]
-            (decayed if decays else plain).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": optimizer.weight_decay},
-                                    {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _prepare() -> None:

@@ -80,7 +80,7 @@ class TokenizerTask:
             torch.manual_seed(stream_key(seed, "weights", "discriminator"))
             build = partial(build_discriminator, recipe.loss.adversarial, topology.layers,
                             image_size=recipe.model.image_size)
-            self.discriminator = Engine(build, recipe.optimizer, settings, topology=topology)
+            self.discriminator = Engine(build, recipe.optimizer.of_discriminator, settings, topology=topology)
             self.engines["discriminator"] = self.discriminator
         self.objective = build_objective(recipe.loss, device=topology.device, grid=recipe.model.grid,
                                          precision=recipe.training.precision)

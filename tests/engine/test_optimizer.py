@@ -8,8 +8,8 @@ from training_runs import prepare
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.config.recipe import OptimizerConfig
-from gigatok_ds.engine.engine import build_optimizer, parameter_groups
+from gigatok_ds.config.optimizer import OptimizerConfig
+from gigatok_ds.engine.optimizers import build_optimizer, parameter_groups
 from gigatok_ds.training.schedules import scheduled_lr
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from gigatok_ds import transfer
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
-from gigatok_ds.config.recipe import OptimizerConfig
+from gigatok_ds.config.optimizer import OptimizerConfig
 
 PACKAGE = Path(transfer.__file__).parent
 META = torch.device("meta")
