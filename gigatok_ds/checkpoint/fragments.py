@@ -4,7 +4,8 @@ layout.
 A folder holds `engine.json`, which describes every tensor, and per tensor rank
 
     tensor-TTT-data-DDDDD.safetensors   a data rank's part of each flattened parameter: float32 weights, both Adam
-                                        moments, and the moving average where there is one, as `KIND/NAME`
+                                        moments (of Muon's matrices the first), and the moving average where there is
+                                        one, as `KIND/NAME`
     whole-tensor-TTT.safetensors        what data ranks share: buffers and frozen parameters, by name
 
 A part says at which element of the flattened parameter it starts, so parts of any ZeRO stage and any number of ranks
@@ -169,7 +170,7 @@ class SavedEngine:
         return cut.full_shape(torch.Size(local), self.layout.tensor_size) if cut else local
 
     def read(self, kind: str, name: str) -> Tensor:
-        """A whole parameter, or what Adam or the average has for it."""
+        """A whole parameter, or what the optimizer or the average has for it."""
         with reading(self.folder):
             return self._read(kind, name)
 

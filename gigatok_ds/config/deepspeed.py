@@ -273,6 +273,11 @@ def _refuse_harmful(settings: dict[str, Any], source: str, recipe: Recipe) -> No
     if zero["stage"] == 0 and half and tensor_ranks > 1:
         raise InputError(f"{source}: ZeRO stage 0 in {half} with tensor parallelism counts cut parameters of one rank "
                          f"only, and so clips by a wrong norm ({tensor_ranks} tensor ranks); use stage 1")
+    offloads = [key for key in ("offload_optimizer", "offload_param")
+                if (zero.get(key) or {}).get("device", "none") not in ("none", None)]
+    if offloads and recipe.optimizer.kind == "muon":
+        raise InputError(f"{source}: zero_optimization.{offloads[0]} keeps in host memory what optimizer.kind muon "
+                         "puts together from all ranks in an update; remove it, or use optimizer.kind adamw")
     if zero.get("offload_optimizer") and settings["zero_force_ds_cpu_optimizer"]:
         raise InputError(f"{source}: zero_force_ds_cpu_optimizer must be false: AdamW is torch's here")
 

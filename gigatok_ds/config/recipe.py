@@ -14,7 +14,7 @@ from gigatok_ds.config.lora import LoRAConfig, check_lora
 from gigatok_ds.config.losses import TokenizerLossConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig, at_least, probability
 from gigatok_ds.config.monitor import MonitorConfig, TokenizerMonitorConfig
-from gigatok_ds.config.optimizer import OptimizerConfig, check_rates
+from gigatok_ds.config.optimizer import OptimizerConfig, check_muon, check_rates
 from gigatok_ds.config.sources import Locations, check_sources_of, locations_of
 from gigatok_ds.config.validation import ValidationConfig
 from gigatok_ds.errors import InputError
@@ -217,6 +217,7 @@ class TokenizerRecipe:
             raise InputError("training.lora adapts GPTs, but this recipe is of a tokenizer; leave it out, or name "
                              "parts that stay as they are in training.freeze")
         check_rates(self.optimizer, model.parts, self.training.freeze, model.before_last_layer)
+        check_muon(self.optimizer, self.training.precision, ("encoder", "decoder"), self.training.freeze)
         if self.loss.adversarial and self.loss.adversarial.adaptive_weight and "cnn_decoder" in self.training.freeze:
             raise InputError("training.freeze has cnn_decoder, whose last layer loss.adversarial.adaptive_weight "
                              "compares gradients at; leave it out, or set adaptive_weight to false")
@@ -257,6 +258,8 @@ class GPTRecipe:
         if self.training.lora:
             check_lora(self.training.lora, model, self.training.freeze)
         check_rates(self.optimizer, model.parts, self._still, model.before_last_layer)
+        check_muon(self.optimizer, self.training.precision, ("layers",), self.training.freeze,
+                   adapters=self.training.lora is not None)
         _divides(tensor, "the attention heads", model.transformer.heads)
         _divides(tensor, "the MLP's width", model.ffn_width)
         _divides(tensor, "model.vocab_size", model.vocab_size)

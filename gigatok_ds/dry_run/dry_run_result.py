@@ -58,3 +58,49 @@ class Shapes:
     @property
     def elements(self) -> int:
         return sum(map(sum, self.trained.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedMatrix:
+    """A weight of `elements` on each tensor rank: `packed` matrices (rows, columns), which are whole there."""
+
+    elements: int
+    rows: int
+    columns: int
+    packed: int
+
+    @property
+    def flops(self) -> int:
+        """Of orthogonalizing them: in each of five steps X X^T, A A and (b A + c A^2) X (engine/muon.py)."""
+        short, long = sorted((self.rows, self.columns))
+        return self.packed * 5 * (4 * short * short * long + 2 * short**3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonWork:
+    """All of Muon's matrices in a network, the largest first, and what an update takes of them."""
+
+    matrices: tuple[PackedMatrix, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """On each tensor rank, as many as have one moment instead of two."""
+        return sum(matrix.elements for matrix in self.matrices)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest weight that a rank puts together."""
+        return max((matrix.packed * matrix.rows * matrix.columns for matrix in self.matrices), default=0)
+
+    def flops(self, ranks: int) -> int:
+        """Of an update, on the rank that has the most of them: one matrix of each round."""
+        return sum(matrix.flops for matrix in self.matrices[::ranks])
+
+    def sent(self, *, stage: int, data_ranks: int, half: bool) -> float:
+        """Bytes that each rank sends in an update: parts, and matrices; with one data rank, what tensor ranks share.
+        At stage 0 every data rank takes all."""
+        shares = 2 / data_ranks if stage else 1 + 1 / data_ranks
+        return shares * self.elements * (2 if half else 4)
+
+
+NO_MATRICES = MuonWork()  # of another optimizer, and of a discriminator

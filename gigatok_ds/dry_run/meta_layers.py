@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gigatok_ds.parallel.cross_entropy import head_cross_entropy
-from gigatok_ds.parallel.layers import REPLICATED_REGION, TensorParallelLayers
+from gigatok_ds.parallel.layers import REPLICATED_REGION, TensorParallelLayers, declared
 from gigatok_ds.parallel.partial import mark_partial_parameter
+from gigatok_ds.parallel.sharding import column_shards, row_shards
 
 
 @dataclass
@@ -224,10 +225,10 @@ class MetaTPLayers(TensorParallelLayers):
         self.tokens = _MeteredRegion(self.traffic) if sequence_parallel else REPLICATED_REGION
 
     def column(self, in_features: int, out_features: int, *, bias: bool, groups: int = 1) -> nn.Module:
-        return _Column(self, in_features, out_features, bias)
+        return declared(_Column(self, in_features, out_features, bias), column_shards(bias=bias, groups=groups))
 
     def row(self, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
-        return _Row(self, in_features, out_features, bias)
+        return declared(_Row(self, in_features, out_features, bias), row_shards())
 
     def vocab_embedding(self, vocab_size: int, width: int) -> nn.Module:
         return _VocabEmbedding(self, vocab_size, width)

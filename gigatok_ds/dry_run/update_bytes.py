@@ -22,6 +22,18 @@ def update_bytes(*, half: bool, partitioned: bool, average: bool) -> dict[str, i
     }
 
 
+def muon_bytes(*, half: bool) -> dict[str, int]:
+    """The same for each element of a Muon matrix, instead of "Adam": what is done element by element on its rank."""
+    low = 2 if half else 4
+    return {
+        "momentum": 2 * 4 + 4,
+        "decay": 4 + 4,
+        "Nesterov's direction": 2 * 4 + 4 + 4 + low,
+        "packing": low + low,
+        "applying": 4 + low + 4,
+    }
+
+
 def bucket_bytes(*, half: bool, partitioned: bool) -> int:
     """Bytes of a micro batch, for each parameter of a rank: its gradient is copied into a bucket that is sent."""
     return 2 * (2 if half else 4) if partitioned else 0

@@ -26,7 +26,9 @@ from gigatok_ds.compat import no_shared_memory_op, search_at_lowest_scale
 from gigatok_ds.config.optimizer import OptimizerConfig
 from gigatok_ds.cpu.malloc import keep_freed_memory
 from gigatok_ds.engine.ema import ShardedEMA
-from gigatok_ds.engine.optimizers import LR_FACTOR, build_optimizer
+from gigatok_ds.engine.muon import Muon
+from gigatok_ds.engine.optimizers import LR_FACTOR, build_optimizer, hidden_matrices
+from gigatok_ds.engine.spread_matrices import rounds_of
 from gigatok_ds.engine.zero_gradients import LiveGradients
 from gigatok_ds.engine.zero_stages import zero_stage
 from gigatok_ds.engine.zero_state import LiveState
@@ -84,14 +86,17 @@ class Engine:
         if topology.mpu:
             sum_partial_gradients(network, topology.tensor_group)
         # Told by attributes that torch declares nowhere.
-        self._adam: Any = build_optimizer(network, optimizer)
+        self._adam: Any = build_optimizer(network, optimizer, half=settings["bf16"]["enabled"])
         self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._adam, config=settings, mpu=topology.mpu)
         self._norm: Tensor | float | None = None
         self._reported_left_out = False  # whether DeepSpeed has counted the last update as left out
         check_spread(network, topology, deepspeed.zero.GatheredParameters)
         search_at_lowest_scale(self._engine.optimizer)
         zero = zero_stage(self._engine, self.stage, topology)
-        self._state, self._gradients = LiveState(zero, full), LiveGradients(zero)
+        hidden = hidden_matrices(network, optimizer)
+        self._state, self._gradients = LiveState(zero, full, one_moment=hidden), LiveGradients(zero)
+        if isinstance(self._adam, Muon):
+            self._adam.spread(rounds_of(zero, hidden), topology)
         self._remembered: list[Tensor] = []
         self.ema = None if ema_decay is None else ShardedEMA(ema_decay, self._state.places())
 

@@ -8,7 +8,7 @@ Adam's before its first update.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -60,6 +60,11 @@ class ZeroStage(ABC):
         """The place of a parameter, to which DeepSpeed has attached things; None if no element is on this rank."""
 
     @abstractmethod
+    def calls(self) -> list[tuple[Sequence[Tensor], Sequence[nn.Parameter]]]:
+        """What each call of the optimizer in an update, in order, is handed: holders, and the parameters of which the
+        holders of all ranks are parts."""
+
+    @abstractmethod
     def refresh(self) -> None:
         """Make what the network computes with, of whichever precision, out of the float32 weights again."""
 
@@ -97,6 +102,10 @@ class Unpartitioned(ZeroStage):
         start = self.topology.data_rank * size
         return Place(holder, start, start, min(size, holder.numel() - start))
 
+    def calls(self) -> list[tuple[Sequence[Tensor], Sequence[nn.Parameter]]]:
+        parameters = list(self.trained.values())
+        return [([self._masters.get(id(parameter), parameter) for parameter in parameters], parameters)]
+
     def _copies(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter in low precision, and its float32 copy."""
         for lows, fulls in zip(getattr(self.optimizer, "fp16_groups", []), getattr(self.optimizer, "fp32_groups", []),
@@ -131,10 +140,17 @@ class _Partitioned(ZeroStage):
         """The flat partitions, in float32, group by group."""
 
     @abstractmethod
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of which the flat partitions are parts."""
+
+    @abstractmethod
     def _offloaded(self) -> bool: ...
 
     @abstractmethod
     def _drop_on_device(self) -> None: ...
+
+    def calls(self) -> list[tuple[Sequence[Tensor], Sequence[nn.Parameter]]]:
+        return [([partition], group) for partition, group in zip(self._partitions(), self._groups(), strict=True)]
 
     def gradients(self) -> Iterator[Tensor]:
         if self._offloaded():
@@ -162,6 +178,10 @@ class PartitionedOptimizer(_Partitioned):
     def _partitions(self) -> list[Tensor]:
         partitions: list[Tensor] = self.optimizer.single_partition_of_fp32_groups
         return partitions
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        groups: list[list[nn.Parameter]] = self.optimizer.bit16_groups
+        return groups
 
     def _offloaded(self) -> bool:
         return bool(self.optimizer.cpu_offload)
@@ -198,6 +218,10 @@ class PartitionedParameters(_Partitioned):
     def _partitions(self) -> list[Tensor]:
         partitions: list[Tensor] = self.optimizer.fp32_partitioned_groups_flat
         return partitions
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        groups: list[list[nn.Parameter]] = self.optimizer.fp16_groups
+        return groups
 
     def _offloaded(self) -> bool:
         return bool(self.optimizer.offload_optimizer)

@@ -6,7 +6,7 @@ partitions of one data rank. `zero_stages` says where; `checkpoint.fragments` sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,8 +27,11 @@ _ENGINE_STATE = ("global_steps", "global_samples", "skipped_steps")
 class LiveState:
     """The state of one DeepSpeed engine: views of it, copies of it, and putting it back."""
 
-    def __init__(self, zero: ZeroStage, full: Callable[..., AbstractContextManager[Any]]):
-        """full: a context in which a parameter that data ranks share out is whole, and may be changed on the first."""
+    def __init__(self, zero: ZeroStage, full: Callable[..., AbstractContextManager[Any]],
+                 one_moment: Collection[str] = ()):
+        """full: a context in which a parameter that data ranks share out is whole, and may be changed on the first.
+        one_moment: parameters for which the optimizer keeps the first moment only."""
+        self._one_moment = one_moment
         self._zero, self._full_parameter = zero, full
         self._engine, self._network, self._topology = zero.engine, zero.network, zero.topology
         self._places = zero.places(share=True)
@@ -48,7 +51,8 @@ class LiveState:
         change. Collective at stage 3, where what no rank holds alone is gathered one parameter at a time."""
         kinds = {WEIGHTS: self.fragments()}
         for moment in MOMENTS:
-            kinds[moment] = {name: self._moment(place, moment) for name, place in self._places.items()}
+            kinds[moment] = {name: self._moment(place, moment) for name, place in self._places.items()
+                             if moment in self._moments(name)}
         if ema is not None:
             kinds[EMA] = dict(ema)
         buffers, gathered, frozen = {}, {}, {}
@@ -87,12 +91,13 @@ class LiveState:
             if name not in saved.layout.parameters:  # frozen there
                 place.view(place.holder).copy_(saved.read_full(name, **rank).flatten()[place.start:stop])
                 continue
-            for kind in (WEIGHTS, *MOMENTS):
+            moments = self._moments(name)
+            for kind in (WEIGHTS, *moments):
                 if saved.has(kind):
-                    target = place.holder if kind == WEIGHTS else self._state(place)[kind]
+                    target = place.holder if kind == WEIGHTS else self._state(place, moments)[kind]
                     place.view(target).copy_(saved.read_range(kind, name, place.start, stop, **rank))
             if saved.has(MOMENTS[0]):
-                self._state(place)["step"].fill_(saved.layout.adam_steps[name])
+                self._state(place, moments)["step"].fill_(saved.layout.adam_steps[name])
         for name, (start, values) in (ema or {}).items():
             kind = EMA if saved.has(EMA) else WEIGHTS  # a start point has no average: it begins with the weights
             values.copy_(saved.read_range(kind, name, start, start + len(values), **rank))
@@ -118,7 +123,7 @@ class LiveState:
         for name, place in self._zero.places(share=False).items():
             full = name not in cuts
             yield Replicated(name, place.view(place.holder), everywhere, full)
-            for moment in MOMENTS:
+            for moment in self._moments(name):
                 yield Replicated(f"{moment} of {name}", self._moment(place, moment).values, everywhere, full)
         for name, (_, values) in ema.items():
             yield Replicated(f"the average of {name}", values, False, name not in cuts)
@@ -137,12 +142,15 @@ class LiveState:
         state = self._adam().state.get(place.holder)
         return Fragment(place.start, place.view(state[moment]) if state else torch.zeros_like(place.view(place.holder)))
 
-    def _state(self, place: Place) -> dict[str, Tensor]:
-        """Adam's state of a holder, which it would make at its first update."""
+    def _moments(self, name: str) -> tuple[str, ...]:
+        return MOMENTS[:1] if name in self._one_moment else MOMENTS
+
+    def _state(self, place: Place, moments: Sequence[str]) -> dict[str, Tensor]:
+        """The optimizer's state of a holder, which it would make at its first update."""
         state: dict[str, Tensor] = self._adam().state[place.holder]
         if not state:
             state |= {"step": torch.zeros((), device=place.holder.device)}
-            state |= {moment: torch.zeros_like(place.holder) for moment in MOMENTS}
+            state |= {moment: torch.zeros_like(place.holder) for moment in moments}
         return state
 
     def _full(self) -> Iterator[tuple[str, Tensor]]:

@@ -92,6 +92,14 @@ class Topology:
             dist.all_reduce(tensor)
         return tensor
 
+    def exchange(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send each rank, in rank order, so many elements of a flat tensor; returns what all ranks sent to this one."""
+        if self.world_size == 1:
+            return tensor
+        found = tensor.new_empty(sum(received))
+        dist.all_to_all_single(found, tensor, received, sent)
+        return found
+
     def max_over_ranks(self, value: float) -> float:
         if self.world_size == 1:
             return value

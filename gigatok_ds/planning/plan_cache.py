@@ -13,7 +13,7 @@ from typing import Any
 
 from gigatok_ds.config.load import recipe_to_dict
 from gigatok_ds.config.recipe import Recipe
-from gigatok_ds.dry_run.dry_run_result import MicroBatch, Shapes, from_list
+from gigatok_ds.dry_run.dry_run_result import NO_MATRICES, MicroBatch, MuonWork, Shapes, from_list
 
 FILE = Path(__file__).with_suffix(".json")
 
@@ -34,6 +34,15 @@ def shapes(recipe: Recipe) -> Shapes:
     from gigatok_ds.dry_run.dry_run import shapes_of
 
     return shapes_of(recipe)
+
+
+def matrices(recipe: Recipe) -> MuonWork:
+    """Muon's; packaged recipes have none."""
+    if recipe.optimizer.kind != "muon":
+        return NO_MATRICES
+    from gigatok_ds.dry_run.muon_work import muon_work
+
+    return muon_work(recipe)
 
 
 @functools.cache

@@ -9,11 +9,11 @@ from typing import Any
 
 from gigatok_ds.config.deepspeed import resolve_deepspeed, zero_settings
 from gigatok_ds.config.recipe import GPTRecipe, ParallelConfig, Recipe, TokenizerParallelConfig, TokenizerRecipe
-from gigatok_ds.dry_run.dry_run_result import MicroBatch, Shapes
+from gigatok_ds.dry_run.dry_run_result import MicroBatch, MuonWork, Shapes
 from gigatok_ds.errors import InputError
 from gigatok_ds.planning.cluster import Cluster
 from gigatok_ds.planning.phases import fullest, longest, phases_of
-from gigatok_ds.planning.plan_cache import micro_batch, shapes
+from gigatok_ds.planning.plan_cache import matrices, micro_batch, shapes
 from gigatok_ds.planning.rank_memory import Memory, memory_of
 from gigatok_ds.planning.speed import Assumptions, StepTime, Traffic, Update, step_time, traffic_of
 
@@ -83,6 +83,7 @@ class Planner:
         self.tensor, self.stage = tensor, stage
         self.phases = phases_of(recipe)
         self._shapes: dict[tuple, Shapes] = {}
+        self._muon: dict[int, MuonWork] = {}
         self._rehearsed: dict[tuple, dict[int, MicroBatch]] = {}
 
     @functools.cached_property
@@ -115,12 +116,17 @@ class Planner:
         micro = by_step[last]
         traffic = traffic_of(micro, cluster=self.cluster, tensor=layout.tensor, accumulation=accumulation, zero=zero,
                              half=recipe.training.precision != "fp32", elements=elements)
+        muon = self._muon_of(recipe, layout.tensor)
+        if self.cluster.ranks > 1:
+            traffic = replace(traffic, matrices=muon.sent(stage=layout.stage, data_ranks=data,
+                                                          half=recipe.training.precision != "fp32"))
         update = Update(precision=recipe.training.precision, stage=layout.stage, elements=elements,
                         own_elements=elements / (data if layout.stage else 1),
-                        average=recipe.training.ema_decay is not None)
+                        average=recipe.training.ema_decay is not None, muon=muon)
         time = step_time(micro, traffic, update, cluster=self.cluster, accumulation=accumulation,
                          assumptions=self.assumptions)
-        memory = memory_of(recipe, networks, max(each.kept for each in by_step.values()), zero=zero, data_ranks=data)
+        memory = memory_of(recipe, networks, max(each.kept for each in by_step.values()), zero=zero, data_ranks=data,
+                           muon=muon)
         return Plan(layout=layout, accumulation=accumulation, data_ranks=data, memory=memory, usable=self.usable,
                     traffic=traffic, time=time, micro=micro)
 
@@ -234,6 +240,11 @@ class Planner:
         if split not in self._shapes:
             self._shapes[split] = shapes(recipe)
         return self._shapes[split]
+
+    def _muon_of(self, recipe: Recipe, tensor: int) -> MuonWork:
+        if tensor not in self._muon:
+            self._muon[tensor] = matrices(recipe)
+        return self._muon[tensor]
 
     def _micro_batches(self, layout: PlannedLayout) -> dict[int, MicroBatch]:
         """A micro batch of each phase that counts, by its step."""

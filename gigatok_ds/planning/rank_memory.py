@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gigatok_ds.config.recipe import Recipe
-from gigatok_ds.dry_run.dry_run_result import Shapes
+from gigatok_ds.dry_run.dry_run_result import NO_MATRICES, MuonWork, Shapes
 from gigatok_ds.planning.state import EngineState, state_of
 
 
@@ -40,11 +40,13 @@ class Memory:
                 "update (instead of the last three)": update}
 
 
-def memory_of(recipe: Recipe, shapes: Shapes, activations: float, *, zero: Mapping, data_ranks: int) -> Memory:
-    """zero: DeepSpeed's zero_optimization."""
+def memory_of(recipe: Recipe, shapes: Shapes, activations: float, *, zero: Mapping, data_ranks: int,
+              muon: MuonWork = NO_MATRICES) -> Memory:
+    """zero: DeepSpeed's zero_optimization. muon: the model's matrices."""
     training = recipe.training
     states = {name: state_of(sizes, shapes.frozen_parts.get(name, ()), zero=zero, data_ranks=data_ranks,
                              precision=training.precision,
-                             average=training.ema_decay is not None and name != "discriminator")
+                             average=training.ema_decay is not None and name != "discriminator",
+                             muon=NO_MATRICES if name == "discriminator" else muon)
               for name, sizes in shapes.trained.items()}
     return Memory(states=states, frozen=shapes.frozen, buffers=shapes.buffers, activations=activations)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gigatok_ds.dry_run.dry_run_result import MicroBatch
-from gigatok_ds.dry_run.update_bytes import bucket_bytes, update_bytes
+from gigatok_ds.dry_run.dry_run_result import NO_MATRICES, MicroBatch, MuonWork
+from gigatok_ds.dry_run.update_bytes import bucket_bytes, muon_bytes, update_bytes
 from gigatok_ds.dry_run.work import Rates
 from gigatok_ds.planning.cluster import Cluster, Device
 
@@ -45,7 +45,7 @@ class Assumptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes that a GPU sends in a step: to its tensor group, and to its data group within and beyond its host.
+    """Bytes that a GPU sends in a step: to its tensor group, to its data group within and beyond its host, to all.
 
     Between hosts it is this GPU's share of what its host's adapters send.
     """
@@ -53,10 +53,11 @@ class Traffic:
     tensor: float
     data_inside: float
     data_between: float
+    matrices: float = 0.0  # of Muon, to all ranks
 
     @property
     def total(self) -> float:
-        return self.tensor + self.data_inside + self.data_between
+        return self.tensor + self.data_inside + self.data_between + self.matrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ def traffic_of(micro: MicroBatch, *, cluster: Cluster, tensor: int, accumulation
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """What the optimizer does in a step: of the `elements` parameters that a tensor rank trains it updates
-    `own_elements`, in ZeRO stage `stage`, and keeps an average of them if `average`.
+    `own_elements`, in ZeRO stage `stage`, and keeps an average of them if `average`. `muon` are its matrices.
     """
 
     precision: str
@@ -109,6 +110,7 @@ class Update:
     elements: float
     own_elements: float
     average: bool
+    muon: MuonWork = NO_MATRICES
 
 
 def step_time(micro: MicroBatch, traffic: Traffic, update: Update, *, cluster: Cluster, accumulation: int,
@@ -120,11 +122,26 @@ def step_time(micro: MicroBatch, traffic: Traffic, update: Update, *, cluster: C
                        traffic.data_between / (device.network * assumptions.links))
     moved = (update.own_elements * sum(update_bytes(**how, average=update.average).values())
              + accumulation * update.elements * bucket_bytes(**how))
+    orthogonalizing, exchanging = _muon_seconds(update, traffic, cluster, assumptions)
     return StepTime(
         computing=accumulation * micro.work.seconds(rates),
         starting=accumulation * micro.work.starting(rates),
-        tensor_traffic=traffic.tensor / (device.link * assumptions.links),
-        update=moved / rates.bandwidth,
+        tensor_traffic=traffic.tensor / (device.link * assumptions.links) + exchanging,
+        update=moved / rates.bandwidth + orthogonalizing,
         exposed_data_traffic=(1 - assumptions.overlap) * data_seconds,
         factor=assumptions.measured,
     )
+
+
+def _muon_seconds(update: Update, traffic: Traffic, cluster: Cluster, assumptions: Assumptions) -> tuple[float, float]:
+    """Of computing with Muon's matrices, beyond what Adam would have done, and of sending them, which nothing hides."""
+    if not update.muon.matrices:
+        return 0.0, 0.0
+    device, half = cluster.device, update.precision != "fp32"
+    rates, own = assumptions.rates(device), update.own_elements * update.muon.elements / update.elements
+    adam = update_bytes(half=half, partitioned=update.stage > 0, average=False)["Adam"]
+    moved = own * (sum(muon_bytes(half=half).values()) - adam)
+    computing = update.muon.flops(cluster.ranks) / rates.products["half" if half else "fp32"]
+    beyond = traffic.matrices * (cluster.hosts - 1) / cluster.hosts
+    sending = max((traffic.matrices - beyond) / device.link, beyond / device.network if beyond else 0.0)
+    return moved / rates.bandwidth + computing, sending / assumptions.links

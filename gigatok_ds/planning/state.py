@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from gigatok_ds.dry_run.dry_run_result import NO_MATRICES, MuonWork
+
 # DeepSpeed's own, where its settings do not say.
 BUCKET = 500_000_000
 PREFETCH = 50_000_000
 LIVE = 1_000_000_000
 PERSISTENT = 100_000
+
+# Of the matrix that a rank orthogonalizes: parts and joined, iterates and their products, what is sent back.
+_MATRIX_COPIES = 8
 
 
 class EngineState(NamedTuple):
@@ -39,25 +44,26 @@ class EngineState(NamedTuple):
 
 
 def state_of(sizes: Sequence[int], frozen: Sequence[int] = (), *, zero: Mapping, data_ranks: int, precision: str,
-             average: bool) -> EngineState:
+             average: bool, muon: MuonWork = NO_MATRICES) -> EngineState:
     """The state of a network with parameters of so many elements each on a tensor rank, and frozen ones.
 
-    zero: the section zero_optimization of DeepSpeed's settings.
+    zero: the section zero_optimization of DeepSpeed's settings. muon: those that have one moment.
     """
     elements, stage = sum(sizes), zero["stage"]
     low = 4 if precision == "fp32" else 2
     part = elements / data_ranks
     own = part if stage >= 1 else elements  # of the optimizer's
     has_masters = stage >= 1 or low == 2
+    masters_update = _gradients_in_float32(own, stage, low) if has_masters else 0  # Adam's fused kernel needs nothing
     return EngineState(
         parameters=low * (elements + sum(frozen)) / (data_ranks if stage == 3 else 1),
         gradients=low * (part if stage >= 2 else elements),
         master_weights=4 * own if has_masters else 0,
-        moments=8 * own,
+        moments=8 * own - 4 * muon.elements * own / max(elements, 1),
         average=4 * part if average else 0,
         buckets=low * _buckets(zero),
         gathered=low * _gathered([*sizes, *frozen], zero) if stage == 3 else 0,
-        update=_gradients_in_float32(own, stage, low) if has_masters else 0,  # Adam's fused kernel needs nothing
+        update=masters_update + _MATRIX_COPIES * low * muon.largest,
     )
 
 

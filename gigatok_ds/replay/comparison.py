@@ -89,7 +89,8 @@ def compare_checkpoints(run_dir: Path, replay_dir: Path, steps: Steps, recipe: R
     for step, folder in complete_checkpoints(run_dir):
         if not steps.first < step <= steps.last or step not in again:
             continue
-        moved = sum(lr_of_iteration(recipe.schedule, recipe.optimizer.lr, recipe.training.steps, number)
+        fastest = recipe.optimizer.lr * max([1.0, *recipe.optimizer.part_lr.values()])
+        moved = sum(lr_of_iteration(recipe.schedule, fastest, recipe.training.steps, number)
                     for number in range(steps.first, step))
         state = read_state(folder)
         if problem := damaged_file(folder, state):

@@ -34,6 +34,7 @@ from gigatok_ds.config.load import save_resolved
 from gigatok_ds.config.losses import AdversarialConfig
 from gigatok_ds.config.model import GPTConfig, TokenizerConfig
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe, TrainingConfig
+from gigatok_ds.engine.optimizers import hidden_matrices
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside, naming_failures, sha256, write_atomically
 from gigatok_ds.models.gpt import GPT
@@ -235,11 +236,15 @@ def _kept_state(recipe: Recipe, part: str, network: nn.Module, weights: Mapping[
               and not (part != "discriminator" and name.partition(".")[0] in recipe.training.freeze)}
     tensors: dict[str, Mapping[str, Tensor]] = {}
     if "moments" in kept.parts:
-        for name in shapes:
-            if name in changed or not saved.holds(MOMENTS[0], name):
-                why = "begins anew or at another size" if name in changed else f"was frozen in {kept.checkpoint}"
-                raise InputError(f"--keep moments: {name} {why}, so there are none for it; leave moments out")
-        tensors = {kind: LazyTensors(shapes, partial(saved.read, kind)) for kind in MOMENTS}
+        one_moment = hidden_matrices(network, recipe.optimizer) if part != "discriminator" else ()
+        for kind in MOMENTS:
+            wanted = {name: shape for name, shape in shapes.items() if kind == MOMENTS[0] or name not in one_moment}
+            for name in wanted:
+                if name in changed or not saved.holds(kind, name):
+                    why = "begins anew or at another size" if name in changed else (
+                        f"was {'frozen' if kind == MOMENTS[0] else 'a matrix of Muon'} in {kept.checkpoint}")
+                    raise InputError(f"--keep moments: {name} {why}, so there are none for it; leave moments out")
+            tensors[kind] = LazyTensors(wanted, partial(saved.read, kind))
     if "ema" in kept.parts and part != "discriminator":
         average = {name for name in shapes if name not in changed and saved.holds(EMA, name)}
         tensors[EMA] = LazyTensors(shapes, lambda name: saved.read(EMA, name) if name in average else weights[name])

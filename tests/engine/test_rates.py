@@ -116,7 +116,7 @@ def test_layouts_train_like_a_single_process(runs, layout):
 
 @pytest.mark.slow
 def test_a_tokenizers_layouts_do_so_too(runs):
-    rates = ["optimizer.layerwise_lr=0.7", "optimizer.part_lr={decoder: 0.5}"]
+    rates = ["optimizer.layerwise_lr=0.8", "optimizer.part_lr={cnn_decoder: 0.5}"]
     alone = runs.result("tokenizer", Layout(), *rates)
     assert max(largest_differences(runs.result("tokenizer", Layout(data=2, stage=2), *rates), alone)) < 1e-5
 
@@ -124,6 +124,7 @@ def test_a_tokenizers_layouts_do_so_too(runs):
 @pytest.mark.parametrize(("kind", "settings", "said"), [
     ("gpt", ["optimizer.part_lr={encoder: 0.1}"], "part_lr has 'encoder'; parts of this model are cls_embedding"),
     ("gpt", ["optimizer.part_lr={norm: 0.1}", "training.freeze=[norm]"], "has norm, which is not trained"),
+    ("gpt", ["optimizer.part_lr={norm: 0.1}", "training.lora={rank: 2, alpha: 2.0}"], "has norm, which is not trained"),
     ("gpt", ["optimizer.part_lr={norm: -1.0}"], "part_lr.norm is -1.0; it must be a number above 0"),
     ("gpt", ["optimizer.part_lr={norm: 0.0}"], "training.freeze leaves a part as it is"),
     ("gpt", ["optimizer.part_lr={norm: .inf}"], "part_lr.norm is inf"),

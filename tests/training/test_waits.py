@@ -6,6 +6,7 @@ from the host is seen. What DeepSpeed does runs on the CPU, where each reading o
 
 import ast
 import traceback
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -167,12 +168,13 @@ def test_a_gpts_passes_do_not_wait():
 
 def small_network():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    network = nn.Sequential(OrderedDict(layers=nn.Sequential(OrderedDict({
+        "0": nn.Linear(8, 16), "1": nn.LayerNorm(16), "2": nn.Linear(16, 4)}))))
     network.register_buffer("seen", torch.zeros(3))
     return network
 
 
-def step_of(stage, precision):
+def step_of(stage, precision, kind):
     """What waits in each step of an engine and a guard, and what both left; the last step's gradients are not finite.
     """
     from deepspeed.accelerator import get_accelerator
@@ -187,7 +189,8 @@ def step_of(stage, precision):
     settings |= {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1,
                  "gradient_clipping": 0.1, "steps_per_print": 10**9, "bf16": {"enabled": precision == "bf16"},
                  "fp16": {"enabled": False}}
-    engine = Engine(small_network, OptimizerConfig(max_grad_norm=0.1), settings, topology=topology, ema_decay=0.9)
+    engine = Engine(small_network, OptimizerConfig(kind=kind, max_grad_norm=0.1), settings, topology=topology,
+                    ema_decay=0.9)
     guard = StepGuard(FaultConfig(), {"only": engine}, topology, fp16=False)
     synchronized, accelerator = [], get_accelerator()
     # As on a GPU, where streams do not order themselves.
@@ -211,13 +214,15 @@ def step_of(stage, precision):
     return found, len(synchronized), states
 
 
-@pytest.mark.parametrize("stage, precision", [
-    (0, "fp32"), (1, "bf16"), pytest.param(1, "fp32", marks=pytest.mark.slow), (2, "bf16"), (3, "bf16"),
-    pytest.param(0, "bf16", marks=pytest.mark.slow)])
-def test_an_update_waits_only_where_deepspeed_does(stage, precision):
+@pytest.mark.parametrize("stage, precision, kind", [
+    (0, "fp32", "adamw"), (1, "bf16", "adamw"), pytest.param(1, "fp32", "adamw", marks=pytest.mark.slow),
+    (2, "bf16", "adamw"), (3, "bf16", "adamw"), pytest.param(0, "bf16", "adamw", marks=pytest.mark.slow),
+    (2, "bf16", "muon"), *(pytest.param(*case, "muon", marks=pytest.mark.slow)
+                           for case in ((0, "fp32"), (0, "bf16"), (1, "fp32"), (3, "bf16")))])
+def test_an_update_waits_only_where_deepspeed_does(stage, precision, kind):
     """At stage 3 DeepSpeed reads the gradient norm before it updates, at stage 0 in bf16 it looks at each gradient. By
     default it would also wait for the whole device at each forward pass and update, to measure how fast it is."""
-    (found, synchronized, states), = run_ranks(step_of, 1, stage, precision)
+    (found, synchronized, states), = run_ranks(step_of, 1, stage, precision, kind)
     assert synchronized == 0
     if stage == 3:  # at first it compares what ranks do, too
         assert [len(waits) for waits in found[2:]] == [1, 1] and all("stage3.py" in str(waits) for waits in found)
