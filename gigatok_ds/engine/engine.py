@@ -87,7 +87,11 @@ class Engine:
             sum_partial_gradients(network, topology.tensor_group)
         # Told by attributes that torch declares nowhere.
         self._adam: Any = build_optimizer(network, optimizer, half=settings["bf16"]["enabled"])
+        for group in self._adam.param_groups:
+            group["lr"] = 0.0  # at stage 0 in half precision DeepSpeed makes an update, without gradients, here
         self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._adam, config=settings, mpu=topology.mpu)
+        if self.stage == 0:
+            self._adam.state.clear()  # which does not count
         self._norm: Tensor | float | None = None
         self._reported_left_out = False  # whether DeepSpeed has counted the last update as left out
         check_spread(network, topology, deepspeed.zero.GatheredParameters)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from layout_runs import Layout, LayoutRuns, train_on_a_rank
 from rank_runs import run_ranks
+from saved_runs import read_everything
 from torch import nn
-from training_runs import prepare
+from training_runs import partitioning, prepare
 
 from gigatok_ds.config.deepspeed import zero_settings
 from gigatok_ds.config.load import load_recipe
@@ -113,3 +115,23 @@ def test_the_discriminator_first_steps_at_the_base_rate_and_then_follows(tmp_pat
     scheduled = [scheduled_lr(recipe.schedule, base, 6, step) for step in range(6)]
     assert recipe.loss.adversarial.start_step == 4
     assert rates == {"Tokenizer": [base, *scheduled[:5]], "PatchGAN": [base, *scheduled[3:5]]}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return LayoutRuns(tmp_path_factory.mktemp("updates"))
+
+
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("adam", marks=pytest.mark.slow)])
+def test_in_half_precision_every_stage_makes_as_many_updates_as_there_are_steps(runs, kind, stage, tmp_path):
+    """At stage 0 DeepSpeed makes one without gradients while it is built, which must change and count nothing."""
+    recipe = runs.recipe("gpt", Layout(), "training.precision=bf16", "training.steps=2", "checkpoint.every=2",
+                         "training.validate_every=2", f"optimizer.kind={kind}", "optimizer.weight_decay=0.3")
+    found = {}
+    for number in (1, stage):
+        run_ranks(train_on_a_rank, 1, recipe, tmp_path / str(number), partitioning(number))
+        found[number] = read_everything(tmp_path / str(number) / "checkpoints/step-0000002/gpt")
+    (expected, _), (tensors, updates) = found[1], found[stage]
+    assert set(updates.values()) == {2}
+    assert all(torch.equal(value, expected[key]) for key, value in tensors.items()) and tensors.keys() == expected.keys()
