@@ -166,4 +166,5 @@ LONG = {
     "gpu_acceptance.py": "what works on a GPU, what is wrong and how fast it is (8 minutes)",
     "soak.py": "an hour of random faults, and the same bits as without them (75 minutes)",
     "photographs.py": "half an hour of training with every loss term (30 minutes)",
+    "optimizer_curves.py": "AdamW and Muon on the same steps (10 minutes)",
 }

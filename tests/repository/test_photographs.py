@@ -159,3 +159,15 @@ def test_the_whole_of_it_in_a_tiny_form(script, tmp_path):
     assert ShardIndex.open(out / "data" / "train").classes == list(script.PHOTOGRAPHS)
     lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("loss" in line for line in lines) == STEPS
+
+
+@pytest.mark.slow
+def test_curves_of_both_optimizers_in_a_tiny_form(tmp_path):
+    command = [sys.executable, BENCHMARKS / "optimizer_curves.py", "--steps", "12", "--seeds", "2", "--crops", "2",
+               "--out", tmp_path, *TINY]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert finished.returncode == 0, finished.stderr
+    rows = [line.split("|")[1:-1] for line in finished.stdout.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows[2:]] == ["2", "4", "6", "8", "10", "12"]
+    assert rows[0][1:] == [" AdamW: loss ", " PSNR, dB ", " Muon: loss ", " PSNR, dB "]
+    assert rows[-1][1] != rows[-1][3] and all(" to " in cell for cell in rows[-1][1:])
