@@ -211,7 +211,7 @@ def test_blocks_with_adapters_are_one_graph():
 
 
 @pytest.mark.parametrize(("setting", "layout"), [
-    (NOTHING_ELSE, Layout(stage=3)),
+    pytest.param(NOTHING_ELSE, Layout(stage=3), marks=pytest.mark.slow),
     pytest.param(LORA, Layout(tensor=2, data=1, stage=3, sequence=True, recompute=True), marks=pytest.mark.slow),
     pytest.param(LORA, Layout(data=2, stage=2), marks=pytest.mark.slow),
 ], ids=lambda value: {LORA: "and-classes", NOTHING_ELSE: "adapters"}.get(value, str(value)))

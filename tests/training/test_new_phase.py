@@ -59,7 +59,8 @@ def losses(run):
     return [line["loss"] for line in read_metrics(run) if "loss" in line]
 
 
-@pytest.mark.parametrize("kind", ["gpt", pytest.param("tokenizer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt", "tokenizer"])
 def test_all_of_it_goes_on_alike_on_every_layout_and_when_resumed(runs, trunks, kind, tmp_path, capsys):
     assert convert(runs, kind, trunks(kind), tmp_path / "one", "--keep", "all") == 0
     assert f"with {'ema, moments' if kind == 'gpt' else 'discriminator, ema, moments, usage'} of" in (
