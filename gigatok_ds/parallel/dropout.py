@@ -125,7 +125,10 @@ class AttentionDropout(Dropout):
 
 
 class MapDropout(Dropout):
-    """Dropout of feature maps (batch, channels, height, width) of this rank's images."""
+    """Dropout of feature maps (batch, channels, height, width) of this rank's images.
+
+    Two passes of a step, those of a reconstruction and of a direct one, drop the same.
+    """
 
     def _drop(self, x: Tensor, address: _Address) -> Tensor:
         maps = x.permute(0, 2, 3, 1)

@@ -2,14 +2,15 @@
 
 Two layouts add up in other orders, so figures agree to a tolerance; on the layout of the run they are usually equal to
 the last bit. Adam divides by the size of gradients, so where a gradient is rounding noise the noise of two layouts
-moves a weight by up to the learning rate in each step: weights may differ by that much, too. And where an activation
-is so near to a kink that it falls on its other side, elements of a gradient differ by percents: moments may.
+moves a weight by up to the learning rate in each step, over many steps as in a random walk: weights may differ by that
+much, too. And where an activation is so near to a kink that it falls on its other side, elements of a gradient differ
+by percents: moments may.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from gigatok_ds.checkpoint.fragments import EMA, MOMENTS, WEIGHTS, SavedEngine
 from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, damaged_file, read_state
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
+from gigatok_ds.monitoring.history import read_history
 from gigatok_ds.monitoring.metrics import read_metrics
 from gigatok_ds.replay.again import Steps
 from gigatok_ds.training.schedules import lr_of_iteration
@@ -27,7 +29,8 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 _LOGGED = ("loss", "discriminator", "grad_norm")
 # Of the largest value of its kind, what a tensor's differences are relative to at least.
 _FLOORS = {WEIGHTS: 1e-3, EMA: 1e-3, MOMENTS[0]: 1e-2, MOMENTS[1]: 1e-4}
-_KINKS = 500  # times the tolerance, for moments
+_KINKS, _MOST_OF_MOMENTS = 500, 0.5  # times the tolerance, for moments, but not more than this
+_REMEMBERED = 10  # steps whose noise Adam's first moment adds up in one direction (beta 0.9)
 _MOST_CODES = 0.01  # of a window of codes, that may be others: nearly as near
 
 
@@ -40,40 +43,52 @@ class Differing(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """How many figures or tensors were compared, the largest difference, as a part of what is allowed, and what is
-    beyond, the first or worst of it first."""
+    """How many figures or tensors were compared, how many of them are not equal to the last bit, the largest
+    difference, as a part of what is allowed, and what is beyond, the first or worst of it first."""
 
     figures: int
+    inexact: int
     largest: float
     differing: list[Differing]
 
 
+def compare(run_dir: Path, replay_dir: Path, steps: Steps, recipe: Recipe,
+            tolerance: float) -> Iterator[tuple[str, Compared]]:
+    """What a run has written of these steps against a replay: the log, then each checkpoint, with a name for each."""
+    yield "losses and gradient norms", compare_logs(run_dir, replay_dir, steps, tolerance)
+    for step, compared in compare_checkpoints(run_dir, replay_dir, steps, recipe, tolerance):
+        yield f"tensors of step {step}", compared
+
+
 def compare_logs(run_dir: Path, replay_dir: Path, steps: Steps, tolerance: float) -> Compared:
-    """Losses and gradient norms of steps that both have logged. Figures are means since the line before, so those of
-    the first line count only if they begin where the replay does."""
-    ran, again = (_logged(folder) for folder in (run_dir, replay_dir))
-    count, largest, differing = 0, 0.0, []
-    common = sorted(step for step in ran.keys() & again.keys() if steps.first < step <= steps.last)
-    if max((step for step in ran if step <= steps.first), default=0) != steps.first:
-        del common[:1]
-    for step in common:
+    """Losses and gradient norms of steps that both have logged. They are means since the line before, or since the run
+    was started again, so only those count that begin at the same step."""
+    (ran, begins), (again, begun) = _logged(run_dir, []), _logged(replay_dir, [steps.first])
+    count, inexact, largest, differing = 0, 0, 0.0, []
+    for step in sorted(step for step in ran.keys() & again.keys() if steps.first < step <= steps.last):
+        if begins[step] != begun[step]:
+            continue
         for name in sorted(name for name in ran[step].keys() & again[step].keys() if name.startswith(_LOGGED)):
             one, other = ran[step][name], again[step][name]
             allowed = tolerance * max(abs(other), 0.1)
             times = _times(abs(one - other), allowed)
-            count, largest = count + 1, max(largest, times)
+            count, inexact, largest = count + 1, inexact + (one != other), max(largest, times)
             if times > 1:
                 differing.append(Differing(step, f"{name} is {one:.6g} in the run and {other:.6g} here", times))
-    return Compared(count, largest, sorted(differing, key=lambda found: (found.step, -found.times)))
+    return Compared(count, inexact, largest, sorted(differing, key=lambda found: (found.step, -found.times)))
 
 
-def _logged(run_dir: Path) -> dict[int, dict[str, float]]:
-    """By step; of a step that was computed more than once, the last."""
-    found: dict[int, dict[str, float]] = {}
-    for line in read_metrics(run_dir):
-        if "loss" in line:
-            found[line["step"]] = line
-    return found
+def _logged(run_dir: Path, starts: Sequence[int]) -> tuple[dict[int, dict[str, float]], dict[int, int]]:
+    """Lines with losses by step (of a step that was computed more than once, the last), and the step after which each
+    one's means begin. The run was started after `starts` and wherever its history says so."""
+    found = {line["step"]: line for line in read_metrics(run_dir) if "loss" in line}
+    known, newest = {0, *starts, *found}, 0
+    for line in read_history(run_dir):
+        if line["event"] == "saved":
+            newest = line.get("step", newest)
+        elif line["event"] == "started":
+            known.add(newest)
+    return found, {step: max(before for before in known if before < step) for step in found}
 
 
 def _times(difference: float, allowed: float) -> float:
@@ -89,9 +104,7 @@ def compare_checkpoints(run_dir: Path, replay_dir: Path, steps: Steps, recipe: R
     for step, folder in complete_checkpoints(run_dir):
         if not steps.first < step <= steps.last or step not in again:
             continue
-        fastest = recipe.optimizer.lr * max([1.0, *recipe.optimizer.part_lr.values()])
-        moved = sum(lr_of_iteration(recipe.schedule, fastest, recipe.training.steps, number)
-                    for number in range(steps.first, step))
+        moved = _moved(recipe, steps.first, step)
         state = read_state(folder)
         if problem := damaged_file(folder, state):
             raise InputError(problem)
@@ -101,8 +114,17 @@ def compare_checkpoints(run_dir: Path, replay_dir: Path, steps: Steps, recipe: R
         differing = [part for part in found if part.times > 1]
         kinds = [*_FLOORS]
         differing.sort(key=lambda part: (kinds.index(part.kind) if part.kind in kinds else len(kinds), -part.times))
-        yield step, Compared(len({part.tensor for part in found}), max((part.times for part in found), default=0.0),
+        yield step, Compared(len({part.tensor for part in found}), len({part.tensor for part in found if part.times}),
+                             max((part.times for part in found), default=0.0),
                              [Differing(step, part.text, part.times) for part in differing])
+
+
+def _moved(recipe: Recipe, first: int, last: int) -> float:
+    """How far the noise of two layouts may take a weight apart in the steps after `first` to `last`."""
+    fastest = recipe.optimizer.lr * max([1.0, *recipe.optimizer.part_lr.values()])
+    rates = [lr_of_iteration(recipe.schedule, fastest, recipe.training.steps, number) for number in range(first, last)]
+    # Two walks: every step one way, or four standard deviations of steps that are alike for a while.
+    return min(2 * sum(rates), 4 * math.sqrt(2 * _REMEMBERED * sum(rate**2 for rate in rates)))
 
 
 class _Part(NamedTuple):
@@ -113,8 +135,7 @@ class _Part(NamedTuple):
 
 
 def _of_engine(engine: str, ran: SavedEngine, again: SavedEngine, moved: float, tolerance: float) -> Iterator[_Part]:
-    """Each rank's part of each tensor of the run, against the replay's; weights may differ by twice `moved`, the sum of
-    learning rates."""
+    """Each rank's part of each tensor of the run, against the replay's; weights may differ by `moved`."""
     tensor_size = ran.layout.tensor_size
     for kind in ran.layout.kinds:
         if not again.has(kind):
@@ -124,7 +145,8 @@ def _of_engine(engine: str, ran: SavedEngine, again: SavedEngine, moved: float, 
         for name in names:
             full, cut = again.read(kind, name), ran.layout.cuts.get(name)
             scale = max(float(full.abs().max()), _FLOORS[kind] * largest)
-            allowed = tolerance * scale * _KINKS if kind in MOMENTS else tolerance * scale + 2 * moved
+            allowed = (scale * min(tolerance * _KINKS, _MOST_OF_MOMENTS) if kind in MOMENTS else
+                       tolerance * scale + moved)
             for tensor_rank, data_rank, (start, values) in ran.pieces(kind, name):
                 ours = (cut.shard(full, tensor_rank, tensor_size) if cut else full).flatten()
                 differences = (values - ours[start:start + len(values)]).abs()

@@ -99,7 +99,8 @@ def _begin(recipe: Recipe, run_dir: Path, settings: dict, warnings: list[str], b
     if topology.is_first:
         _prepare(recipe, run_dir, settings, warnings + left_eager(recipe, topology.device, settings), branch)
         write_identity(identity, run_dir)
-        record_event(run_dir, "started", ranks=topology.world_size, command=list(map(masked, sys.argv)))
+        record_event(run_dir, "started", ranks=topology.world_size, command=list(map(masked, sys.argv)),
+                     accumulation=settings["gradient_accumulation_steps"])
     topology.barrier()
 
 

@@ -79,12 +79,12 @@ def kept_of(asked: Sequence[str] | None, recipe: Recipe, checkpoint: Path | None
     """
     if asked is None:
         return Kept(checkpoint=checkpoint)
+    if unknown := [name for name in asked if name not in (*KEEPS, "all")]:
+        raise InputError(f"--keep has {unknown[0]!r}; it takes {', '.join(KEEPS)} or all")
     reasons = {name: _cannot_keep(name, recipe, checkpoint) for name in KEEPS}
     if "all" in asked:
         return Kept(parts=frozenset(name for name, reason in reasons.items() if not reason), checkpoint=checkpoint)
     for name in asked:
-        if name not in reasons:
-            raise InputError(f"--keep has {name!r}; it takes {', '.join(KEEPS)} or all")
         if reason := reasons[name]:
             raise InputError(f"--keep {name}: {reason}; leave it out")
     return Kept(parts=frozenset(asked), checkpoint=checkpoint)
@@ -106,8 +106,10 @@ def _cannot_keep(name: str, recipe: Recipe, checkpoint: Path | None) -> str | No
         return None if "discriminator" in read_state(checkpoint).parts else f"{checkpoint} has none"
     if name == "ema" and recipe.training.ema_decay is None:
         return "training.ema_decay is null, so nothing would use it"
-    kind = EMA if name == "ema" else MOMENTS[0]
-    return None if SavedEngine(checkpoint / MODEL_PARTS[recipe.kind]).has(kind) else f"{checkpoint} has none"
+    saved = SavedEngine(checkpoint / MODEL_PARTS[recipe.kind])
+    if any(map(is_adapters, saved.layout.parameters)):
+        return f"{checkpoint} has it of adapters (training.lora), which are merged into the weights"
+    return None if saved.has(EMA if name == "ema" else MOMENTS[0]) else f"{checkpoint} has none"
 
 
 def write_start_point(recipe: Recipe, weights: Mapping[str, Tensor], out: Path, *, fresh: Sequence[str] = (),
@@ -226,6 +228,12 @@ def _discriminator(recipe: TokenizerRecipe, config: AdversarialConfig) -> nn.Mod
     return build_discriminator(config, image_size=recipe.model.image_size)
 
 
+def _without(name: str, kept: Kept) -> str:
+    """How to keep the other parts alone."""
+    others = ",".join(part for part in KEEPS if part in kept.parts and part != name)
+    return f"keep the others alone (--keep {others})" if others else "leave --keep out"
+
+
 def _kept_state(recipe: Recipe, part: str, network: nn.Module, weights: Mapping[str, Tensor], kept: Kept,
                 changed: Container[str] = ()) -> _State:
     """What is kept for the parameters of a part that are to be trained; for those that have changed it cannot be."""
@@ -243,7 +251,8 @@ def _kept_state(recipe: Recipe, part: str, network: nn.Module, weights: Mapping[
                 if name in changed or not saved.holds(kind, name):
                     why = "begins anew or at another size" if name in changed else (
                         f"was {'frozen' if kind == MOMENTS[0] else 'a matrix of Muon'} in {kept.checkpoint}")
-                    raise InputError(f"--keep moments: {name} {why}, so there are none for it; leave moments out")
+                    raise InputError(f"--keep moments: {name} {why}, so there are none for it; "
+                                 f"{_without('moments', kept)}")
             tensors[kind] = LazyTensors(wanted, partial(saved.read, kind))
     if "ema" in kept.parts and part != "discriminator":
         average = {name for name in shapes if name not in changed and saved.holds(EMA, name)}
@@ -263,7 +272,8 @@ def _kept_discriminator(recipe: Recipe, discriminator: nn.Module, kept: Kept) ->
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise InputError(f"--keep discriminator: {kept.checkpoint} has another one, whose {name} is "
-                             f"{theirs.get(name, 'missing')} and not {ours.get(name, 'missing')}; leave it out")
+                             f"{theirs.get(name, 'missing')} and not {ours.get(name, 'missing')}; "
+                             f"{_without('discriminator', kept)}")
     return saved.tensors(), _kept_state(recipe, "discriminator", discriminator, {}, kept)
 
 

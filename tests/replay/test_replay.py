@@ -59,6 +59,8 @@ def test_before_that_all_is_equal(flipped, ranks, more, tmp_path):
     equal = "equal but for rounding" if ranks == 1 else "equal to the last bit"
     assert re.search(rf"losses and gradient norms: 4, {equal}", said) and re.search(rf"step 4: \d+, {equal}", said)
     assert (tmp_path / "again/checkpoints/step-0000004").is_dir()
+    code, said = run_main(words)
+    assert code == 2 and "holds a finished replay; remove it, or choose another --out" in said
     assert not list((tmp_path / "again").glob("previews")) and not (tmp_path / "again/probe.npz").exists()
 
 
@@ -81,13 +83,16 @@ REFUSED = [
     (["--steps", "6:9"], "--steps ends at 9, but the run has training.steps 8"),
     (["--steps", "4:8", "optimizer.lr=1"], "optimizer.lr would make another run of it"),
     (["--steps", "4:8", "--tolerance", "2"], "--tolerance is 2.0; it must be between 0 and 1"),
-    (["--steps", "4:8", "--out", "OTHER"], "exists, and is no replay from step 4; choose another --out"),
+    (["--steps", "4:8", "--out", "OTHER"], "exists, and is no replay of these steps; choose another --out"),
+    (["--steps", "4:8", "--out", "RUN"], "exists, and is no replay of these steps; choose another --out"),
+    (["--steps", "4:8", "training.precision=bf16"], "training.precision would make another run of it"),
+    (["--steps", "4:8", "checkpoint.every=1"], "checkpoint.every would make another run of it"),
 ]
 
 
 @pytest.mark.parametrize(("options", "said"), REFUSED, ids=range(len(REFUSED)))
 def test_what_cannot_be_replayed_is_refused_in_one_line(flipped, options, said, tmp_path, capsys):
-    words = [str(tmp_path) if word == "OTHER" else word for word in options]
+    words = [{"OTHER": str(tmp_path), "RUN": str(flipped)}.get(word, word) for word in options]
     assert main(["replay", str(flipped), *words]) == 2
     assert re.fullmatch(f"gigatok-ds replay: error: .*{said}.*\n", capsys.readouterr().err)
 
@@ -95,8 +100,25 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(flipped, options, said, 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"gradient_accumulation_steps": "2"}', None])
 def test_a_run_that_does_not_say_how_it_cut_its_batches(flipped, content, tmp_path, capsys):
     run = shutil.copytree(flipped, tmp_path / "run")
+    (run / "history.jsonl").unlink()
     (run / "deepspeed.json").unlink()
     if content is not None:
         (run / "deepspeed.json").write_text(json.dumps(json.loads(content)))
     assert main(["replay", str(run), "--steps", "4:8"]) == 2
     assert re.fullmatch(r"gigatok-ds replay: error: .*deepspeed.json.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_it_is_found_by_the_usual_tolerance_in_a_run_that_went_on_in_between(runs, tmp_path):
+    """Interrupted at a step that is not logged, on other ranks; logged means that begin elsewhere are left out."""
+    out, more = tmp_path / "run", ["training.precision=bf16", "training.log_every=4"]
+    run_ranks(train_with_faults, 2, runs.recipe("gpt", Layout(data=2), *STEPS, *more), out, partitioning(1))
+    shutil.rmtree(out / "checkpoints/step-0000008")
+    (out / "history.jsonl").write_text("".join(line for line in (out / "history.jsonl").read_text().splitlines(True)
+                                               if '"step": 8' not in line and '"finished"' not in line))
+    run_ranks(train_with_faults, 1, runs.recipe("gpt", Layout(), *STEPS, *more), out, partitioning(1),
+              "flip:rank=0,step=8,tensor=layers.0.attention.wqkv.weight")
+    code, said = run_main(["replay", out, "--steps", "4:8"])
+    assert code == 1 and "losses and gradient norms: none to compare" in said, said
+    assert "tensors of step 6: " in said and "tensors of step 6: DIFFERENT" not in said
+    assert re.search(r"step 8: weights of layers.0.attention.wqkv.weight .* on rank 0", said), said

@@ -121,6 +121,8 @@ def test_named_parts_of_a_tokenizers_run_go_on(runs, trunks, tmp_path):
 
 REFUSED = [
     ("gpt", ["--keep", "momenta"], "--keep has 'momenta'; it takes usage, ema, moments, discriminator or all"),
+    ("gpt", ["--keep", "all,emma"], "--keep has 'emma'; it takes"),
+    ("gpt", ["--keep", "all", "--fresh", "cls_embedding"], "begins anew .*; keep the others alone .--keep ema."),
     ("gpt", ["--keep", "usage"], "--keep usage: a GPT has none; leave it out"),
     ("gpt", ["--keep", "ema", "training.ema_decay=null"], "--keep ema: training.ema_decay is null"),
     ("gpt", ["--keep", "moments", "--weights", "ema"], "--weights ema starts from the average"),

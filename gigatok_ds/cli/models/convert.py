@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     _refuse_useless(args)
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe else None
-    model = open_model(args.source, choice=_weights(args), recipe=recipe, step=args.step)
+    model = open_model(args.source, choice=args.weights, recipe=recipe, step=args.step)
     if args.to == "training":
         return _to_training(args, model, recipe)
     written, verified = convert(model, args.out, to=args.to, dtype=PRECISIONS[args.dtype], verified=args.verify,
@@ -99,28 +99,21 @@ def _refuse_useless(args: argparse.Namespace) -> None:
             raise InputError(f"{option} is for --to training only")
 
 
-def _weights(args: argparse.Namespace) -> str | None:
-    """Which weights: an average and moments are kept beside those that they are of."""
-    from gigatok_ds.checkpoint.model_sources import is_run
-    from gigatok_ds.errors import InputError
-
-    beside = sorted({"ema", "moments", "all"}.intersection(args.keep or ()))
-    if not beside or not is_run(args.source):
-        return args.weights
-    if args.weights == "ema":
-        raise InputError(f"--weights ema starts from the average, which --keep {beside[0]} does not go with; leave one "
-                         "of them out")
-    return "model"
-
-
 def _to_training(args: argparse.Namespace, model, recipe) -> int:
     from gigatok_ds.checkpoint.conversion import shown
+    from gigatok_ds.checkpoint.model_sources import open_model
     from gigatok_ds.errors import InputError
     from gigatok_ds.training.warm_start import kept_of, write_start_point
 
     if model.kind != recipe.kind:
         raise InputError(f"{args.source} holds a {model.kind}, but recipe {recipe.name} trains a {recipe.kind}")
     kept = kept_of(args.keep, recipe, model.checkpoint)
+    if kept.parts & {"ema", "moments"} and model.provenance["weights"] == "ema":
+        # They are kept beside the weights that they are of.
+        if args.weights == "ema":
+            raise InputError("--weights ema starts from the average, beside which --keep can have neither ema nor "
+                             "moments; leave one of the two options out")
+        model = open_model(args.source, choice="model", step=args.step)
     with shown(model.weights) as weights:
         write_start_point(recipe, weights, args.out, fresh=args.fresh, classes=model.classes, kept=kept)
     beside = f" with {', '.join(sorted(kept.parts)) or 'the weights alone'} of {args.source}" if args.keep else ""

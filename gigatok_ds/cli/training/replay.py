@@ -41,30 +41,33 @@ def run(args: argparse.Namespace) -> int:
     from gigatok_ds.errors import InputError
     from gigatok_ds.parallel.cuda_queues import order_kernels
     from gigatok_ds.replay.again import Steps, check_replay, recipe_of_replay, replay
-    from gigatok_ds.replay.comparison import TOLERANCES, compare_checkpoints, compare_logs
+    from gigatok_ds.replay.comparison import TOLERANCES, compare
 
     if args.tolerance is not None and not 0 < args.tolerance < 1:
         raise InputError(f"--tolerance is {args.tolerance}; it must be between 0 and 1")
-    steps = Steps.parsed(args.steps)
-    state = check_replay(args.run_directory, steps)
-    rank = launched_rank()
-    recipe = recipe_of_replay(args.run_directory, steps, args.overrides, rank.world_size)
+    steps, rank, run_dir = Steps.parsed(args.steps), launched_rank(), args.run_directory
+    out = args.out or run_dir / f"replay-{steps.first}-{steps.last}"
+    state = check_replay(run_dir, steps, out)
+    recipe = recipe_of_replay(run_dir, steps, args.overrides, rank.world_size)
     order_kernels(recipe.parallel.tensor)
-    out = args.out or args.run_directory / f"replay-{steps.first}-{steps.last}"
-    replay(args.run_directory, steps, state, recipe, out)
+    replay(run_dir, steps, state, recipe, out)
     if not rank.is_first:
         return 0
     tolerance = args.tolerance or TOLERANCES[recipe.training.precision]
-    found = [("losses and gradient norms", compare_logs(args.run_directory, out, steps, tolerance))]
-    found += [(f"tensors of step {step}", compared) for step, compared in
-              compare_checkpoints(args.run_directory, out, steps, recipe, tolerance)]
-    if args.out is None:
-        shutil.rmtree(out)
-    print(f"steps {steps.first + 1:,} to {steps.last:,} of {args.run_directory} (on {state.world_size} ranks) once "
-          f"more on {rank.world_size}:")
-    for what, compared in found:
-        print("\n".join(_lines(what, compared)))
-    return int(any(compared.differing for _, compared in found))
+    print(f"steps {steps.first + 1:,} to {steps.last:,} of {run_dir} (on {state.world_size} ranks) once more on "
+          f"{rank.world_size}:")
+    found = []
+    try:
+        for what, compared in compare(run_dir, out, steps, recipe, tolerance):
+            print("\n".join(_lines(what, compared)), flush=True)
+            found.append(compared)
+    finally:
+        if args.out is None:
+            shutil.rmtree(out)
+    if not any(compared.figures for compared in found):
+        raise InputError(f"nothing could be compared: {run_dir} has logged and saved other steps than {steps.first} to "
+                         f"{steps.last}")
+    return int(any(compared.differing for compared in found))
 
 
 def _lines(what: str, compared: Compared):
@@ -73,9 +76,9 @@ def _lines(what: str, compared: Compared):
     elif not compared.largest:
         yield f"- {what}: {compared.figures:,}, equal to the last bit"
     elif not compared.differing:
-        yield (f"- {what}: {compared.figures:,}, equal but for rounding (at most {compared.largest:.1%} of the "
-               "tolerance)")
+        yield (f"- {what}: {compared.figures:,}, equal but for rounding ({compared.inexact:,} of them; at most "
+               f"{compared.largest:.1%} of what is allowed)")
     else:
         first = compared.differing[0]
-        yield f"- {what}: DIFFERENT, {len(compared.differing):,} beyond the tolerance"
-        yield f"  step {first.step:,}: {first.what} ({first.times:.3g} times the tolerance)"
+        yield f"- {what}: DIFFERENT, {len(compared.differing):,} beyond what is allowed"
+        yield f"  step {first.step:,}: {first.what} ({first.times:.3g} times what is allowed)"
