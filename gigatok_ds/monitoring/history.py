@@ -55,6 +55,12 @@ def read_history(run_dir: Path) -> list[dict]:
     return found
 
 
+def saved_step(line: dict) -> int | None:
+    """The step whose checkpoint a line tells of, if it does."""
+    step = line.get("step")
+    return step if line["event"] == "saved" and type(step) is int else None
+
+
 def _line(text: str) -> dict | None:
     try:
         line = json.loads(text)

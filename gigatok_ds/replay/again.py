@@ -27,7 +27,7 @@ from gigatok_ds.config.load import load_recipe
 from gigatok_ds.config.recipe import Recipe, TokenizerRecipe
 from gigatok_ds.errors import InputError
 from gigatok_ds.files import directory_beside, sha256
-from gigatok_ds.monitoring.history import read_history
+from gigatok_ds.monitoring.history import read_history, saved_step
 from gigatok_ds.monitoring.metrics import read_metrics
 from gigatok_ds.training.frozen_weights import FROZEN_FILE
 from gigatok_ds.training.run import DEEPSPEED_FILE, run_training
@@ -170,14 +170,13 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 def _accumulation(run_dir: Path, steps: Steps) -> int:
     """Micro batches of a step when the first checkpoint after `steps.first` was made; InputError when nothing says so.
     """
-    found = _settings(run_dir).get("gradient_accumulation_steps")
     started: dict[str, Any] = {}
     for line in read_history(run_dir):
         if line["event"] == "started":
             started = line
-        elif line["event"] == "saved" and line.get("step", 0) > steps.first:
+        elif (saved_step(line) or 0) > steps.first:
             break
-    found = started.get("accumulation", found)
+    found = started.get("accumulation", _settings(run_dir).get("gradient_accumulation_steps"))
     if type(found) is not int or found < 1:
         raise InputError(f"{run_dir / DEEPSPEED_FILE} is damaged: gradient_accumulation_steps is {found!r}")
     return found

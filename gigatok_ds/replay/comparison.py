@@ -20,7 +20,7 @@ from gigatok_ds.checkpoint.fragments import EMA, MOMENTS, WEIGHTS, SavedEngine
 from gigatok_ds.checkpoint.run_directory import checkpoint_path, complete_checkpoints, damaged_file, read_state
 from gigatok_ds.config.recipe import Recipe
 from gigatok_ds.errors import InputError
-from gigatok_ds.monitoring.history import read_history
+from gigatok_ds.monitoring.history import read_history, saved_step
 from gigatok_ds.monitoring.metrics import read_metrics
 from gigatok_ds.replay.again import Steps
 from gigatok_ds.training.schedules import lr_of_iteration
@@ -84,10 +84,9 @@ def _logged(run_dir: Path, starts: Sequence[int]) -> tuple[dict[int, dict[str, f
     found = {line["step"]: line for line in read_metrics(run_dir) if "loss" in line}
     known, newest = {0, *starts, *found}, 0
     for line in read_history(run_dir):
-        if line["event"] == "saved":
-            newest = line.get("step", newest)
-        elif line["event"] == "started":
+        if line["event"] == "started":
             known.add(newest)
+        newest = newest if (step := saved_step(line)) is None else step
     return found, {step: max(before for before in known if before < step) for step in found}
 
 
