@@ -274,7 +274,7 @@ def _refuse_harmful(settings: dict[str, Any], source: str, recipe: Recipe) -> No
         raise InputError(f"{source}: ZeRO stage 0 in {half} with tensor parallelism counts cut parameters of one rank "
                          f"only, and so clips by a wrong norm ({tensor_ranks} tensor ranks); use stage 1")
     offloads = [key for key in ("offload_optimizer", "offload_param")
-                if (zero.get(key) or {}).get("device", "none") not in ("none", None)]
+                if isinstance(zero.get(key), dict) and zero[key].get("device", "none") not in ("none", None)]
     if offloads and recipe.optimizer.kind == "muon":
         raise InputError(f"{source}: zero_optimization.{offloads[0]} keeps in host memory what optimizer.kind muon "
                          "puts together from all ranks in an update; remove it, or use optimizer.kind adamw")

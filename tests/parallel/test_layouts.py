@@ -71,7 +71,7 @@ def test_variants_of_the_gpt_do_so_too(tmp_path, conditioning, layout):
         Layout(tensor=2, data=2, stage=3, sequence=True, recompute=True), Layout(tensor=4),
         Layout(data=4, stage=2)))], ids=str)
 def test_dropout_of_attention_feature_maps_and_lpips_does_not_depend_on_the_layout(runs, layout):
-    more = "model.dropout=0.2", "loss.perceptual={weight: 0.5, dropout: true}"
+    more = "model.dropout=0.1", "loss.perceptual={weight: 0.5, dropout: true}"
     assert_like_a_single_process(runs, "tokenizer", layout, *more)
     dropped, plain = (runs.result("tokenizer", Layout(), *settings)[0] for settings in (more, ()))
     for name in ("loss/reconstruction", "loss/perceptual"):
@@ -80,7 +80,7 @@ def test_dropout_of_attention_feature_maps_and_lpips_does_not_depend_on_the_layo
 
 @pytest.mark.slow
 def test_dropout_goes_on_alike_when_a_run_is_resumed_at_another_layout(runs, tmp_path):
-    more = "model.dropout=0.2", "loss.perceptual={weight: 0.5, dropout: true}", "checkpoint.every=5"
+    more = "model.dropout=0.1", "loss.perceptual={weight: 0.5, dropout: true}", "checkpoint.every=5"
     for layout in (Layout(tensor=2, data=2, stage=3, sequence=True), Layout(data=2, stage=1)):
         run_ranks(train_on_a_rank, layout.tensor * layout.data, runs.recipe("tokenizer", layout, *more),
                   tmp_path / "run", partitioning(layout.stage), timeout=900)
