@@ -52,7 +52,7 @@ def addresses(batches, micro, ranks, start, stop):
 
 
 @pytest.mark.parametrize("held", [order_module.HELD, 0], ids=["held", "computed"])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layout=layouts())
 def test_any_layout_reads_the_one_process_order_and_resumes_in_it(monkeypatch, held, layout):
     monkeypatch.setattr(order_module, "HELD", held)

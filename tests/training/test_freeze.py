@@ -76,9 +76,9 @@ def encode(path, images):
     return load_tokenizer(path).encode(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "other"), [
-    pytest.param(Layout(data=2, stage=2), Layout(tensor=2, stage=1), marks=pytest.mark.slow),
-    (Layout(data=2, stage=3), Layout(stage=2)),
+    (Layout(data=2, stage=2), Layout(tensor=2, stage=1)), (Layout(data=2, stage=3), Layout(stage=2)),
 ], ids=str)
 def test_in_bf16_a_frozen_encoder_gives_the_same_codes_to_the_last_bit(runs, tmp_path, layout, other):
     """Weights of float32 that bfloat16 does not hold: they are computed with, but not saved, as bfloat16."""
