@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from datetime import date
 from pathlib import Path
 
 from photographs import TRAINING_CROPS, VALIDATION_CROPS, Run, processor, train
@@ -73,8 +74,8 @@ def main() -> int:
             train(folder, [*run.settings(options.steps), f"training.validate_every={options.steps // ROWS}"])
             curves[name].append(curve(folder, options.steps))
     print(f"python benchmarks/optimizer_curves.py {' '.join(sys.argv[1:])}".rstrip())
-    print(f"{processor()}; loss: {' + '.join(name.removeprefix('loss/') for name in ALWAYS)}, a mean over the steps "
-          "since the row before\n")
+    print(f"{processor()}, {date.today().isoformat()}; loss: the sum of what the recipe has of "
+          f"{', '.join(name.removeprefix('loss/') for name in ALWAYS)}, a mean over the steps since the row before\n")
     print(table(curves))
     return 0
 
