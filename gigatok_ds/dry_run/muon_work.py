@@ -16,9 +16,6 @@ def muon_work(recipe: Recipe) -> MuonWork:
     cuts, found = declared_shards(network), []
     for name in hidden_matrices(network, recipe.optimizer):
         shape, cut = network.get_parameter(name).shape, cuts.get(name)
-        full = list(cut.full_shape(shape, recipe.parallel.tensor) if cut else shape)
-        packed = cut.groups if cut else 1
-        if cut:
-            full[cut.dim] //= packed
-        found.append(PackedMatrix(elements=shape.numel(), rows=full[0], columns=full[1], packed=packed))
+        rows, columns = cut.packed_shape(shape, recipe.parallel.tensor) if cut else shape
+        found.append(PackedMatrix(elements=shape.numel(), rows=rows, columns=columns, packed=cut.groups if cut else 1))
     return MuonWork(matrices=tuple(sorted(found, key=lambda matrix: -matrix.elements)))

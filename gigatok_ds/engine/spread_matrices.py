@@ -42,10 +42,8 @@ class SpreadMatrix:
     @property
     def full_shape(self) -> tuple[int, int]:
         """(rows, columns) of each of the matrices that are packed in the whole one."""
-        rows, columns = self.cut.full_shape(self.shape, self._tensor_size) if self.cut else self.shape
-        if self.cut and self.cut.dim == 0:
-            return rows // self.cut.groups, columns
-        return rows, columns // (self.cut.groups if self.cut else 1)
+        rows, columns = self.cut.packed_shape(self.shape, self._tensor_size) if self.cut else self.shape
+        return rows, columns
 
     @property
     def _tensor_size(self) -> int:

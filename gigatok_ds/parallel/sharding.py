@@ -26,6 +26,12 @@ class TensorShard:
         """Shape of the whole tensor, given that of one of `size` equal parts."""
         return [n * size if axis == self.dim else n for axis, n in enumerate(local)]
 
+    def packed_shape(self, local: Sequence[int], size: int) -> list[int]:
+        """Shape of each of the packed tensors, whole, given that of one of `size` equal parts of all of them."""
+        full = self.full_shape(local, size)
+        full[self.dim] //= self.groups
+        return full
+
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         """The part of `full` that tensor rank `rank` of `size` holds."""
         return torch.cat([group.chunk(size, self.dim)[rank] for group in full.chunk(self.groups, self.dim)], self.dim)

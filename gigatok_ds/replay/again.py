@@ -73,8 +73,9 @@ def check_replay(run_dir: Path, steps: Steps, out: Path) -> State:
         raise InputError(f"--steps begins at {steps.first}, of which {run_dir} holds no complete checkpoint; there are "
                          f"{', '.join(map(str, held)) or 'none'}")
     within = [step for step in held if steps.first <= step <= steps.last]
+    rank = launched_rank()  # each looks at its share, and one that finds something ends them all
     for step in within:
-        if problem := damaged_file(held[step], read_state(held[step])):
+        if problem := damaged_file(held[step], read_state(held[step]), share=rank.rank, of=rank.world_size):
             raise InputError(problem)
     logged = any("loss" in line and steps.first < line["step"] <= steps.last for line in read_metrics(run_dir))
     if not logged and len(within) == 1:

@@ -139,24 +139,30 @@ def _of_engine(engine: str, ran: SavedEngine, again: SavedEngine, moved: float, 
     for kind in ran.layout.kinds:
         if not again.has(kind):
             continue
-        names = [name for name in ran.layout.parameters if ran.holds(kind, name) and again.holds(kind, name)]
-        largest = max((float(again.read(kind, name).abs().max()) for name in names), default=0.0)
-        for name in names:
+        sizes: dict[str, float] = {}  # of the largest value of each tensor
+        found: list[tuple[str, float, str]] = []
+        for name in (name for name in ran.layout.parameters if ran.holds(kind, name) and again.holds(kind, name)):
             full, cut = again.read(kind, name), ran.layout.cuts.get(name)
-            scale = max(float(full.abs().max()), _FLOORS[kind] * largest)
-            allowed = (scale * min(tolerance * _KINKS, _MOST_OF_MOMENTS) if kind in MOMENTS else
-                       tolerance * scale + moved)
+            sizes[name] = float(full.abs().max())
+            parts = [cut.shard(full, rank, tensor_size).flatten() if cut else full.flatten()
+                     for rank in range(tensor_size)]
             for tensor_rank, data_rank, (start, values) in ran.pieces(kind, name):
-                ours = (cut.shard(full, tensor_rank, tensor_size) if cut else full).flatten()
-                differences = (values - ours[start:start + len(values)]).abs()
+                ours = parts[tensor_rank][start:start + len(values)]
+                differences = (values - ours).abs()
                 if not len(differences):
                     continue
                 # A NaN would not be the largest of anything.
                 at = int(differences.nan_to_num(math.inf, math.inf).argmax())
                 rank = data_rank * tensor_size + tensor_rank
-                yield _Part(f"{engine}/{kind}/{name}", kind, _times(float(differences[at]), allowed),
-                            f"{kind} of {name} ({engine}), element {start + at:,} on rank {rank}, is "
-                            f"{float(values[at]):.6g} in the run and {float(ours[start + at]):.6g} here")
+                found.append((name, float(differences[at]),
+                              f"{kind} of {name} ({engine}), element {start + at:,} on rank {rank}, is "
+                              f"{float(values[at]):.6g} in the run and {float(ours[at]):.6g} here"))
+        floor = _FLOORS[kind] * max(sizes.values(), default=0.0)
+        for name, difference, text in found:
+            scale = max(sizes[name], floor)
+            allowed = (scale * min(tolerance * _KINKS, _MOST_OF_MOMENTS) if kind in MOMENTS else
+                       tolerance * scale + moved)
+            yield _Part(f"{engine}/{kind}/{name}", kind, _times(difference, allowed), text)
     for name in ran.full_names():
         yield _full(engine, name, ran.read_full(name), again.read_full(name), tolerance)
 

@@ -252,7 +252,7 @@ def _kept_state(recipe: Recipe, part: str, network: nn.Module, weights: Mapping[
                     why = "begins anew or at another size" if name in changed else (
                         f"was {'frozen' if kind == MOMENTS[0] else 'a matrix of Muon'} in {kept.checkpoint}")
                     raise InputError(f"--keep moments: {name} {why}, so there are none for it; "
-                                 f"{_without('moments', kept)}")
+                                     f"{_without('moments', kept)}")
             tensors[kind] = LazyTensors(wanted, partial(saved.read, kind))
     if "ema" in kept.parts and part != "discriminator":
         average = {name for name in shapes if name not in changed and saved.holds(EMA, name)}
